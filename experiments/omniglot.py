@@ -1,0 +1,240 @@
+"""Few-shot classification of Omniglot's characters (paper, section 5.2 and table 1).
+
+    python -m experiments.omniglot --ways 5 --shots 1 --data-dir data --download
+
+Trains by the paper's recipe for the number of ways, then adapts to 600 test tasks of held-out
+characters. Writes metrics, results, parameters and pictures to the work directory.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import maml_jax
+from experiments import command_line
+from maml_jax import losses, models, plots, validation
+from maml_jax.record import Progress, RunDirectory
+from maml_jax.statistics import interval
+from maml_jax.task_axis import task_mesh
+from maml_jax.tasks import download, episodes, omniglot
+from maml_jax.train import train
+
+PRESETS = {
+    f"{ways}w{shots}s{suffix}": (ways, shots, net)
+    for ways, shots, net, suffix in [
+        (5, 1, "conv", ""), (5, 5, "conv", ""), (20, 1, "conv", ""), (20, 5, "conv", ""),
+        (5, 1, "mlp", "-mlp"), (5, 5, "mlp", "-mlp"),
+    ]
+}  # fmt: skip
+
+# Test accuracy and half width of its 95% interval, in per cent: (ways, shots, net, order).
+# Second order: paper, table 1. First order: Nichol et al. 2018, table 2.
+PUBLISHED = {
+    (5, 1, "conv", 2): (98.7, 0.4), (5, 5, "conv", 2): (99.9, 0.1),
+    (20, 1, "conv", 2): (95.8, 0.3), (20, 5, "conv", 2): (98.9, 0.2),
+    (5, 1, "mlp", 2): (89.7, 1.1), (5, 5, "mlp", 2): (97.5, 0.6),
+    (5, 1, "conv", 1): (98.3, 0.5), (5, 5, "conv", 1): (99.2, 0.2),
+    (20, 1, "conv", 1): (89.4, 0.5), (20, 5, "conv", 1): (97.9, 0.1),
+}  # fmt: skip
+
+TEST_STEPS = 10  # Inner steps shown at test, 0 to 10.
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """MAML on Omniglot. What is not given follows the paper's recipe for the number of ways."""
+
+    preset: Literal["5w1s", "5w5s", "20w1s", "20w5s", "5w1s-mlp", "5w5s-mlp"] | None = None
+    """A setting of the paper's table 1, in place of --ways, --shots and --net."""
+    ways: int = 5
+    """Classes per task."""
+    shots: int = 1
+    """Support examples per class."""
+    net: Literal["conv", "mlp"] = "conv"
+    """The four-block convolutional net, or the one without convolutions."""
+    order: Literal[1, 2] = 2
+    """2: exact meta-gradient; 1: first-order approximation."""
+    steps: int = 60_000
+    """Meta-steps."""
+    tasks: int | None = None
+    """Tasks per meta-step; paper: 32 for 5 ways, 16 for 20."""
+    queries: int | None = None
+    """Query examples per class, in training and at test; paper: as many as shots."""
+    inner_rate: float | None = None
+    """Inner step size for the MEAN cross-entropy over the support set; paper: 2.0 (.4 x 5 ways, .1 x 20 ways)."""
+    inner_steps: int | None = None
+    """Inner steps in training; paper: 1 for 5 ways, 5 for 20."""
+    outer_rate: float = 1e-3
+    """Adam's rate in the outer loop."""
+    tasks_at_once: int | None = None
+    """Tasks computed together on a device, the rest after them. Default: 1 on a CPU, else all."""
+    split: omniglot.SplitName = "paper"
+    """Division of the characters: 1,100/100/423 at random, or by alphabet as Vinyals et al. did."""
+    rotations: episodes.Rotations = "random"
+    """Turn each class of a task by a random multiple of 90 degrees, or make four classes of each, or neither."""
+    resampling: omniglot.Resampling = "lanczos"
+    """Filter from 105x105 to 28x28 pixels."""
+    test_tasks: int = 600
+    """Tasks to evaluate on."""
+    seed: int = 0
+    """Of the parameters and of all episodes."""
+    data_dir: Path = Path("data/omniglot")
+    """Where Omniglot is: the official archives, the folders in them, or prepared by TensorFlow Datasets."""
+    download: bool = False
+    """Fetch the official archives (16 MB) into --data-dir first."""
+    cache_dir: Path | None = None
+    """Where the 28x28 images are kept; default: maml_jax in the user's cache directory."""
+    workdir: Path | None = None
+    """Where the run writes; default: a new directory below runs/."""
+
+    def resolve(self) -> "Config":
+        """Fills in the recipe (paper, appendix A.1) and checks everything that needs no data.
+
+        Raises:
+          ValueError: naming the option, what was given and what is allowed.
+        """
+        config = self
+        if self.preset is not None:
+            defaults = (Config.ways, Config.shots, Config.net)
+            validation.one_of("preset", self.preset, PRESETS)
+            if (self.ways, self.shots, self.net) not in (defaults, PRESETS[self.preset]):
+                raise ValueError(f"preset {self.preset} sets ways, shots and net: give either it or them, not both.")
+            ways, shots, net = PRESETS[self.preset]
+            config = dataclasses.replace(self, ways=ways, shots=shots, net=net)
+        for name in ("ways", "shots", "steps", "test_tasks"):
+            validation.at_least(name, getattr(config, name), 2 if name == "ways" else 1)
+        validation.at_least("seed", config.seed, 0)
+        many = config.ways >= 20
+        recipe = {
+            "tasks": 16 if many else 32,
+            "queries": config.shots,
+            "inner_rate": losses.rate_for_mean_loss(0.1, 20) if many else losses.rate_for_mean_loss(0.4, 5),
+            "inner_steps": 5 if many else 1,
+            "tasks_at_once": None,
+        }
+        config = dataclasses.replace(config, **{k: v for k, v in recipe.items() if getattr(config, k) is None})
+        for name in ("tasks", "queries", "inner_steps"):
+            validation.at_least(name, getattr(config, name), 1)
+        if config.tasks_at_once is not None:
+            validation.at_least("tasks_at_once", config.tasks_at_once, 1)
+            if config.tasks % config.tasks_at_once:
+                raise ValueError(f"tasks_at_once must divide tasks, {config.tasks}, but got {config.tasks_at_once}.")
+        for name in ("inner_rate", "outer_rate"):
+            validation.positive(name, getattr(config, name))
+        validation.one_of("order", config.order, (1, 2))
+        if config.shots + config.queries > omniglot.DRAWINGS:
+            raise ValueError(
+                f"shots + queries must be at most {omniglot.DRAWINGS}, the drawings of a character, but got "
+                f"{config.shots} + {config.queries}."
+            )
+        return config
+
+
+def main(config: Config) -> dict:
+    """Runs the experiment; returns what it writes to `results.json`."""
+    config = config.resolve()
+    if config.download:
+        download.omniglot(config.data_dir)
+    data = omniglot.load(config.data_dir, config.cache_dir, resampling=config.resampling)
+    splits = omniglot.split(config.split, data.names)
+    train_classes, val_classes, test_classes = (episodes.ImageClasses(data.images[part]) for part in splits)
+    shape = episodes.EpisodeShape(config.ways, config.shots, config.queries, config.rotations)
+    for classes in (train_classes, val_classes, test_classes):
+        shape.check(classes)
+
+    net = network(config)
+    loss_fn = losses.cross_entropy(lambda params, images: net.apply({"params": params}, images))
+    inner = maml_jax.sgd(
+        config.inner_rate, steps=config.inner_steps, order=config.order, trainable=models.all_but_offsets
+    )
+    outer = optax.adam(config.outer_rate)
+    over_tasks = {"tasks_at_once": config.tasks_at_once or default_tasks_at_once(), "mesh": task_mesh(config.tasks)}
+    learner = maml_jax.maml(loss_fn, inner, outer, **over_tasks)
+    alone = maml_jax.maml(loss_fn, inner, outer, query_loss_fn=losses.one_by_one(loss_fn), **over_tasks)
+
+    init_key, train_key, val_key, test_key = jax.random.split(jax.random.key(config.seed), 4)
+    state = learner.init(net.init(init_key, jnp.zeros((1, omniglot.SIZE, omniglot.SIZE, 1)))["params"])
+
+    def draw(classes: episodes.ImageClasses, step: jax.Array) -> maml_jax.Task:
+        return episodes.draw_episodes(jax.random.fold_in(train_key, step), classes, config.tasks, shape)
+
+    evaluate = jax.jit(learner.evaluate, static_argnums=2)
+    evaluate_alone = jax.jit(alone.evaluate, static_argnums=2)
+    val_tasks = episodes.draw_episodes(val_key, val_classes, 160, shape)
+    test_tasks = episodes.draw_episodes(test_key, test_classes, config.test_tasks, shape)
+
+    name = f"omniglot-{config.ways}way-{config.shots}shot" + ("-mlp" if config.net == "mlp" else "")
+    run = RunDirectory(config.workdir, f"{name}-order{config.order}-seed{config.seed}")
+    print(f"{name}: {config}\nWriting to {run.path}", flush=True)
+
+    validate_every = max(1, min(1000, config.steps // 10))
+    per_call = math.gcd(validate_every, 20)
+    progress = Progress(config.steps, name)
+    history = []
+    for state, metrics in train(learner, state, draw, train_classes, steps=config.steps, steps_per_call=per_call):
+        if metrics["step"] % validate_every == 0 or metrics["step"] == config.steps:
+            metrics["val_accuracy"] = float(evaluate(state, val_tasks, config.inner_steps).aux["accuracy"][:, -1].mean())
+        run.log(**metrics)
+        history.append(metrics)
+        progress.update(metrics["step"], loss=metrics["loss"], accuracy=metrics["accuracy"])
+
+    protocol = (
+        f"{config.test_tasks} tasks of {config.ways} held-out characters (split {config.split}: {len(splits.test)} "
+        f"test characters, rotations {config.rotations}), {config.shots} support and {config.queries} query drawings "
+        f"of each, 0 to {TEST_STEPS} inner steps of {config.inner_rate:g} on the mean cross-entropy"
+    )
+    results = {
+        "config": dataclasses.asdict(config),
+        "protocol": protocol,
+        "normalisation": {
+            "together": "statistics of the batch at hand, the query images of a task in one batch (as in the paper)",
+            "alone": "statistics of the batch at hand, each query image a batch of its own",
+        },
+        "content_sha256": omniglot.CONTENT_SHA256,
+        "published": PUBLISHED.get((config.ways, config.shots, config.net, config.order)),
+    }
+    for way, evaluator in (("together", evaluate), ("alone", evaluate_alone)):
+        accuracy = np.asarray(evaluator(state, test_tasks, TEST_STEPS).aux["accuracy"])
+        mean, half_width = interval(100 * accuracy)
+        results[way] = {"accuracy": mean, "half_width": half_width}
+    print(table(config, results))
+    run.write_params(state.params)
+    path = run.write_results(results)
+    plots.omniglot(run.path / "curves.png", history, results)
+    print(f"Wrote {path} and curves.png beside it.")
+    return results
+
+
+def network(config: Config):
+    """The net of the paper's section 5.2."""
+    if config.net == "mlp":
+        return models.MLP((256, 128, 64, 64), config.ways, normalise=True)
+    return models.ConvNet(config.ways)
+
+
+def default_tasks_at_once() -> int | None:
+    """One by one keeps a CPU's caches warm; an accelerator wants all tasks together."""
+    return 1 if jax.default_backend() == "cpu" else None
+
+
+def table(config: Config, results: dict) -> str:
+    """Accuracies over inner steps, with the published one beside."""
+    lines = [results["protocol"], "", "inner steps     queries together   queries one by one"]
+    for step in range(TEST_STEPS + 1):
+        cells = (results[way] for way in ("together", "alone"))
+        row = "   ".join(f"{cell['accuracy'][step]:8.2f} +-{cell['half_width'][step]:5.2f}" for cell in cells)
+        lines.append(f"{step:11d}   {row}")
+    if results["published"]:
+        mean, half_width = results["published"]
+        lines.append(f"  published   {mean:8.2f} +-{half_width:5.2f}   (after 3 inner steps for 5 ways, 5 for 20)")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    command_line.run(Config, main)

@@ -1,0 +1,233 @@
+"""Inner adaptation: a few optimizer steps from the meta-parameters on one task's support set.
+
+There is one inner loop, `inner_loop`. First and second order, training and evaluation, one step or
+many, gradient descent and any other optax transformation all go through it; an `InnerLearner` only
+says which of these is wanted.
+"""
+
+from typing import Any, Callable, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from maml_jax import validation
+from maml_jax.types import AdaptInfo, Batch, LossFn, Params, Rates
+
+Mask = Any
+"""A pytree of bools shaped like (or a prefix of) the parameters, or a function from parameters to one."""
+
+
+class InnerLearner(NamedTuple):
+    """How one task is learned, as a value. Build it with `sgd`, `unrolled` or `no_adaptation`."""
+
+    optimizer: Callable[[Rates], optax.GradientTransformation]
+    """The optimizer of the inner loop, given the meta-learned rates."""
+    init_rates: Callable[[Params], Rates]
+    """The rates before meta-training, from the adapted part of the parameters; `()` when none is learned."""
+    steps: int
+    """Inner steps in meta-training; evaluation may take another number."""
+    order: Literal[1, 2]
+    """2 differentiates through the inner gradients; 1 treats them as constants."""
+    trainable: Mask | None = None
+    """Which parameters the inner loop adapts; None means all."""
+
+
+def sgd(
+    learning_rate: float | jax.Array,
+    *,
+    steps: int,
+    order: Literal[1, 2] = 2,
+    learn_rates: bool = False,
+    trainable: Mask | None = None,
+) -> InnerLearner:
+    """Gradient descent, the inner update of MAML (Finn et al. 2017, section 2.2).
+
+    Args:
+      learning_rate: the inner step size, in units of the loss that `maml` is given: for a loss that
+        is N times larger, the same update needs a rate N times smaller (see `losses.rate_for_mean_loss`).
+      steps: inner steps in meta-training, at least 1.
+      order: 2 for the exact meta-gradient, 1 for the first-order approximation (FOMAML), which drops
+        the derivative of the inner gradients.
+      learn_rates: meta-learn one rate for every single parameter, starting from `learning_rate`
+        (Meta-SGD, Li et al. 2017).
+      trainable: which parameters are adapted, as a pytree of bools or a function from the parameters
+        to one. The others stay as they are in the inner loop, and are still meta-learned
+        (ANIL, Raghu et al. 2020, adapts only the head).
+
+    Raises:
+      ValueError: for a rate that is not positive and finite, fewer than 1 step, another order.
+    """
+    validation.positive("learning_rate", learning_rate)
+    if not learn_rates:
+        return unrolled(optax.sgd(learning_rate), steps=steps, order=order, trainable=trainable)
+
+    def scaled_by(rates: Rates) -> optax.GradientTransformation:
+        return optax.stateless(lambda grads, _: jax.tree.map(lambda rate, g: -rate * g, rates, grads))
+
+    def init_rates(adapted: Params) -> Rates:
+        return jax.tree.map(lambda leaf: jnp.full_like(leaf, learning_rate), adapted)
+
+    return _inner_learner(scaled_by, init_rates, steps, order, trainable)
+
+
+def unrolled(
+    optimizer: optax.GradientTransformation,
+    *,
+    steps: int,
+    order: Literal[1, 2] = 2,
+    trainable: Mask | None = None,
+) -> InnerLearner:
+    """Any optax optimizer as the inner update, differentiated through.
+
+    Its state starts anew for every task. Adam needs `eps_root > 0` here: at a gradient of zero the
+    derivative of its square root is otherwise not a number.
+
+    Args:
+      optimizer: an optax transformation, learning rate included.
+      steps, order, trainable: as in `sgd`.
+
+    Raises:
+      TypeError: if `optimizer` is not an optax transformation.
+      ValueError: for fewer than 1 step or another order.
+    """
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise TypeError(
+            f"unrolled needs an optax transformation such as optax.sgd(0.1), but got {optimizer!r}; "
+            "for a plain learning rate use maml_jax.sgd(rate, steps=...)."
+        )
+    return _inner_learner(lambda _: optimizer, lambda _: (), steps, order, trainable)
+
+
+def _inner_learner(optimizer, init_rates, steps, order, trainable) -> InnerLearner:
+    validation.at_least("steps", steps, 1)
+    validation.one_of("order", order, (1, 2))
+    return InnerLearner(optimizer, init_rates, steps, order, trainable)
+
+
+def no_adaptation() -> InnerLearner:
+    """No inner step: meta-training is then joint training on all tasks (the paper's 'pretrained' and oracle)."""
+    return InnerLearner(lambda _: optax.identity(), lambda _: (), steps=0, order=2)
+
+
+def inner_loop(
+    inner: InnerLearner,
+    loss_fn: LossFn,
+    params: Params,
+    rates: Rates,
+    batch: Batch,
+    *,
+    steps: int | None = None,
+    probe: Callable[[Params], Any] | None = None,
+) -> tuple[Params, AdaptInfo]:
+    """Adapts `params` to one task: the inner loop of every algorithm here (paper, algorithm 1, lines 5-6).
+
+    Args:
+      inner: what to do in each step.
+      loss_fn: the support loss.
+      params: where to start.
+      rates: learned parameters of the update, from `inner.init_rates`.
+      batch: the support set of one task, with no task axis.
+      steps: number of steps, 0 or more; None takes `inner.steps`.
+      probe: called with the parameters before the first step and after each one, for evaluation.
+
+    Returns:
+      The adapted parameters, in the structure of `params`, and an `AdaptInfo`.
+    """
+    steps = inner.steps if steps is None else steps
+    adapted, fixed = _partition(params, inner.trainable)
+    optimizer = inner.optimizer(rates)
+    observe = probe or (lambda _: None)
+
+    def support_loss(adapted: Params) -> tuple[jax.Array, Any]:
+        return loss_fn(_combine(adapted, fixed), batch)
+
+    def step(carry, _):
+        adapted, opt_state = carry
+        probed = observe(_combine(adapted, fixed))
+        (loss, aux), grads = jax.value_and_grad(support_loss, has_aux=True)(adapted)
+        seen = adapted
+        if inner.order == 1:
+            # The update becomes a constant shift, so that the meta-gradient is the gradient at the
+            # adapted parameters. Learned rates still get theirs: the update multiplies by them.
+            grads, seen = lax.stop_gradient((grads, seen))
+        updates, opt_state = optimizer.update(grads, opt_state, seen)
+        return (optax.apply_updates(adapted, updates), opt_state), (loss, aux, probed)
+
+    # One step needs no loop; more stay rolled up, so that compile time does not grow with them.
+    carry = (adapted, optimizer.init(adapted))
+    (adapted, _), (loss, aux, probes) = lax.scan(step, carry, length=steps, unroll=steps == 1)
+    params = _combine(adapted, fixed)
+    probes = _append(probes, observe(params))
+    return params, AdaptInfo(loss, aux, probes)
+
+
+def adapt(
+    loss_fn: LossFn,
+    params: Params,
+    batch: Batch,
+    *,
+    learning_rate: float | jax.Array,
+    steps: int,
+) -> tuple[Params, AdaptInfo]:
+    """Adapts parameters to one batch by gradient descent: the one-liner for a new task at hand.
+
+    Args:
+      loss_fn: `(params, batch) -> (scalar loss, aux)`.
+      params: meta-trained parameters, `state.params`.
+      batch: the support set of one task, with no task axis.
+      learning_rate: step size, in units of `loss_fn`.
+      steps: gradient steps, 1 or more.
+
+    Returns:
+      The adapted parameters, and an `AdaptInfo` whose `loss` `[steps + 1]` and `aux` are those of
+      `batch` before the first and after each step.
+
+    Raises:
+      ValueError, TypeError: for a rate or a number of steps that makes no sense, and for a `loss_fn`
+        that does not return `(scalar loss, aux)`.
+    """
+    loss_fn = validation.checked_loss(loss_fn)
+    inner = sgd(learning_rate, steps=steps)
+    validation.floating_params(params)
+    params, info = inner_loop(inner, loss_fn, params, (), batch)
+    last = loss_fn(params, batch)
+    loss, aux = _append((info.loss, info.aux), last)
+    return params, AdaptInfo(loss, aux)
+
+
+def adapted_part(inner: InnerLearner, params: Params) -> Params:
+    """The leaves of `params` that the inner loop adapts, in the same structure with None for the rest."""
+    return _partition(params, inner.trainable)[0]
+
+
+def _partition(params: Params, mask: Mask | None) -> tuple[Params, Params]:
+    """Splits leaves into adapted and fixed; each half keeps the structure, with None for what it lacks."""
+    if mask is None:
+        return params, None
+    mask = mask(params) if callable(mask) else mask
+    try:
+        mask = jax.tree.broadcast(mask, params)
+    except ValueError as error:
+        raise ValueError(
+            "trainable must be a pytree of bools with the structure of the parameters, or a prefix of it. "
+            f"The parameters are {jax.tree.structure(params)}, the mask is {jax.tree.structure(mask)}."
+        ) from error
+    if not any(jax.tree.leaves(mask)):
+        raise ValueError("trainable selects no parameter at all, so the inner loop has nothing to adapt.")
+    return (
+        jax.tree.map(lambda keep, leaf: leaf if keep else None, mask, params),
+        jax.tree.map(lambda keep, leaf: None if keep else leaf, mask, params),
+    )
+
+
+def _combine(adapted: Params, fixed: Params) -> Params:
+    if fixed is None:
+        return adapted
+    return jax.tree.map(lambda a, f: f if a is None else a, adapted, fixed, is_leaf=lambda x: x is None)
+
+
+def _append(stacked: Any, last: Any) -> Any:
+    """Adds one row to the leading axis of every leaf."""
+    return jax.tree.map(lambda rows, row: jnp.concatenate([rows, jnp.asarray(row)[None]]), stacked, last)

@@ -1,0 +1,66 @@
+"""Losses of the paper's supervised tasks, for a model given as `apply(params, inputs) -> outputs`.
+
+Both are MEANS over the batch. The paper's code takes its classification loss as a sum over the N*K
+examples divided by K, N times this mean, and states its inner rates in those units:
+`rate_for_mean_loss` converts them.
+"""
+
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from maml_jax.types import Batch, LossFn, Params
+
+Apply = Callable[[Params, jax.Array], jax.Array]
+
+
+def mean_squared_error(apply: Apply) -> LossFn:
+    """Regression loss (paper, equation 2, as a mean). Batches are `(inputs [B, ...], targets [B, D])`; aux is `{}`."""
+
+    def loss_fn(params: Params, batch: Batch) -> tuple[jax.Array, dict[str, Any]]:
+        inputs, targets = batch
+        return jnp.mean(jnp.square(apply(params, inputs) - targets)), {}
+
+    return loss_fn
+
+
+def cross_entropy(apply: Apply) -> LossFn:
+    """Mean softmax cross-entropy (paper, equation 3, over B).
+
+    Batches are `(inputs [B, ...], labels [B] of integers)`; `apply` returns logits `[B, N]`. Aux is
+    `{"accuracy": fraction of the batch that is classified right}`.
+    """
+
+    def loss_fn(params: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        inputs, labels = batch
+        logits = apply(params, inputs)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        return loss, {"accuracy": jnp.mean((jnp.argmax(logits, -1) == labels).astype(logits.dtype))}
+
+    return loss_fn
+
+
+def one_by_one(loss_fn: LossFn) -> LossFn:
+    """The mean of `loss_fn` over the examples of a batch, each given alone.
+
+    Where a model normalises with the statistics of the batch at hand, examples of one batch see each
+    other; as `query_loss_fn` of `maml`, this shows what is left of the accuracy when they do not
+    (Bronskill et al. 2020, table 1).
+    """
+
+    def alone(params: Params, batch: Batch) -> tuple[jax.Array, Any]:
+        singles = jax.tree.map(lambda leaf: leaf[:, None], batch)
+        return jax.tree.map(lambda leaf: leaf.mean(0), jax.vmap(loss_fn, (None, 0))(params, singles))
+
+    return alone
+
+
+def rate_for_mean_loss(rate: float, ways: int) -> float:
+    """The inner rate for a MEAN cross-entropy that equals `rate` in the paper's code.
+
+    The code divides the sum over N*K examples by K, which makes its loss and gradients `ways` times
+    those of the mean: .4 there is 2.0 here for 5 ways.
+    """
+    return rate * ways

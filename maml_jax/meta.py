@@ -1,0 +1,113 @@
+"""MAML: meta-learns the parameters from which the inner loop starts (Finn et al. 2017, algorithm 1)."""
+
+from functools import partial
+from typing import Any, Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from maml_jax import validation
+from maml_jax.inner import InnerLearner, adapted_part, inner_loop
+from maml_jax.task_axis import TaskAxis
+from maml_jax.types import Evaluation, LossFn, MetaInfo, MetaState, Params, Rates, Task
+
+
+class MetaLearner(NamedTuple):
+    """A meta-learning algorithm as three pure, unjitted functions.
+
+    `init(params) -> MetaState`;
+    `step(state, tasks) -> (MetaState, MetaInfo)`, one outer update on a batch of tasks;
+    `evaluate(state, tasks, steps=None) -> Evaluation`, with `steps` inner steps (None: as in training).
+
+    Jit them yourself: `jax.jit(learner.step, donate_argnums=0)`, `jax.jit(learner.evaluate, static_argnums=2)`.
+    """
+
+    init: Callable[[Params], MetaState]
+    step: Callable[[MetaState, Task], tuple[MetaState, MetaInfo]]
+    evaluate: Callable[..., Evaluation]
+
+
+def maml(
+    loss_fn: LossFn,
+    inner: InnerLearner,
+    outer: optax.GradientTransformation,
+    *,
+    query_loss_fn: LossFn | None = None,
+    tasks_at_once: int | None = None,
+    mesh: Mesh | None = None,
+) -> MetaLearner:
+    """Model-agnostic meta-learning.
+
+    Args:
+      loss_fn: `(params, batch) -> (scalar loss, aux)`, of one task.
+      inner: how a task is learned, e.g. `sgd(0.01, steps=1)`.
+      outer: any optax optimizer. It acts on the pair `(params, rates)`, with `rates == ()` unless
+        the inner learner has learned rates.
+      query_loss_fn: the loss of the query set where it differs from `loss_fn`.
+      tasks_at_once: how many tasks are computed together, the others after them. None computes all
+        of them at once; 1 goes through them one by one, with the least memory. Results agree up to
+        rounding.
+      mesh: devices among which the tasks are divided, such as `task_axis.task_mesh(T)`; None uses one.
+
+    Returns:
+      A `MetaLearner`. Its functions raise ValueError or TypeError, while they are traced, for tasks
+      whose leaves disagree in their leading axis and for a loss that does not return `(scalar, aux)`.
+    """
+    if not isinstance(inner, InnerLearner):
+        raise TypeError(f"inner must come from maml_jax.sgd or maml_jax.unrolled, but got {inner!r}.")
+    if tasks_at_once is not None:
+        validation.at_least("tasks_at_once", tasks_at_once, 1)
+    over_tasks = TaskAxis(tasks_at_once, mesh)
+    support_loss = validation.checked_loss(loss_fn)
+    query_loss = validation.checked_loss(query_loss_fn or loss_fn)
+
+    def init(params: Params) -> MetaState:
+        validation.floating_params(params)
+        rates = inner.init_rates(adapted_part(inner, params))
+        return over_tasks.replicate(MetaState(jnp.zeros([], jnp.int32), params, rates, outer.init((params, rates))))
+
+    def gradient(meta_params: tuple[Params, Rates], task: Task) -> tuple[Any, Any]:
+        loss = partial(task_loss, support_loss, query_loss, inner)
+        (loss, info), grads = jax.value_and_grad(loss, has_aux=True)(meta_params, task)
+        return (loss, grads), info
+
+    def step(state: MetaState, tasks: Task) -> tuple[MetaState, MetaInfo]:
+        meta_params = (state.params, state.rates)
+        (loss, grads), (aux, info) = over_tasks.mean(gradient, meta_params, tasks)
+        updates, opt_state = outer.update(grads, state.opt_state, meta_params)
+        params, rates = optax.apply_updates(meta_params, updates)
+        return (
+            MetaState(state.step + 1, params, rates, opt_state),
+            MetaInfo(loss, aux, info.loss, optax.global_norm(grads)),
+        )
+
+    def evaluate(state: MetaState, tasks: Task, steps: int | None = None) -> Evaluation:
+        if steps is not None:
+            validation.at_least("steps", steps, 0)
+
+        def one_task(meta_params: tuple[Params, Rates], task: Task) -> Evaluation:
+            def probe(params: Params) -> tuple[jax.Array, Any]:
+                return query_loss(params, task.query)
+
+            _, info = inner_loop(inner, support_loss, *meta_params, task.support, steps=steps, probe=probe)
+            return Evaluation(*info.probes)
+
+        return over_tasks.map(one_task, (state.params, state.rates), tasks)
+
+    return MetaLearner(init, step, evaluate)
+
+
+def task_loss(
+    support_loss: LossFn, query_loss: LossFn, inner: InnerLearner, meta_params: tuple[Params, Rates], task: Task
+) -> tuple[jax.Array, Any]:
+    """One task's share of the meta-objective: the query loss after adaptation (paper, equation 1).
+
+    Returns:
+      The loss, and the pair (aux of the query loss, `AdaptInfo`).
+    """
+    params, rates = meta_params
+    adapted, info = inner_loop(inner, support_loss, params, rates, task.support)
+    loss, aux = query_loss(adapted, task.query)
+    return loss, (aux, info)

@@ -1,0 +1,61 @@
+"""The paper's networks in linen, with the initialisation of the authors' code."""
+
+from typing import Any, Sequence
+
+import flax.linen as nn
+import jax
+
+from maml_jax.convolution import Implementation
+from maml_jax.layers import BatchNorm, Conv, max_pool
+from maml_jax.types import Params
+
+small_normal = nn.initializers.truncated_normal(0.01)  # Cut off at two standard deviations, as TensorFlow's.
+
+
+class MLP(nn.Module):
+    """Fully connected ReLU network on flattened inputs, `[B, ...] -> [B, outputs]`.
+
+    The sinusoid net is `MLP((40, 40), 1)` (paper, section 5.1); the Omniglot net without convolutions
+    is `MLP((256, 128, 64, 64), ways, normalise=True)` (section 5.2).
+    """
+
+    hidden: Sequence[int]
+    outputs: int
+    normalise: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.reshape(x.shape[0], -1)
+        for features in self.hidden:
+            # A bias before the normalisation would be taken away again by it.
+            x = nn.Dense(features, use_bias=not self.normalise, kernel_init=small_normal)(x)
+            x = nn.relu(BatchNorm()(x) if self.normalise else x)
+        return nn.Dense(self.outputs, kernel_init=small_normal)(x)
+
+
+class ConvNet(nn.Module):
+    """Four blocks of 3x3 convolution, batch normalisation and ReLU, `[B, H, W, C] -> logits [B, ways]` (section 5.2).
+
+    Strided, for Omniglot: convolutions of stride 2, then the mean over space. Pooled, for
+    MiniImagenet: 2x2 max-pooling after each block, then all that is left (5x5 from 84x84) flattened.
+    """
+
+    ways: int
+    filters: int = 64
+    pooled: bool = False
+    implementation: Implementation | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for _ in range(4):
+            x = Conv(self.filters, stride=1 if self.pooled else 2, implementation=self.implementation)(x)
+            x = nn.relu(BatchNorm()(x))
+            x = max_pool(x) if self.pooled else x
+        if self.pooled:
+            return nn.Dense(self.ways, kernel_init=nn.initializers.xavier_uniform())(x.reshape(x.shape[0], -1))
+        return nn.Dense(self.ways, kernel_init=nn.initializers.normal(1.0))(x.mean((1, 2)))
+
+
+def all_but_offsets(params: Params) -> Any:
+    """Mask for `trainable=`: the inner loop adapts all but the normalisation's offsets, as in the paper's code."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: jax.tree_util.keystr(path[-1:]) != "['offset']", params)

@@ -1,0 +1,104 @@
+"""How the tasks of a meta-batch are gone through: together, in groups, and over which devices.
+
+The result is the same up to rounding; time and memory are not.
+"""
+
+from functools import partial
+from typing import Any, Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from maml_jax import validation
+from maml_jax.types import Task
+
+AXIS = "tasks"
+
+
+class TaskAxis(NamedTuple):
+    """A policy for the task axis."""
+
+    at_once: int | None = None
+    """Tasks computed together on a device, by `vmap`; the others follow in a loop. None: all."""
+    mesh: Mesh | None = None
+    """Devices among which the tasks are divided evenly; see `task_mesh`."""
+
+    def replicate(self, tree: Any) -> Any:
+        """Puts a copy of every leaf on every device of the mesh."""
+        return tree if self.mesh is None else jax.device_put(tree, NamedSharding(self.mesh, P()))
+
+    def map(self, fn: Callable[[Any, Task], Any], shared: Any, tasks: Task) -> Any:
+        """`fn(shared, task)` of every task, stacked along a leading axis `T`."""
+        size = validation.task_axis(tasks)
+        local = partial(_map, fn, self.at_once)
+        if self.mesh is None or size % self.mesh.size:
+            return local(shared, tasks)
+        return self._sharded(local, P(AXIS))(shared, tasks)
+
+    def mean(self, fn: Callable[[Any, Task], tuple[Any, Any]], shared: Any, tasks: Task) -> tuple[Any, Any]:
+        """`fn(shared, task) -> (averaged, stacked)`: the mean of the first over the tasks, the second of each.
+
+        The mean takes one all-reduce over the devices, and within one no more memory than one group's.
+        """
+        size = validation.task_axis(tasks)
+        devices = 1 if self.mesh is None else self.mesh.size
+        if size % devices or (size // devices) % (self.at_once or 1):
+            raise ValueError(
+                f"A meta-batch of {size} tasks cannot be divided among {devices} device(s) in groups of "
+                f"{self.at_once}: choose a number of tasks that is a multiple of both, or another grouping."
+            )
+        if self.mesh is None:
+            total, stacked = _sum(fn, self.at_once, shared, tasks)
+        else:
+
+            def local(shared: Any, tasks: Task) -> tuple[Any, Any]:
+                total, stacked = _sum(fn, self.at_once, shared, tasks)
+                return lax.psum(total, AXIS), stacked
+
+            total, stacked = self._sharded(local, (P(), P(AXIS)))(shared, tasks)
+        return jax.tree.map(lambda leaf: leaf / size, total), stacked
+
+    def _sharded(self, fn: Callable[[Any, Task], Any], out_specs: Any) -> Callable[[Any, Task], Any]:
+        # Without the check of what varies over devices: it would sum every task's gradient over them.
+        return jax.shard_map(fn, mesh=self.mesh, in_specs=(P(), P(AXIS)), out_specs=out_specs, check_vma=False)
+
+
+def task_mesh(tasks: int) -> Mesh | None:
+    """The most devices of this process that can share `tasks` tasks evenly; None if that is only one."""
+    count = max(n for n in range(1, jax.local_device_count() + 1) if tasks % n == 0)
+    return None if count == 1 else Mesh(np.array(jax.local_devices()[:count]), (AXIS,))
+
+
+def _map(fn: Callable[[Any, Task], Any], at_once: int | None, shared: Any, tasks: Task) -> Any:
+    one = partial(fn, shared)
+    if at_once is None:
+        return jax.vmap(one)(tasks)
+    return lax.map(one, tasks, batch_size=None if at_once == 1 else at_once)
+
+
+def _sum(fn: Callable[[Any, Task], tuple[Any, Any]], at_once: int | None, shared: Any, tasks: Task) -> Any:
+    """Sum over tasks of the first output, and the second stacked, a group of tasks at a time."""
+
+    def group(tasks: Task) -> tuple[Any, Any]:
+        if at_once == 1:  # Spared the batching: matrix products of one task run faster without it.
+            total, stacked = fn(shared, jax.tree.map(lambda leaf: leaf[0], tasks))
+            return total, jax.tree.map(lambda leaf: leaf[None], stacked)
+        each, stacked = jax.vmap(partial(fn, shared))(tasks)
+        return jax.tree.map(lambda leaf: leaf.sum(0), each), stacked
+
+    def add_group(total: Any, tasks: Task) -> tuple[Any, Any]:
+        part, stacked = group(tasks)
+        return jax.tree.map(jnp.add, total, part), stacked
+
+    size = len(jax.tree.leaves(tasks)[0])
+    if at_once is None or at_once == size:
+        return group(tasks)
+    groups = jax.tree.map(lambda leaf: leaf.reshape(-1, at_once, *leaf.shape[1:]), tasks)
+    first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), groups)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(group, first)[0])
+    total, stacked = lax.scan(add_group, zeros, groups)
+    return total, jax.tree.map(lambda leaf: leaf.reshape(size, *leaf.shape[2:]), stacked)

@@ -1,0 +1,1 @@
+"""Distributions of tasks: sinusoids, and few-shot classification episodes of images."""

@@ -1,0 +1,278 @@
+"""Omniglot (Lake et al. 2015): 1,623 handwritten characters, each drawn once by 20 people.
+
+Any of its usual forms is read, through to one array of 28x28 images which is kept in a cache. The
+drawings are 1-bit PNGs of 105x105 in which paper is 1 and ink is 0. TFDS does not say who drew an
+image, so the 20 drawings of a character are put in the order of their pixels; with that, every form
+gives the same array, bit for bit.
+"""
+
+import hashlib
+import io
+import json
+import os
+import tempfile
+import zipfile
+from pathlib import Path, PurePosixPath
+from typing import Iterable, Iterator, Literal, NamedTuple, get_args
+
+import numpy as np
+
+from maml_jax import validation
+
+CHARACTERS, DRAWINGS, SOURCE_SIZE, SIZE = 1623, 20, 105, 28
+CONTENT_SHA256 = "c68135ce5f7c56d758e906dd0294a0833e06fb133ab0bb24f33936f21c9fdfd3"
+"""Of all names and drawings at full size, in the order of `Omniglot`: equal for every way to read them."""
+
+PARTS = ("images_background", "images_evaluation")
+SplitName = Literal["paper", "vinyals"]
+Resampling = Literal["lanczos", "box", "nearest"]
+"""'lanczos' smooths first, so that strokes survive. The authors' script asked Pillow for the same, but
+Pillow takes the nearest pixel for 1-bit images whatever it is told: 'nearest' is what they got."""
+
+
+class Omniglot(NamedTuple):
+    """All of Omniglot at 28x28."""
+
+    images: np.ndarray
+    """uint8 `[1623, 20, 28, 28]`: paper is 255, ink is 0."""
+    names: tuple[str, ...]
+    """`<part>/<alphabet>/<character>` of each class, sorted."""
+
+
+class Splits(NamedTuple):
+    """Class indices of the three splits, disjoint; a split is a value that `episodes` draws from."""
+
+    train: np.ndarray
+    val: np.ndarray
+    test: np.ndarray
+
+
+class DataError(Exception):
+    """The data cannot be used; the message names the file or folder and says what to do."""
+
+
+def load(data_dir: str | Path, cache_dir: str | Path | None = None, *, resampling: Resampling = "lanczos") -> Omniglot:
+    """Reads Omniglot at 28x28, from the cache or else from `data_dir`, which takes some 15 s once.
+
+    Args:
+      data_dir: a prepared TFDS directory (`omniglot/3.0.0`), the two official archives, one archive
+        with the members of both, or the folders `images_background` and `images_evaluation`; or a
+        folder that holds one of these.
+      cache_dir: where the 25 MB of the result are kept; None takes `default_cache_dir()`.
+      resampling: the filter from 105x105 to 28x28.
+
+    Raises:
+      DataError: if the data is missing, damaged, incomplete or not Omniglot.
+      ValueError: for an unknown `resampling`.
+    """
+    validation.one_of("resampling", resampling, get_args(Resampling))
+    source = find_source(data_dir)
+    cache = Path(cache_dir or default_cache_dir()) / f"omniglot-{SIZE}-{resampling}.npz"
+    cached = _read_cache(cache)
+    if cached is None:
+        cached = _resized(read_drawings(source), resampling)
+        _write_cache(cache, cached)
+    return cached
+
+
+def default_cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/maml_jax`, or `~/.cache/maml_jax`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maml_jax"
+
+
+def split(name: SplitName, names: Iterable[str]) -> Splits:
+    """Divides the characters.
+
+    'paper': shuffled once, 1,100 / 100 / 423, as the authors' code does. Their shuffle followed the
+    order of a directory listing and cannot be repeated exactly; this one is fixed.
+    'vinyals': 1,028 / 172 / 423 by alphabet (Vinyals et al. 2016, in the lists of Torchmeta).
+    """
+    validation.one_of("split", name, get_args(SplitName))
+    names = tuple(names)
+    if name == "paper":
+        # RandomState's stream is frozen by NumPy's compatibility policy.
+        order = np.random.RandomState(1).permutation(len(names))
+        return Splits(order[:1100], order[1100:1200], order[1200:])
+    rules = json.loads(Path(__file__).with_name("omniglot_vinyals.json").read_text())
+    alphabets = {alphabet: part for part in ("train", "val", "test") for alphabet in rules[part]}
+    parts: dict[str, list[int]] = {"train": [], "val": [], "test": []}
+    for index, path in enumerate(names):
+        alphabet, character = path.split("/")[1:]
+        parts[rules["characters"].get(f"{alphabet}/{character}") or alphabets[alphabet]].append(index)
+    return Splits(*(np.array(parts[part]) for part in ("train", "val", "test")))
+
+
+# Finding and reading the source
+
+
+def find_source(data_dir: str | Path) -> Path | tuple[Path, ...]:
+    """What in `data_dir` holds Omniglot: a TFDS or unpacked folder, or a tuple of archives.
+
+    Raises:
+      DataError: if there is nothing of the kind.
+    """
+    root = Path(data_dir)
+    how = (
+        f"Run `python -m experiments.omniglot --data-dir {root} --download` to fetch the official archives there, "
+        "or give a --data-dir that holds images_background.zip and images_evaluation.zip, the folders unpacked from "
+        "them, or omniglot/3.0.0 as TensorFlow Datasets prepares it."
+    )
+    if not root.exists():
+        raise DataError(f"The data directory {root} does not exist. {how}")
+    if root.is_file():
+        return (root,)
+    for folder in (root, root / "omniglot", root / "3.0.0", root / "omniglot" / "3.0.0", root / "python"):
+        if (folder / "dataset_info.json").exists() and (folder / "features.json").exists():
+            return folder
+        if all((folder / part).is_dir() for part in PARTS):
+            return folder
+        archives = tuple(folder / f"{part}.zip" for part in PARTS)
+        if all(archive.exists() for archive in archives):
+            return archives
+        if (folder / "omniglot.zip").exists():
+            return (folder / "omniglot.zip",)
+    raise DataError(f"The data directory {root} holds no Omniglot. {how}")
+
+
+Drawings = dict[str, np.ndarray]
+"""From character name to its 20 drawings, bool `[20, 105, 105]`, True where there is paper."""
+
+
+def read_drawings(source: Path | tuple[Path, ...]) -> Drawings:
+    """Reads all drawings at full size in canonical order, and checks them against `CONTENT_SHA256`.
+
+    Raises:
+      DataError: naming the file that cannot be read, or what is missing or wrong.
+    """
+    if isinstance(source, tuple):
+        found: Iterator[tuple[str, np.ndarray]] = _from_archives(source)
+    elif (source / "features.json").exists():
+        found = _from_tfds(source)
+    else:
+        found = _from_folder(source)
+    characters: dict[str, list[np.ndarray]] = {}
+    for name, drawing in found:
+        characters.setdefault(name, []).append(drawing)
+    where = source if isinstance(source, Path) else " and ".join(map(str, source))
+    if len(characters) != CHARACTERS:
+        raise DataError(f"Omniglot has {CHARACTERS:,} characters, but {where} holds {len(characters):,}.")
+    for name, drawings in characters.items():
+        if len(drawings) != DRAWINGS:
+            raise DataError(f"Every character has {DRAWINGS} drawings, but {name} in {where} has {len(drawings)}.")
+    ordered = {
+        name: np.stack(sorted(characters[name], key=lambda drawing: np.packbits(drawing).tobytes()))
+        for name in sorted(characters)
+    }
+    digest = hashlib.sha256()
+    for name, drawings in ordered.items():
+        digest.update(name.encode() + b"\0" + np.packbits(drawings).tobytes())
+    if digest.hexdigest() != CONTENT_SHA256:
+        raise DataError(
+            f"The drawings in {where} are not those of Omniglot: their content hash is {digest.hexdigest()}, and "
+            f"should be {CONTENT_SHA256}. Fetch the data again."
+        )
+    return ordered
+
+
+def _from_archives(archives: tuple[Path, ...]) -> Iterator[tuple[str, np.ndarray]]:
+    for path in archives:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                for member in archive.namelist():
+                    if member.endswith(".png"):
+                        yield _character(PurePosixPath(member)), _decode(archive.read(member), f"{member} in {path}")
+        except (zipfile.BadZipFile, EOFError, OSError) as error:
+            raise DataError(f"The archive {path} is damaged or cut short ({error}). Fetch it again.") from error
+
+
+def _from_folder(root: Path) -> Iterator[tuple[str, np.ndarray]]:
+    for part in PARTS:
+        for path in sorted((root / part).glob("*/*/*.png")):
+            yield _character(PurePosixPath(path.relative_to(root).as_posix())), _decode(path.read_bytes(), str(path))
+
+
+def _from_tfds(root: Path) -> Iterator[tuple[str, np.ndarray]]:
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder_from_directory(root)
+        name_of = builder.info.features["alphabet"].int2str
+        for split_name, part in zip(("train", "test"), PARTS):
+            for example in builder.as_data_source(split_name):
+                # Ink and paper are {0, 1} with Pillow as decoder, {0, 255} with OpenCV.
+                drawing = example["image"][..., 0] > 0
+                character = f"{part}/{name_of(example['alphabet'])}/character{example['alphabet_char_id'] + 1:02d}"
+                yield character, drawing
+    except Exception as error:  # The readers below TFDS raise bare RuntimeErrors and more.
+        raise DataError(f"TensorFlow Datasets cannot read {root}: {error}. Prepare it again.") from error
+
+
+def _character(path: PurePosixPath) -> str:
+    return "/".join(path.parts[-4:-1])
+
+
+def _decode(png: bytes, where: str) -> np.ndarray:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(png)) as image:
+            drawing = np.asarray(image.convert("1"))
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"The image {where} is damaged ({error}). Fetch the data again.") from error
+    if drawing.shape != (SOURCE_SIZE, SOURCE_SIZE):
+        raise DataError(f"The image {where} has shape {drawing.shape}, but Omniglot's are 105x105.")
+    return drawing
+
+
+def _resized(drawings: Drawings, resampling: Resampling) -> Omniglot:
+    from PIL import Image
+
+    filters = {
+        "lanczos": Image.Resampling.LANCZOS,
+        "box": Image.Resampling.BOX,
+        "nearest": Image.Resampling.NEAREST,
+    }
+    images = np.empty((len(drawings), DRAWINGS, SIZE, SIZE), np.uint8)
+    for row, character in zip(images, drawings.values()):
+        for image, drawing in zip(row, character):
+            # From 8 bits: Pillow would take the nearest pixel of a 1-bit image whatever the filter.
+            grey = Image.fromarray(drawing.astype(np.uint8) * 255)
+            image[:] = np.asarray(grey.resize((SIZE, SIZE), filters[resampling]))
+    return Omniglot(images, tuple(drawings))
+
+
+# The cache
+
+
+def _digest(data: Omniglot) -> str:
+    return hashlib.sha256("\n".join(data.names).encode() + data.images.tobytes()).hexdigest()
+
+
+def _read_cache(path: Path) -> Omniglot | None:
+    """The cached data, or None if there is none or it is damaged, so that it is built again."""
+    try:
+        with np.load(path) as arrays:
+            data = Omniglot(arrays["images"], tuple(arrays["names"].tolist()))
+            whole = str(arrays["sha256"]) == _digest(data)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        print(f"The cache {path} is damaged ({error}) and is built again.")
+        return None
+    if not whole:
+        print(f"The cache {path} does not match its checksum and is built again.")
+        return None
+    return data
+
+
+def _write_cache(path: Path, data: Omniglot) -> None:
+    """Writes beside the target and renames, so that no reader ever sees a part of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.stem, suffix=".tmp", delete=False) as file:
+        try:
+            np.savez(file, images=data.images, names=np.array(data.names), sha256=np.array(_digest(data)))
+            file.close()
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise

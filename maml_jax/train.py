@@ -1,0 +1,97 @@
+"""Meta-training as a loop: many meta-steps per device call, with tasks drawn inside the call."""
+
+from typing import Any, Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from maml_jax import validation
+from maml_jax.meta import MetaLearner
+from maml_jax.types import MetaInfo, MetaState, Task
+
+DrawFn = Callable[[Any, jax.Array], Task]
+"""`(data, step) -> tasks`: the meta-batch of one step, a pure function that runs on the device."""
+
+Metrics = dict[str, Any]
+"""Means over some meta-steps: `loss`, `grad_norm`, and the entries of the loss's aux."""
+
+
+def many_steps(learner: MetaLearner, draw: DrawFn) -> Callable[[MetaState, Any, jax.Array], tuple[MetaState, Metrics]]:
+    """`(state, data, count) -> (state, metrics)`: `count` meta-steps as one pure function.
+
+    `count` may be traced, so that one compilation serves any number. `data` is passed through to
+    `draw`; arrays closed over instead would become constants of the compiled program.
+    """
+
+    def one_step(state: MetaState, data: Any) -> tuple[MetaState, Metrics]:
+        state, info = learner.step(state, draw(data, state.step))
+        return state, _metrics(info)
+
+    def run(state: MetaState, data: Any, count: jax.Array) -> tuple[MetaState, Metrics]:
+        def body(_, carry):
+            state, total = carry
+            state, metrics = one_step(state, data)
+            return state, jax.tree.map(jnp.add, total, metrics)
+
+        shapes = jax.eval_shape(one_step, state, data)[1]
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        state, total = lax.fori_loop(0, count, body, (state, zeros))
+        return state, jax.tree.map(lambda leaf: leaf / count, total)
+
+    return run
+
+
+def train(
+    learner: MetaLearner, state: MetaState, draw: DrawFn, data: Any = None, *, steps: int, steps_per_call: int
+) -> Iterator[tuple[MetaState, Metrics]]:
+    """Meta-trains until `state.step` is `steps`, and hands over state and metrics after every call.
+
+    `for state, metrics in train(...)` is the whole training loop. A state that was handed over is
+    given up to the next call: copy what should outlive it. The one passed in stays whole.
+
+    Args:
+      learner: what to train.
+      state: where to start, `learner.init(params)` or an earlier run's.
+      draw: `(data, step) -> tasks`.
+      data: what `draw` draws from, kept on the device.
+      steps: meta-steps in all, counting those that `state` has behind it.
+      steps_per_call: meta-steps per device call; the last call may be shorter.
+
+    Yields:
+      The state, and as plain numbers the means over the call's meta-steps, with the number of steps
+      taken so far as `step`.
+
+    Raises:
+      ValueError: for fewer than 1 step, at once.
+      FloatingPointError: if loss or gradient stop being finite, naming the steps.
+    """
+    validation.at_least("steps", steps, 1)
+    validation.at_least("steps_per_call", steps_per_call, 1)
+    return _train(learner, state, draw, data, steps, steps_per_call)
+
+
+def _train(learner, state, draw, data, steps, steps_per_call):
+    call = jax.jit(many_steps(learner, draw), donate_argnums=0)
+    state = jax.tree.map(jnp.copy, state)
+    data = jax.device_put(data, state.step.sharding)  # On every device that computes.
+    done = int(state.step)
+    while done < steps:
+        count = min(steps_per_call, steps - done)
+        state, metrics = call(state, data, count)
+        metrics = jax.tree.map(lambda leaf: np.asarray(leaf).tolist(), metrics)
+        if not np.isfinite([metrics["loss"], metrics["grad_norm"]]).all():
+            raise FloatingPointError(
+                f"Between meta-steps {done + 1} and {done + count} the meta-loss or its gradient stopped being finite "
+                f"(loss {metrics['loss']}, gradient norm {metrics['grad_norm']}). A smaller inner or outer rate, or "
+                "optax.clip_by_global_norm before the outer optimizer, usually helps."
+            )
+        done += count
+        yield state, {"step": done, **metrics}
+
+
+def _metrics(info: MetaInfo) -> Metrics:
+    aux = jax.tree.map(lambda leaf: jnp.mean(leaf, 0), info.aux)
+    named = aux if isinstance(aux, dict) else {"aux": aux}
+    return {"loss": info.loss, "grad_norm": info.grad_norm, **named}
