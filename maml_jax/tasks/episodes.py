@@ -100,7 +100,7 @@ def _draw_episode(key: jax.Array, images: jax.Array, shape: EpisodeShape) -> Tas
 
 def _distinct(key: jax.Array, population: int, count: int) -> jax.Array:
     """`count` different indices below `population` in random order: where the largest of random numbers stand."""
-    return jax.lax.top_k(jax.random.bits(key, (population,)), count)[1]
+    return jax.lax.top_k(jax.random.uniform(key, (population,)), count)[1]
 
 
 def _turn(images: jax.Array, quarters: jax.Array) -> jax.Array:
