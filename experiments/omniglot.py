@@ -8,9 +8,11 @@ characters. Writes metrics, results, parameters and pictures to the work directo
 
 import dataclasses
 import math
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,19 +21,23 @@ import optax
 import maml_jax
 from experiments import command_line
 from maml_jax import losses, models, plots, validation
+from maml_jax.models import all_but_offsets
 from maml_jax.record import Progress, RunDirectory
 from maml_jax.statistics import interval
 from maml_jax.task_axis import task_mesh
 from maml_jax.tasks import download, episodes, omniglot
 from maml_jax.train import train
 
-PRESETS = {
-    f"{ways}w{shots}s{suffix}": (ways, shots, net)
-    for ways, shots, net, suffix in [
-        (5, 1, "conv", ""), (5, 5, "conv", ""), (20, 1, "conv", ""), (20, 5, "conv", ""),
-        (5, 1, "mlp", "-mlp"), (5, 5, "mlp", "-mlp"),
-    ]
-}  # fmt: skip
+Net = Literal["conv", "mlp"]
+
+PRESETS: dict[str, tuple[int, int, Net]] = {
+    "5w1s": (5, 1, "conv"),
+    "5w5s": (5, 5, "conv"),
+    "20w1s": (20, 1, "conv"),
+    "20w5s": (20, 5, "conv"),
+    "5w1s-mlp": (5, 1, "mlp"),
+    "5w5s-mlp": (5, 5, "mlp"),
+}
 
 # Test accuracy and half width of its 95% interval, in per cent: (ways, shots, net, order).
 # Second order: paper, table 1. First order: Nichol et al. 2018, table 2.
@@ -44,6 +50,7 @@ PUBLISHED = {
 }  # fmt: skip
 
 TEST_STEPS = 10  # Inner steps shown at test, 0 to 10.
+VAL_TASKS = 160
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +63,7 @@ class Config:
     """Classes per task."""
     shots: int = 1
     """Support examples per class."""
-    net: Literal["conv", "mlp"] = "conv"
+    net: Net = "conv"
     """The four-block convolutional net, or the one without convolutions."""
     order: Literal[1, 2] = 2
     """2: exact meta-gradient; 1: first-order approximation."""
@@ -93,85 +100,109 @@ class Config:
     workdir: Path | None = None
     """Where the run writes; default: a new directory below runs/."""
 
-    def resolve(self) -> "Config":
+    def resolve(self) -> "Setting":
         """Fills in the recipe (paper, appendix A.1) and checks everything that needs no data.
 
         Raises:
           ValueError: naming the option, what was given and what is allowed.
         """
-        config = self
+        ways, shots, net = self.ways, self.shots, self.net
         if self.preset is not None:
-            defaults = (Config.ways, Config.shots, Config.net)
             validation.one_of("preset", self.preset, PRESETS)
-            if (self.ways, self.shots, self.net) not in (defaults, PRESETS[self.preset]):
+            if (ways, shots, net) not in ((Config.ways, Config.shots, Config.net), PRESETS[self.preset]):
                 raise ValueError(f"preset {self.preset} sets ways, shots and net: give either it or them, not both.")
             ways, shots, net = PRESETS[self.preset]
-            config = dataclasses.replace(self, ways=ways, shots=shots, net=net)
-        for name in ("ways", "shots", "steps", "test_tasks"):
-            validation.at_least(name, getattr(config, name), 2 if name == "ways" else 1)
-        validation.at_least("seed", config.seed, 0)
-        many = config.ways >= 20
-        recipe = {
-            "tasks": 16 if many else 32,
-            "queries": config.shots,
-            "inner_rate": losses.rate_for_mean_loss(0.1, 20) if many else losses.rate_for_mean_loss(0.4, 5),
-            "inner_steps": 5 if many else 1,
-            "tasks_at_once": None,
-        }
-        config = dataclasses.replace(config, **{k: v for k, v in recipe.items() if getattr(config, k) is None})
-        for name in ("tasks", "queries", "inner_steps"):
-            validation.at_least(name, getattr(config, name), 1)
-        if config.tasks_at_once is not None:
-            validation.at_least("tasks_at_once", config.tasks_at_once, 1)
-            if config.tasks % config.tasks_at_once:
-                raise ValueError(f"tasks_at_once must divide tasks, {config.tasks}, but got {config.tasks_at_once}.")
-        for name in ("inner_rate", "outer_rate"):
-            validation.positive(name, getattr(config, name))
-        validation.one_of("order", config.order, (1, 2))
-        if config.shots + config.queries > omniglot.DRAWINGS:
+        validation.at_least("ways", ways, 2)
+        recipe = TWENTY_WAYS if ways >= 20 else FIVE_WAYS
+        setting = Setting(
+            ways=ways,
+            shots=shots,
+            queries=shots if self.queries is None else self.queries,
+            net=net,
+            tasks=recipe.tasks if self.tasks is None else self.tasks,
+            inner_rate=recipe.inner_rate if self.inner_rate is None else self.inner_rate,
+            inner_steps=recipe.inner_steps if self.inner_steps is None else self.inner_steps,
+        )
+        for name in ("shots", "queries", "tasks", "inner_steps"):
+            validation.at_least(name, getattr(setting, name), 1)
+        for name in ("steps", "test_tasks"):
+            validation.at_least(name, getattr(self, name), 1)
+        validation.at_least("seed", self.seed, 0)
+        validation.positive("inner_rate", setting.inner_rate)
+        validation.positive("outer_rate", self.outer_rate)
+        validation.one_of("order", self.order, (1, 2))
+        if self.tasks_at_once is not None:
+            validation.at_least("tasks_at_once", self.tasks_at_once, 1)
+        if setting.shots + setting.queries > omniglot.DRAWINGS:
             raise ValueError(
                 f"shots + queries must be at most {omniglot.DRAWINGS}, the drawings of a character, but got "
-                f"{config.shots} + {config.queries}."
+                f"{setting.shots} + {setting.queries}."
             )
-        return config
+        return setting
+
+
+class Recipe(NamedTuple):
+    """What the paper's appendix A.1 sets by the number of ways."""
+
+    tasks: int
+    inner_rate: float
+    inner_steps: int
+
+
+FIVE_WAYS = Recipe(tasks=32, inner_rate=losses.rate_for_mean_loss(0.4, ways=5), inner_steps=1)
+TWENTY_WAYS = Recipe(tasks=16, inner_rate=losses.rate_for_mean_loss(0.1, ways=20), inner_steps=5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """The options that depend on others, resolved. Fields as in `Config`."""
+
+    ways: int
+    shots: int
+    queries: int
+    net: Net
+    tasks: int
+    inner_rate: float
+    inner_steps: int
 
 
 def main(config: Config) -> dict:
     """Runs the experiment; returns what it writes to `results.json`."""
-    config = config.resolve()
+    setting = config.resolve()
     if config.download:
         download.omniglot(config.data_dir)
     data = omniglot.load(config.data_dir, config.cache_dir, resampling=config.resampling)
     splits = omniglot.split(config.split, data.names)
     train_classes, val_classes, test_classes = (episodes.ImageClasses(data.images[part]) for part in splits)
-    shape = episodes.EpisodeShape(config.ways, config.shots, config.queries, config.rotations)
+    shape = episodes.EpisodeShape(setting.ways, setting.shots, setting.queries, config.rotations)
     for classes in (train_classes, val_classes, test_classes):
         shape.check(classes)
 
-    net = network(config)
-    loss_fn = losses.cross_entropy(lambda params, images: net.apply({"params": params}, images))
-    inner = maml_jax.sgd(
-        config.inner_rate, steps=config.inner_steps, order=config.order, trainable=models.all_but_offsets
+    net = network(setting)
+    loss_fn = losses.cross_entropy(models.apply_params(net))
+    build = partial(
+        maml_jax.maml,
+        loss_fn,
+        maml_jax.sgd(setting.inner_rate, steps=setting.inner_steps, order=config.order, trainable=all_but_offsets),
+        optax.adam(config.outer_rate),
+        tasks_at_once=config.tasks_at_once or default_tasks_at_once(),
+        mesh=task_mesh(setting.tasks),
     )
-    outer = optax.adam(config.outer_rate)
-    over_tasks = {"tasks_at_once": config.tasks_at_once or default_tasks_at_once(), "mesh": task_mesh(config.tasks)}
-    learner = maml_jax.maml(loss_fn, inner, outer, **over_tasks)
-    alone = maml_jax.maml(loss_fn, inner, outer, query_loss_fn=losses.one_by_one(loss_fn), **over_tasks)
+    learner = build()
+    evaluate = jax.jit(learner.evaluate, static_argnums=2)
+    evaluate_alone = jax.jit(build(query_loss_fn=losses.one_by_one(loss_fn)).evaluate, static_argnums=2)
 
     init_key, train_key, val_key, test_key = jax.random.split(jax.random.key(config.seed), 4)
     state = learner.init(net.init(init_key, jnp.zeros((1, omniglot.SIZE, omniglot.SIZE, 1)))["params"])
-
-    def draw(classes: episodes.ImageClasses, step: jax.Array) -> maml_jax.Task:
-        return episodes.draw_episodes(jax.random.fold_in(train_key, step), classes, config.tasks, shape)
-
-    evaluate = jax.jit(learner.evaluate, static_argnums=2)
-    evaluate_alone = jax.jit(alone.evaluate, static_argnums=2)
-    val_tasks = episodes.draw_episodes(val_key, val_classes, 160, shape)
+    val_tasks = episodes.draw_episodes(val_key, val_classes, VAL_TASKS, shape)
     test_tasks = episodes.draw_episodes(test_key, test_classes, config.test_tasks, shape)
 
-    name = f"omniglot-{config.ways}way-{config.shots}shot" + ("-mlp" if config.net == "mlp" else "")
+    def draw(classes: episodes.ImageClasses, step: jax.Array) -> maml_jax.Task:
+        return episodes.draw_episodes(jax.random.fold_in(train_key, step), classes, setting.tasks, shape)
+
+    name = f"omniglot-{setting.ways}way-{setting.shots}shot" + ("-mlp" if setting.net == "mlp" else "")
     run = RunDirectory(config.workdir, f"{name}-order{config.order}-seed{config.seed}")
-    print(f"{name}: {config}\nWriting to {run.path}", flush=True)
+    print(f"{setting}\nWriting to {run.path}", flush=True)
 
     validate_every = max(1, min(1000, config.steps // 10))
     per_call = math.gcd(validate_every, 20)
@@ -179,43 +210,44 @@ def main(config: Config) -> dict:
     history = []
     for state, metrics in train(learner, state, draw, train_classes, steps=config.steps, steps_per_call=per_call):
         if metrics["step"] % validate_every == 0 or metrics["step"] == config.steps:
-            metrics["val_accuracy"] = float(evaluate(state, val_tasks, config.inner_steps).aux["accuracy"][:, -1].mean())
+            accuracy = evaluate(state, val_tasks, setting.inner_steps).aux["accuracy"]
+            metrics["val_accuracy"] = float(accuracy[:, -1].mean())
         run.log(**metrics)
         history.append(metrics)
         progress.update(metrics["step"], loss=metrics["loss"], accuracy=metrics["accuracy"])
 
-    protocol = (
-        f"{config.test_tasks} tasks of {config.ways} held-out characters (split {config.split}: {len(splits.test)} "
-        f"test characters, rotations {config.rotations}), {config.shots} support and {config.queries} query drawings "
-        f"of each, 0 to {TEST_STEPS} inner steps of {config.inner_rate:g} on the mean cross-entropy"
-    )
     results = {
         "config": dataclasses.asdict(config),
-        "protocol": protocol,
+        "setting": dataclasses.asdict(setting),
+        "protocol": (
+            f"{config.test_tasks} tasks of {setting.ways} held-out characters (split {config.split}: "
+            f"{len(splits.test)} test characters, rotations {config.rotations}), {setting.shots} support and "
+            f"{setting.queries} query drawings of each, 0 to {TEST_STEPS} inner steps of {setting.inner_rate:g} on the "
+            "mean cross-entropy"
+        ),
         "normalisation": {
             "together": "statistics of the batch at hand, the query images of a task in one batch (as in the paper)",
             "alone": "statistics of the batch at hand, each query image a batch of its own",
         },
         "content_sha256": omniglot.CONTENT_SHA256,
-        "published": PUBLISHED.get((config.ways, config.shots, config.net, config.order)),
+        "published": PUBLISHED.get((setting.ways, setting.shots, setting.net, config.order)),
     }
     for way, evaluator in (("together", evaluate), ("alone", evaluate_alone)):
-        accuracy = np.asarray(evaluator(state, test_tasks, TEST_STEPS).aux["accuracy"])
-        mean, half_width = interval(100 * accuracy)
+        mean, half_width = interval(100 * np.asarray(evaluator(state, test_tasks, TEST_STEPS).aux["accuracy"]))
         results[way] = {"accuracy": mean, "half_width": half_width}
-    print(table(config, results))
+    print(table(results))
     run.write_params(state.params)
     path = run.write_results(results)
     plots.omniglot(run.path / "curves.png", history, results)
-    print(f"Wrote {path} and curves.png beside it.")
+    print(f"Wrote {path}, and curves.png and params.msgpack beside it.")
     return results
 
 
-def network(config: Config):
+def network(setting: Setting) -> nn.Module:
     """The net of the paper's section 5.2."""
-    if config.net == "mlp":
-        return models.MLP((256, 128, 64, 64), config.ways, normalise=True)
-    return models.ConvNet(config.ways)
+    if setting.net == "mlp":
+        return models.MLP((256, 128, 64, 64), setting.ways, normalise=True)
+    return models.ConvNet(setting.ways)
 
 
 def default_tasks_at_once() -> int | None:
@@ -223,7 +255,7 @@ def default_tasks_at_once() -> int | None:
     return 1 if jax.default_backend() == "cpu" else None
 
 
-def table(config: Config, results: dict) -> str:
+def table(results: dict) -> str:
     """Accuracies over inner steps, with the published one beside."""
     lines = [results["protocol"], "", "inner steps     queries together   queries one by one"]
     for step in range(TEST_STEPS + 1):

@@ -1,5 +1,6 @@
 """Model-agnostic meta-learning on JAX: pure functions for learning to adapt in a few gradient steps."""
 
+from maml_jax.check import MetaGradientReport, check_meta_gradient
 from maml_jax.inner import InnerLearner, adapt, no_adaptation, sgd, unrolled
 from maml_jax.meta import MetaLearner, maml
 from maml_jax.types import AdaptInfo, Evaluation, LossFn, MetaInfo, MetaState, Task
@@ -11,11 +12,13 @@ __all__ = [
     "Evaluation",
     "InnerLearner",
     "LossFn",
+    "MetaGradientReport",
     "MetaInfo",
     "MetaLearner",
     "MetaState",
     "Task",
     "adapt",
+    "check_meta_gradient",
     "maml",
     "no_adaptation",
     "sgd",

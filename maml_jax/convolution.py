@@ -7,7 +7,8 @@ image patches and kernel, which batches over tasks and differentiates, at any or
 products again. GPUs and TPUs have grouped convolutions of their own.
 """
 
-from typing import Callable, Literal
+from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,9 @@ from jax import lax
 Implementation = Literal["patches", "lax"]
 
 
-def conv(x: jax.Array, kernel: jax.Array, *, stride: int = 1, implementation: Implementation | None = None) -> jax.Array:
+def conv(
+    x: jax.Array, kernel: jax.Array, *, stride: int = 1, implementation: Implementation | None = None
+) -> jax.Array:
     """Two-dimensional convolution with 'SAME' padding (and no bias), differentiable at any order.
 
     Args:

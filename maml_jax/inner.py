@@ -5,7 +5,8 @@ many, gradient descent and any other optax transformation all go through it; an 
 says which of these is wanted.
 """
 
-from typing import Any, Callable, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp

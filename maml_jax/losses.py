@@ -5,7 +5,8 @@ examples divided by K, N times this mean, and states its inner rates in those un
 `rate_for_mean_loss` converts them.
 """
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp

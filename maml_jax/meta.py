@@ -1,7 +1,8 @@
 """MAML: meta-learns the parameters from which the inner loop starts (Finn et al. 2017, algorithm 1)."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,11 +89,11 @@ def maml(
             validation.at_least("steps", steps, 0)
 
         def one_task(meta_params: tuple[Params, Rates], task: Task) -> Evaluation:
-            def probe(params: Params) -> tuple[jax.Array, Any]:
-                return query_loss(params, task.query)
+            def probe(params: Params) -> Evaluation:
+                return Evaluation(*query_loss(params, task.query), support_loss(params, task.support)[0])
 
             _, info = inner_loop(inner, support_loss, *meta_params, task.support, steps=steps, probe=probe)
-            return Evaluation(*info.probes)
+            return info.probes
 
         return over_tasks.map(one_task, (state.params, state.rates), tasks)
 

@@ -1,6 +1,7 @@
 """The paper's networks in linen, with the initialisation of the authors' code."""
 
-from typing import Any, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -54,6 +55,11 @@ class ConvNet(nn.Module):
         if self.pooled:
             return nn.Dense(self.ways, kernel_init=nn.initializers.xavier_uniform())(x.reshape(x.shape[0], -1))
         return nn.Dense(self.ways, kernel_init=nn.initializers.normal(1.0))(x.mean((1, 2)))
+
+
+def apply_params(net: nn.Module) -> Callable[[Params, jax.Array], jax.Array]:
+    """The net as a function `(params, inputs) -> outputs`, the form in which losses take a model."""
+    return lambda params, inputs: cast(jax.Array, net.apply({"params": params}, inputs))
 
 
 def all_but_offsets(params: Params) -> Any:

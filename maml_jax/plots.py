@@ -1,13 +1,14 @@
 """Pictures of results, drawn from what a run has recorded. Only this file imports matplotlib."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")  # Pictures go to files: no display is needed.
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
 
 
 def omniglot(path: Path, history: Sequence[dict[str, Any]], results: dict[str, Any]) -> None:
@@ -36,3 +37,39 @@ def _smoothed(steps: np.ndarray, values: np.ndarray, points: int = 200) -> tuple
     """Means over groups of neighbours, at most `points` of them."""
     groups = np.array_split(np.arange(len(steps)), min(points, len(steps)))
     return np.array([steps[g].mean() for g in groups]), np.array([values[g].mean() for g in groups])
+
+
+def sinusoid_errors(path: Path, rows: Sequence[dict[str, Any]], paper: Mapping[str, Sequence[float]]) -> None:
+    """Error over gradient steps, a panel for each number of points, as in the paper's figure 3."""
+    shots = sorted({row["shots"] for row in rows})
+    figure, panels = plt.subplots(1, len(shots), figsize=(4 * len(shots), 4), sharey=True, layout="constrained")
+    for axes, count in zip(panels, shots):
+        for row in (row for row in rows if row["shots"] == count):
+            steps = range(len(row["mean"]))
+            (line,) = axes.plot(steps, row["mean"], "o-", markersize=3, label=row["method"].replace("_", " "))
+            low, high = row["mean"] - row["half_width"], row["mean"] + row["half_width"]
+            axes.fill_between(steps, low, high, alpha=0.2, color=line.get_color())
+        if count == 5:
+            for name, values in paper.items():
+                axes.plot((1, 5, 10), values, "k*", label="paper" if name == "maml" else None)
+        axes.set(xlabel="gradient steps", title=f"K = {count}", yscale="log", ylim=(1e-3, 10))
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("mean squared error")
+    panels[0].legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def sinusoid_fits(path: Path, panels: Sequence[dict[str, Any]]) -> None:
+    """Predictions before and after adaptation to the marked points, as in the paper's figure 2."""
+    figure, grid = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.5), sharey=True, layout="constrained")
+    for axes, panel in zip(grid, panels):
+        axes.plot(panel["x"], panel["truth"], color="tab:red", label="the curve")
+        axes.plot(*panel["support"], "^", color="tab:purple", label="given points")
+        for (steps, fit), style in zip(panel["fits"].items(), (":", "--", "-")):
+            axes.plot(panel["x"], fit, style, color="tab:green", label=f"after {steps} steps")
+        axes.set(title=panel["title"], xlabel="x")
+        axes.grid(alpha=0.3)
+    grid[0].legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -26,20 +26,17 @@ class RunDirectory:
     """
 
     def __init__(self, path: str | Path | None, name: str):
-        if path is None:
-            number = 1
-            while (path := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
-                number += 1
-        self.path = Path(path)
+        self.path = _free_path(name) if path is None else Path(path)
         if (self.path / "metrics.jsonl").exists():
             raise FileExistsError(f"{self.path} already holds a run. Give another --workdir, or move that one away.")
         self.path.mkdir(parents=True, exist_ok=True)
-        self._metrics = open(self.path / "metrics.jsonl", "x")
+        self._metrics = self.path / "metrics.jsonl"
+        self._metrics.touch(exist_ok=False)
 
     def log(self, **row: Any) -> None:
         """Appends one line to `metrics.jsonl`."""
-        self._metrics.write(json.dumps(_plain(row)) + "\n")
-        self._metrics.flush()
+        with open(self._metrics, "a") as file:
+            file.write(json.dumps(_plain(row)) + "\n")
 
     def write_results(self, results: dict[str, Any]) -> Path:
         """Writes `results.json`: the results, and what made them."""
@@ -57,6 +54,13 @@ class RunDirectory:
         part.write_bytes(content)
         os.replace(part, target)
         return target
+
+
+def _free_path(name: str) -> Path:
+    number = 1
+    while (path := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
+        number += 1
+    return path
 
 
 def provenance() -> dict[str, Any]:
@@ -78,15 +82,17 @@ def provenance() -> dict[str, Any]:
 
 def _commit() -> str | None:
     """The commit of the checkout that this package lies in, with '+changes' if it is not clean."""
-    here = Path(__file__).parent
+    here = Path(__file__)
 
     def git(*args: str) -> str:
-        return subprocess.run(["git", "-C", here, *args], capture_output=True, text=True, check=True).stdout.strip()
+        command = ["git", "-C", str(here.parent), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", here.name)  # Installed into another project's checkout: not its commit.
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
-        return None  # Installed from a package: no checkout, and so no commit.
+        return None
 
 
 def _processor() -> str:

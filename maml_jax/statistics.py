@@ -18,14 +18,14 @@ def interval(values: np.ndarray) -> Interval:
     return Interval(values.mean(0), 1.96 * values.std(0) / np.sqrt(len(values)))
 
 
-def divergence_rate(loss: np.ndarray) -> np.ndarray:
-    """Fraction of tasks that adaptation left worse than it found them, or not finite, after each step.
+def divergence_rate(support_loss: np.ndarray) -> np.ndarray:
+    """Fraction of tasks on which gradient descent has diverged: it made larger what it is to make smaller.
 
     Args:
-      loss: `[T, S + 1]`, query losses from before adaptation on.
+      support_loss: `[T, S + 1]`, from before adaptation on, as `Evaluation.support_loss`.
 
     Returns:
-      `[S + 1]`, the first of which is 0 unless a loss is not finite to begin with.
+      `[S + 1]`: after each step, the tasks whose support loss is above that before adaptation, or not finite.
     """
-    loss = np.asarray(loss)
-    return 1 - (loss <= loss[:, :1]).mean(0)
+    support_loss = np.asarray(support_loss)
+    return 1 - (support_loss <= support_loss[:, :1]).mean(0)

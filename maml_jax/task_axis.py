@@ -3,8 +3,9 @@
 The result is the same up to rounding; time and memory are not.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp

@@ -1,6 +1,7 @@
 """Meta-training as a loop: many meta-steps per device call, with tasks drawn inside the call."""
 
-from typing import Any, Callable, Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp

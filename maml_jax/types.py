@@ -5,7 +5,8 @@ Dimensions are named once, here, and used in every docstring:
 `N` ways (classes per episode), `K` shots (support examples per class).
 """
 
-from typing import Any, Callable, NamedTuple, TypeAlias
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
@@ -72,9 +73,11 @@ class MetaInfo(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Query loss and aux of each task before adaptation (column 0) and after each inner step."""
+    """Each task before adaptation (column 0) and after each inner step."""
 
     loss: jax.Array
-    """`[T, S + 1]`"""
+    """`[T, S + 1]`: query loss."""
     aux: Aux
-    """`[T, S + 1, ...]`"""
+    """`[T, S + 1, ...]`: aux of the query loss."""
+    support_loss: jax.Array
+    """`[T, S + 1]`: what the inner loop minimises; where it grows, the inner loop diverges."""

@@ -5,7 +5,8 @@ Every message says what was given, what is allowed, and what to do.
 
 import functools
 import math
-from typing import Any, Collection
+from collections.abc import Collection
+from typing import Any
 
 import jax
 import jax.numpy as jnp

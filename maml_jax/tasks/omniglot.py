@@ -12,8 +12,9 @@ import json
 import os
 import tempfile
 import zipfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Iterable, Iterator, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -164,8 +165,8 @@ def read_drawings(source: Path | tuple[Path, ...]) -> Drawings:
         for name in sorted(characters)
     }
     digest = hashlib.sha256()
-    for name, drawings in ordered.items():
-        digest.update(name.encode() + b"\0" + np.packbits(drawings).tobytes())
+    for name, stack in ordered.items():
+        digest.update(name.encode() + b"\0" + np.packbits(stack).tobytes())
     if digest.hexdigest() != CONTENT_SHA256:
         raise DataError(
             f"The drawings in {where} are not those of Omniglot: their content hash is {digest.hexdigest()}, and "

@@ -1,0 +1,340 @@
+"""Shows a user whether the meta-gradient of their own model and loss is exact.
+
+A meta-gradient can be wrong without any error: by a `stop_gradient` somewhere in the loss, an
+operation whose second derivative is not that of its first, or a compiler that disagrees with itself.
+Training still runs then, only worse. Here the gradient is held against what it is the derivative of.
+"""
+
+import operator
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maml_jax import validation
+from maml_jax.inner import InnerLearner, adapted_part
+from maml_jax.meta import task_loss
+from maml_jax.types import LossFn, Params, Task
+
+FLOAT64_STEPS, FLOAT32_STEPS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7), (1e-1, 1e-2, 1e-3)
+"""Half widths of the central differences, along directions of norm 1. The best of them counts: wide ones
+suffer from curvature and from kinks (a ReLU that switches in between), narrow ones from rounding."""
+
+ROUNDING = 0.05
+"""The largest part of the meta-gradient that may be rounding."""
+
+
+class Finding(NamedTuple):
+    """One comparison."""
+
+    name: str
+    error: float
+    """Relative difference between the two things compared; NaN if one of them is not finite."""
+    limit: float
+    """The largest error that counts as agreement; infinite for what is only told."""
+    meaning: str
+    """What it says about the user's model, and what to do if it failed."""
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.error <= self.limit) or self.limit == float("inf")
+
+
+class MetaGradientReport(NamedTuple):
+    """All findings; `print` it. `report.exact` is what a test asserts."""
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def exact(self) -> bool:
+        """Whether every comparison agreed."""
+        return all(finding.passed for finding in self.findings)
+
+    def __getitem__(self, name: str) -> Finding:  # type: ignore[override]
+        """The finding of that name."""
+        return next(finding for finding in self.findings if finding.name == name)
+
+    def __str__(self) -> str:
+        verdict = "The meta-gradient is exact." if self.exact else "The meta-gradient is NOT exact."
+        lines = [verdict]
+        for finding in self.findings:
+            mark = ("told" if finding.limit == float("inf") else "ok") if finding.passed else "FAIL"
+            limit = "" if finding.limit == float("inf") else f" (limit {finding.limit:.0e})"
+            lines.append(f"{mark:>4}  {finding.name}: {finding.error:.1e}{limit}. {finding.meaning}")
+        return "\n".join(lines)
+
+
+def check_meta_gradient(
+    loss_fn: LossFn,
+    params: Params,
+    tasks: Task,
+    inner: InnerLearner,
+    *,
+    query_loss_fn: LossFn | None = None,
+    directions: int = 3,
+    tolerance: float = 1e-6,
+    seed: int = 0,
+) -> MetaGradientReport:
+    """Compares the meta-gradient with central differences, and with itself computed in other ways.
+
+    All in float64, whatever the types given; it takes some hundred evaluations of the meta-loss, so give it
+    a few tasks and a small batch. Two tasks are enough.
+
+    Args:
+      loss_fn: `(params, batch) -> (scalar loss, aux)`, as for `maml`.
+      params: where to check. Take initial parameters rather than zeros.
+      tasks: a batch of tasks, leading axis `T` on every leaf.
+      inner: the inner learner, as for `maml`.
+      query_loss_fn: as for `maml`.
+      directions: random directions in the space of the meta-parameters.
+      tolerance: relative difference up to which two results agree.
+      seed: of the directions.
+
+    Returns:
+      A `MetaGradientReport` of these findings:
+      'loss gradient': `jax.grad` of the loss against its central differences;
+      'value': the loss out of `value_and_grad` against the loss alone;
+      'meta-gradient': jitted and vmapped, against central differences of the jitted meta-loss;
+      'jit': jitted against not jitted; 'vmap': mapped over tasks against a Python loop over them;
+      'order': second order against first, told, not judged;
+      'precision': the meta-gradient in float32 against float64.
+
+    Raises:
+      ValueError, TypeError: for arguments that `maml` would refuse.
+    """
+    validation.at_least("directions", directions, 1)
+    validation.positive("tolerance", tolerance)
+    validation.task_axis(tasks)
+    validation.floating_params(params)
+    support_loss = validation.checked_loss(loss_fn)
+    query_loss = validation.checked_loss(query_loss_fn or loss_fn)
+
+    with jax.enable_x64(True):
+        problem = _Problem(support_loss, query_loss, inner, *_cast((params, tasks), np.float64))
+        value, gradient = problem.value_and_grad(problem.start)
+        casts = value.dtype != jnp.float64
+        if casts:  # The loss goes down to float32 inside: differences cannot resolve more than this.
+            tolerance = max(tolerance, 2e-2)
+        judge = _Judge(tolerance, FLOAT32_STEPS if casts else FLOAT64_STEPS, directions, seed)
+        findings = [
+            _loss_gradient(judge, problem),
+            _value(judge, problem, value),
+            _meta_gradient(judge, problem, gradient),
+        ]
+        if np.isfinite(_norm(gradient)):  # Else there is nothing to compare any more.
+            findings += [
+                _jit(judge, problem, gradient),
+                _vmap(judge, problem, gradient),
+                _order(problem, gradient),
+                _precision(problem, gradient, casts),
+            ]
+    return MetaGradientReport(tuple(findings))
+
+
+class _Problem:
+    """The meta-loss of one batch of tasks as a function of `(params, rates)` alone, and its gradient."""
+
+    def __init__(self, support_loss: LossFn, query_loss: LossFn, inner: InnerLearner, params: Params, tasks: Task):
+        self.parts = (support_loss, query_loss, inner, params, tasks)
+        self.inner, self.tasks = inner, tasks
+        self.start = (params, inner.init_rates(adapted_part(inner, params)))
+
+        def of_task(meta_params: Any, task: Task) -> jax.Array:
+            return task_loss(support_loss, query_loss, inner, meta_params, task)[0]
+
+        def meta_loss(meta_params: Any) -> jax.Array:
+            return jax.vmap(partial(of_task, meta_params))(tasks).mean()
+
+        support = jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], tasks.support)
+        self.support_loss = jax.jit(lambda params: support_loss(params, support)[0])
+        self.meta_loss, self.loss = meta_loss, jax.jit(meta_loss)
+        self.value_and_grad = jax.jit(jax.value_and_grad(meta_loss))
+        self.task_gradient = jax.jit(jax.grad(of_task))
+
+    def with_order(self, order: Literal[1, 2]) -> "_Problem":
+        support_loss, query_loss, inner, params, tasks = self.parts
+        return _Problem(support_loss, query_loss, inner._replace(order=order), params, tasks)
+
+
+class _Judge(NamedTuple):
+    """How differences are taken, and what counts as agreement."""
+
+    tolerance: float
+    steps: tuple[float, ...]
+    directions: int
+    seed: int
+
+    def error(self, fn: Callable[[Any], jax.Array], at: Any, gradient: Any) -> float:
+        """The largest relative error of `gradient` along the random directions; NaN if it is not finite."""
+        random = np.random.default_rng(self.seed)
+        return float(np.max([self._along(fn, at, gradient, _direction(random, at)) for _ in range(self.directions)]))
+
+    def culprits(self, fn: Callable[[Any], jax.Array], at: Any, gradient: Any) -> str:
+        """Names the leaves along which `gradient` is wrong."""
+        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(at)]
+        wrong = []
+        for index, path in enumerate(paths):
+            error = self._along(fn, at, gradient, _direction(np.random.default_rng(self.seed), at, only=index))
+            if not error <= self.tolerance:
+                wrong.append(jax.tree_util.keystr(path))
+        return f", along {', '.join(wrong[:6])}{' and more' if len(wrong) > 6 else ''}" if wrong else ""
+
+    def _along(self, fn: Callable[[Any], jax.Array], at: Any, gradient: Any, direction: Any) -> float:
+        claimed = _dot(gradient, direction)
+        size = sum(leaf.size for leaf in jax.tree.leaves(at))
+        # A direction that happens to lie across the gradient is measured against the typical slope.
+        typical = _norm(gradient) / size**0.5
+
+        def error(step: float) -> float:
+            def moved(x: Any, d: np.ndarray) -> np.ndarray:
+                return (np.asarray(x) + step * d).astype(x.dtype)
+
+            ahead = fn(jax.tree.map(moved, at, direction))
+            behind = fn(jax.tree.map(lambda x, d: moved(x, -d), at, direction))
+            slope = float(ahead - behind) / (2 * step)
+            scale = max(abs(slope), abs(claimed), typical)
+            return 0.0 if scale == 0 else abs(slope - claimed) / scale
+
+        return float(np.min([error(step) for step in self.steps]))
+
+
+def _loss_gradient(judge: _Judge, problem: _Problem) -> Finding:
+    """The inner gradient by itself, so that a fault in the loss is told from one in its second derivative."""
+    params = problem.start[0]
+    gradient = jax.grad(problem.support_loss)(params)
+    error = judge.error(problem.support_loss, params, gradient)
+    if error <= judge.tolerance:
+        meaning = "jax.grad of the support loss is its derivative."
+    else:
+        where = judge.culprits(problem.support_loss, params, gradient)
+        meaning = (
+            f"jax.grad of the support loss is not its derivative{where}. Look for stop_gradient, rounding or a custom "
+            "derivative in the loss and the model."
+        )
+    return Finding("loss gradient", error, judge.tolerance, meaning)
+
+
+def _value(judge: _Judge, problem: _Problem, value: jax.Array) -> Finding:
+    alone = problem.loss(problem.start)
+    error = float(abs(value - alone) / jnp.maximum(abs(alone), jnp.finfo(alone.dtype).tiny))
+    if error <= judge.tolerance:
+        meaning = "The meta-loss is the same with and without its gradient."
+    else:
+        meaning = (
+            "Compiled together with its gradient the meta-loss is another number than alone: the compiler disagrees "
+            "with itself. The derivative of a maximum reduction is the usual cause; for max-pooling take "
+            "maml_jax.layers.max_pool."
+        )
+    return Finding("value", error, judge.tolerance, meaning)
+
+
+def _meta_gradient(judge: _Judge, problem: _Problem, gradient: Any) -> Finding:
+    error = judge.error(problem.loss, problem.start, gradient)
+    if problem.inner.order == 1:
+        meaning = "The inner learner is first order (order=1), an approximation: its slope is off by this much here."
+    elif error <= judge.tolerance:
+        meaning = f"It agrees with differences of the meta-loss along {judge.directions} random directions."
+    elif not np.isfinite(_norm(gradient)):
+        meaning = (
+            "It is not finite. An inner optimizer with a square root, such as Adam, needs eps_root > 0; a loss with "
+            "sqrt, log or norm needs care at zero."
+        )
+    else:
+        where = judge.culprits(problem.loss, problem.start, gradient)
+        meaning = (
+            f"It is not the derivative of the meta-loss{where}. If 'loss gradient' agrees, look for an operation whose "
+            "second derivative is wrong, or a stop_gradient in the query loss or the inner optimizer."
+        )
+    return Finding("meta-gradient", error, judge.tolerance, meaning)
+
+
+def _jit(judge: _Judge, problem: _Problem, gradient: Any) -> Finding:
+    with jax.disable_jit():
+        error = _difference(gradient, jax.grad(problem.meta_loss)(problem.start))
+    if error <= judge.tolerance:
+        meaning = "Compiled and not compiled it is the same."
+    else:
+        meaning = "Compiling changes it: a fault of the compiler, see 'value', or a loss with effects."
+    return Finding("jit", error, judge.tolerance, meaning)
+
+
+def _vmap(judge: _Judge, problem: _Problem, gradient: Any) -> Finding:
+    count = validation.task_axis(problem.tasks)
+    tasks = [jax.tree.map(operator.itemgetter(index), problem.tasks) for index in range(count)]
+    each = [problem.task_gradient(problem.start, task) for task in tasks]
+    error = _difference(gradient, jax.tree.map(lambda *leaves: sum(leaves) / count, *each))
+    if error <= judge.tolerance:
+        meaning = "Mapped over tasks it is the same as in a Python loop over them."
+    else:
+        meaning = "Mapped over tasks it differs from a Python loop over them: something in the loss changes under vmap."
+    return Finding("vmap", error, judge.tolerance, meaning)
+
+
+def _order(problem: _Problem, gradient: Any) -> Finding:
+    other = problem.with_order(1 if problem.inner.order == 2 else 2).value_and_grad(problem.start)[1]
+    first, second = (gradient, other) if problem.inner.order == 1 else (other, gradient)
+    change = _difference(first, second)
+    if change > 0:
+        meaning = "First order differs from second by this much of its norm here."
+    else:
+        meaning = (
+            "First order equals second: the inner gradient does not depend on the parameters. Unless the loss is "
+            "linear in them, something in it is detached."
+        )
+    return Finding("order", change, float("inf"), meaning)
+
+
+def _precision(problem: _Problem, gradient: Any, casts: bool) -> Finding:
+    support_loss, query_loss, inner, *data = problem.parts
+    with jax.enable_x64(False):
+        single = _Problem(support_loss, query_loss, inner, *_cast(tuple(data), np.float32))
+        rounded = single.value_and_grad(single.start)[1]
+    error = _difference(_cast(rounded, np.float64), gradient)
+    note = " The loss computes in float32 whatever it is given, so nothing here is judged more finely." if casts else ""
+    if error <= ROUNDING:
+        meaning = f"In float32 rounding changes it by this much.{note}"
+    else:
+        meaning = (
+            "In float32 rounding changes it by this much, because the inner loop amplifies it. A smaller inner rate, "
+            f"fewer steps or float64 help.{note}"
+        )
+    return Finding("precision", error, ROUNDING, meaning)
+
+
+def _cast(tree: Any, dtype: Any) -> Any:
+    """Floating-point leaves as NumPy arrays of that type; the others as they are."""
+
+    def cast(leaf: Any) -> Any:
+        return np.asarray(leaf, dtype) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) else leaf
+
+    return jax.tree.map(cast, tree)
+
+
+# NumPy from here on: compiling each of these small sums would take longer than all the rest.
+
+
+def _direction(random: np.random.Generator, like: Any, only: int | None = None) -> Any:
+    """A random direction of norm 1, within one leaf if `only` is its index."""
+    leaves, structure = jax.tree.flatten(like)
+    drawn = [random.standard_normal(leaf.shape) for leaf in leaves]
+    if only is not None:
+        drawn = [d if index == only else np.zeros_like(d) for index, d in enumerate(drawn)]
+    norm = _norm(drawn)
+    return jax.tree.unflatten(structure, [d / norm for d in drawn])
+
+
+def _dot(a: Any, b: Any) -> float:
+    return sum(float(np.vdot(x, y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def _norm(tree: Any) -> float:
+    return _dot(tree, tree) ** 0.5
+
+
+def _difference(a: Any, b: Any) -> float:
+    """Norm of the difference over the norm of `b`; 0 if both are 0."""
+    difference, norm = _norm(jax.tree.map(lambda x, y: np.asarray(x) - np.asarray(y), a, b)), _norm(b)
+    return 0.0 if difference == 0 else difference / norm if norm else float("inf")

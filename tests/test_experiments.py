@@ -1,0 +1,110 @@
+"""The experiments from their command line: short runs on real data, and what they say to bad input."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from experiments import omniglot, sinusoid
+
+
+def launch(*args, cwd=None, timeout=300):
+    """Runs `python -m experiments...` from the root of the checkout, as the README does."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    environment = {**os.environ, "PYTHONPATH": root}
+    environment.pop("XLA_FLAGS", None)
+    command = [sys.executable, "-m", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd or root, env=environment, timeout=timeout)
+
+
+BAD = [
+    ("sinusoid", ["--steps", "0"], "steps must be an integer of at least 1, but got 0"),
+    ("sinusoid", ["--inner-rate", "nan"], "inner_rate must be positive and finite, but got nan"),
+    ("sinusoid", ["--outer-rate", "-1"], "outer_rate must be positive and finite, but got -1"),
+    ("sinusoid", ["--inner-clip", "0"], "inner_clip must be positive"),
+    ("sinusoid", ["--seeds", "-1"], "seeds must be an integer of at least 0, but got -1"),
+    ("sinusoid", ["--shots", "many"], "shots"),
+    ("omniglot", ["--order", "3"], "order"),
+    ("omniglot", ["--ways", "1"], "ways must be an integer of at least 2, but got 1"),
+    ("omniglot", ["--ways", "2000"], "ways must be at most the number of classes, 1100, but got 2000"),
+    ("omniglot", ["--ways", "150"], "ways must be at most the number of classes, 100, but got 150"),
+    ("omniglot", ["--shots", "0"], "shots must be an integer of at least 1, but got 0"),
+    ("omniglot", ["--shots", "12", "--queries", "9"], "shots + queries must be at most 20"),
+    ("omniglot", ["--inner-rate", "inf"], "inner_rate must be positive and finite, but got inf"),
+    ("omniglot", ["--inner-steps", "0"], "inner_steps must be an integer of at least 1, but got 0"),
+    ("omniglot", ["--preset", "20w1s", "--ways", "10"], "give either it or them, not both"),
+    ("omniglot", ["--tasks-at-once", "5"], "tasks_at_once"),
+    ("omniglot", ["--rotations", "up"], "rotations"),
+    ("omniglot", ["--data-dir", "nowhere"], "--download"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "message"), BAD)
+def test_bad_input_ends_before_anything_long_starts(name, options, message, monkeypatch, capsys, tmp_path, request):
+    """In this process, to be quick; the exit status of a real one is tested below."""
+    from experiments import command_line
+
+    module = {"sinusoid": sinusoid, "omniglot": omniglot}[name]
+    if name == "omniglot" and "--data-dir" not in options:
+        shared, cache = request.getfixturevalue("shared_data"), request.getfixturevalue("omniglot_cache")
+        options = [*options, "--data-dir", str(shared / "omniglot"), "--cache-dir", str(cache)]
+    monkeypatch.setattr(sys, "argv", [name, *options])
+    monkeypatch.setattr(command_line.jax.config, "update", lambda *_: None)  # This process has its devices already.
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        command_line.run(module.Config, module.main)
+    assert end.value.code == 2
+    printed = capsys.readouterr()
+    assert message in printed.err + printed.out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_bad_input_ends_a_real_process_with_status_2_and_soon(tmp_path):
+    start = time.monotonic()
+    ended = launch("experiments.omniglot", "--data-dir", tmp_path, "--cache-dir", tmp_path)
+    assert ended.returncode == 2 and time.monotonic() - start < 30
+    assert ended.stderr.startswith(f"error: The data directory {tmp_path} holds no Omniglot.")
+    assert "Traceback" not in ended.stderr
+
+
+def test_sinusoid_from_beginning_to_end(tmp_path):
+    workdir = tmp_path / "run"
+    ended = launch("experiments.sinusoid", "--steps", 1500, "--test-tasks", 50, "--workdir", workdir)
+    assert ended.returncode == 0, ended.stderr
+    assert "K = 5" in ended.stdout and "the paper" in ended.stdout and "diverged" in ended.stdout
+    results = json.loads((workdir / "results.json").read_text())
+    errors = {(row["method"], row["shots"]): row["mean"] for row in results["rows"]}
+    assert len(errors) == 12 and all(len(mean) == 11 for mean in errors.values())
+    assert errors["maml", 10][1] < 0.9 * errors["maml", 10][0]  # One step helps already.
+    assert {"errors.png", "fits.png", "params.msgpack", "metrics.jsonl"} <= {p.name for p in workdir.iterdir()}
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["method"] == "oracle"] == [1000, 1500]
+    again = launch("experiments.sinusoid", "--workdir", workdir)
+    assert again.returncode == 2 and "already holds a run" in again.stderr
+
+
+@pytest.mark.parametrize("options", [["--order", "1"], ["--preset", "5w1s-mlp", "--split", "vinyals"]])
+def test_omniglot_from_beginning_to_end(options, shared_data, omniglot_cache, tmp_path):
+    workdir = tmp_path / "run"
+    common = ["--data-dir", shared_data / "omniglot", "--cache-dir", omniglot_cache, "--workdir", workdir]
+    ended = launch("experiments.omniglot", *common, *options, "--steps", 60, "--tasks", 4, "--test-tasks", 40)
+    assert ended.returncode == 0, ended.stderr
+    assert "queries one by one" in ended.stdout and "published" in ended.stdout
+    results = json.loads((workdir / "results.json").read_text())
+    for protocol in ("together", "alone"):
+        assert len(results[protocol]["accuracy"]) == len(results[protocol]["half_width"]) == 11
+    assert results["together"]["accuracy"][3] > 22 > results["together"]["accuracy"][0] - 8
+    assert (workdir / "curves.png").stat().st_size > 10_000
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 60 and "val_accuracy" in rows[-1]
+
+
+def test_recipes_are_the_papers():
+    five, twenty = omniglot.Config().resolve(), omniglot.Config(preset="20w5s").resolve()
+    assert (five.tasks, five.inner_rate, five.inner_steps, five.queries) == (32, 2.0, 1, 1)
+    assert (twenty.ways, twenty.shots, twenty.tasks, twenty.inner_rate, twenty.inner_steps) == (20, 5, 16, 2.0, 5)
+    assert omniglot.Config(preset="5w5s-mlp").resolve().net == "mlp"
+    assert omniglot.Config(preset="20w1s", inner_steps=3).resolve().inner_steps == 3

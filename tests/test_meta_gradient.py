@@ -1,0 +1,295 @@
+"""The meta-gradient against closed forms, definitions and float64 directional differences."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from model_zoo import ZOO, tasks
+
+import maml_jax
+from maml_jax import Task, inner, losses, meta, models
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def meta_gradient(loss_fn, inner_learner, params, batch, **options):
+    """The gradient that `maml` hands to the outer optimizer, read off a step of gradient descent at rate 1."""
+    learner = maml_jax.maml(loss_fn, inner_learner, optax.sgd(1.0), **options)
+    state = learner.init(params)
+    after, info = jax.jit(learner.step)(state, batch)
+    return jax.tree.map(jnp.subtract, state.params, after.params), info
+
+
+class Quadratic:
+    """Loss `(p - c)^T A (p - c) / 2`: adaptation and its derivative are matrix powers."""
+
+    rate, steps = 0.1, 3
+
+    def __init__(self):
+        random = np.random.default_rng(0)
+        halves = random.standard_normal((2, 4, 5, 5))
+        self.a = np.einsum("...ij,...kj->...ik", halves, halves) / 5 + np.eye(5)
+        self.c = random.standard_normal((2, 4, 5))
+        self.params = random.standard_normal(5)
+        self.tasks = Task((self.a[0], self.c[0]), (self.a[1], self.c[1]))
+
+    @staticmethod
+    def loss(params, batch):
+        a, c = batch
+        return 0.5 * (params - c) @ a @ (params - c), {}
+
+    def expected(self, order):
+        gradients, values = [], []
+        for a, c, a_query, c_query in zip(self.a[0], self.c[0], self.a[1], self.c[1]):
+            shrink = np.linalg.matrix_power(np.eye(5) - self.rate * a, self.steps)
+            adapted = c + shrink @ (self.params - c)
+            at_adapted = a_query @ (adapted - c_query)
+            gradients.append(shrink.T @ at_adapted if order == 2 else at_adapted)
+            values.append(0.5 * (adapted - c_query) @ at_adapted)
+        return np.mean(gradients, 0), np.mean(values)
+
+    def check(self, order):
+        learner = maml_jax.sgd(self.rate, steps=self.steps, order=order)
+        gradient, info = meta_gradient(self.loss, learner, jnp.asarray(self.params), self.tasks)
+        expected, value = self.expected(order)
+        np.testing.assert_allclose(gradient, expected, rtol=1e-12)
+        np.testing.assert_allclose(info.loss, value, rtol=1e-12)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_closed_form_on_a_quadratic(order):
+    Quadratic().check(order)
+
+
+def dropped_stop_gradient(monkeypatch):
+    monkeypatch.setattr(inner.lax, "stop_gradient", lambda tree: tree)
+    return 1
+
+
+def swapped_support_and_query(monkeypatch):
+    right = meta.task_loss
+    swap = lambda *args: right(*args[:-1], Task(args[-1].query, args[-1].support))  # noqa: E731
+    monkeypatch.setattr(meta, "task_loss", swap)
+    return 2
+
+
+def detached_inner_step(monkeypatch):
+    right = optax.apply_updates
+    monkeypatch.setattr(inner.optax, "apply_updates", lambda p, u: right(p, jax.lax.stop_gradient(u)))
+    return 2
+
+
+def one_step_too_few(monkeypatch):
+    right = inner.inner_loop
+    monkeypatch.setattr(meta, "inner_loop", lambda i, *args, **kw: right(i._replace(steps=i.steps - 1), *args, **kw))
+    return 2
+
+
+@pytest.mark.parametrize(
+    "fault", [dropped_stop_gradient, swapped_support_and_query, detached_inner_step, one_step_too_few]
+)
+def test_closed_form_notices_faults(fault, monkeypatch):
+    order = fault(monkeypatch)
+    with pytest.raises(AssertionError):
+        Quadratic().check(order)
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("name", ZOO)
+def test_exact_for_every_library(name, steps):
+    loss_fn, params = ZOO[name]()
+    report = maml_jax.check_meta_gradient(loss_fn, params, tasks(3), maml_jax.sgd(0.3, steps=steps))
+    assert report.exact, report
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_first_order_is_the_gradient_at_the_adapted_parameters(name):
+    loss_fn, params = ZOO[name]()
+    batch = jax.tree.map(lambda leaf: leaf[0], tasks(1))
+    gradient, _ = meta_gradient(loss_fn, maml_jax.sgd(0.3, steps=3, order=1), params, tasks(1))
+    adapted, _ = maml_jax.adapt(loss_fn, params, batch.support, learning_rate=0.3, steps=3)
+    at_adapted = jax.grad(lambda p: loss_fn(p, batch.query)[0])(adapted)
+    for got, expected in zip(jax.tree.leaves(gradient), jax.tree.leaves(at_adapted)):
+        np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-15)
+
+
+def image_tasks(size, channels, ways=3, shots=2, queries=2, count=2):
+    keys = jax.random.split(jax.random.key(5))
+
+    def batch(key, per_class):
+        labels = jnp.tile(jnp.arange(ways).repeat(per_class), (count, 1))
+        return jax.random.uniform(key, (count, ways * per_class, size, size, channels)), labels
+
+    return Task(batch(keys[0], shots), batch(keys[1], queries))
+
+
+NETS = {
+    "sinusoid MLP": (models.MLP((40, 40), 1), 0.01),
+    "Omniglot MLP": (models.MLP((32, 16), 3, normalise=True), 0.5),
+    "strided, patches": (models.ConvNet(3, 8, implementation="patches"), 0.5),
+    "strided, lax": (models.ConvNet(3, 8, implementation="lax"), 0.5),
+    "pooled, patches": (models.ConvNet(3, 6, pooled=True, implementation="patches"), 0.1),
+    "pooled, lax": (models.ConvNet(3, 6, pooled=True, implementation="lax"), 0.1),
+}
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("name", NETS)
+def test_directional_differences_on_the_papers_nets(name, steps):
+    net, rate = NETS[name]
+    if name == "sinusoid MLP":
+        batch = maml_jax.tasks.sinusoid.draw_tasks(jax.random.key(3), 3, shots=5, queries=5)
+        loss_fn = losses.mean_squared_error(models.apply_params(net))
+    else:
+        batch = image_tasks(28, 3 if "pooled" in name else 1)
+        loss_fn = losses.cross_entropy(models.apply_params(net))
+    params = net.init(jax.random.key(0), batch.support[0][0])["params"]
+    # Away from the paper's tiny initial weights, where the MLP is all but linear.
+    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), params)
+    learner = maml_jax.sgd(rate, steps=steps, trainable=models.all_but_offsets)
+
+    loss = jax.jit(lambda p: jax.vmap(lambda t: meta.task_loss(loss_fn, loss_fn, learner, (p, ()), t)[0])(batch).mean())
+    gradient, info = meta_gradient(loss_fn, learner, params, batch)
+    np.testing.assert_allclose(info.loss, loss(params), rtol=1e-12)
+    random = np.random.default_rng(0)
+    for _ in range(2):
+        direction = jax.tree.map(lambda x: random.standard_normal(x.shape), params)
+        slope = sum(jnp.vdot(g, d) for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction)))
+
+        def moved(by, direction=direction):
+            return loss(jax.tree.map(jnp.add, params, jax.tree.map(partial(jnp.multiply, by), direction)))
+
+        differences = [(moved(h) - moved(-h)) / (2 * h) for h in (1e-5, 1e-6, 1e-7)]
+        np.testing.assert_allclose(min(differences, key=lambda d: abs(d - slope)), slope, rtol=1e-6)
+
+
+def test_offsets_are_meta_learned_but_not_adapted():
+    net = models.ConvNet(3, 4)
+    batch = image_tasks(28, 1)
+    loss_fn = losses.cross_entropy(models.apply_params(net))
+    params = net.init(jax.random.key(0), batch.support[0][0])["params"]
+    learner = maml_jax.sgd(0.5, steps=2, trainable=models.all_but_offsets)
+    adapted, _ = inner.inner_loop(learner, loss_fn, params, (), jax.tree.map(lambda leaf: leaf[0], batch.support))
+    assert jnp.array_equal(adapted["BatchNorm_1"]["offset"], params["BatchNorm_1"]["offset"])
+    assert not jnp.array_equal(adapted["Conv_1"]["kernel"], params["Conv_1"]["kernel"])
+    gradient, _ = meta_gradient(loss_fn, learner, params, batch)
+    assert jnp.abs(gradient["BatchNorm_1"]["offset"]).max() > 0
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_learned_rates_start_as_sgd_and_get_the_right_gradient(order):
+    """Meta-SGD: d/d(rates) is minus the inner gradient times the query gradient at the adapted parameters."""
+    loss_fn, params = ZOO["dict"]()
+    batch = tasks(2)
+    learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.3, steps=1, order=order, learn_rates=True), optax.sgd(1.0))
+    state = learner.init(params)
+    after, _ = jax.jit(learner.step)(state, batch)
+    got = jax.tree.map(jnp.subtract, state.rates, after.rates)
+
+    def expected(task):
+        grads = jax.grad(lambda p: loss_fn(p, task.support)[0])(params)
+        adapted = jax.tree.map(lambda p, g: p - 0.3 * g, params, grads)
+        return jax.tree.map(lambda g, q: -g * q, grads, jax.grad(lambda p: loss_fn(p, task.query)[0])(adapted))
+
+    mean = jax.tree.map(lambda leaf: leaf.mean(0), jax.vmap(expected)(batch))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14), got, mean)
+    plain, _ = meta_gradient(loss_fn, maml_jax.sgd(0.3, steps=1, order=order), params, batch)
+    moved = jax.tree.map(jnp.subtract, state.params, after.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14), moved, plain)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [optax.sgd(0.1, momentum=0.9), optax.adam(0.05, eps_root=1e-8), optax.rmsprop(0.05, eps=1e-4, eps_in_sqrt=True)],
+    ids=["momentum", "adam", "rmsprop"],
+)
+def test_any_inner_optimizer_is_differentiated_through(optimizer):
+    loss_fn, params = ZOO["dict"]()
+    report = maml_jax.check_meta_gradient(loss_fn, params, tasks(2), maml_jax.unrolled(optimizer, steps=3))
+    assert report.exact, report
+
+
+def test_unrolled_optimizer_equals_a_loop_by_hand():
+    loss_fn, params = ZOO["dict"]()
+    optimizer = optax.adam(0.05, eps_root=1e-8)
+    batch = jax.tree.map(lambda leaf: leaf[0], tasks(1)).support
+    adapted, info = inner.inner_loop(maml_jax.unrolled(optimizer, steps=4), loss_fn, params, (), batch)
+    state, seen = optimizer.init(params), []
+    for _ in range(4):
+        (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
+        seen.append(loss)
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), adapted, params)
+    np.testing.assert_allclose(info.loss, seen, rtol=1e-12)
+
+
+@pytest.mark.parametrize("at_once", [None, 1, 2])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_every_way_through_the_tasks_gives_the_same(at_once, devices):
+    from maml_jax.task_axis import task_mesh
+
+    loss_fn, params = ZOO["dict"]()
+    batch = tasks(4)
+    mesh = task_mesh(4) if devices == 2 else None
+    assert devices == 1 or mesh.size == 2
+    learner = maml_jax.sgd(0.3, steps=2)
+    expected, expected_info = meta_gradient(loss_fn, learner, params, batch)
+    got, info = meta_gradient(loss_fn, learner, params, batch, tasks_at_once=at_once, mesh=mesh)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-15), got, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), info, expected_info)
+
+
+def test_several_devices_take_one_all_reduce_a_step():
+    from maml_jax.task_axis import task_mesh
+
+    loss_fn, params = ZOO["dict"]()
+    learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.3, steps=2), optax.adam(1e-3), mesh=task_mesh(4))
+    program = jax.jit(learner.step).lower(learner.init(params), tasks(4)).compile().as_text()
+    assert program.count(" all-reduce(") + program.count(" all-reduce-start(") == 1
+    assert "all-gather" not in program and "all-to-all" not in program
+
+
+def test_evaluation_follows_training():
+    """Columns of an evaluation are the losses along the same inner loop that training takes."""
+    loss_fn, params = ZOO["dict"]()
+    batch = tasks(3)
+    learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.3, steps=2), optax.sgd(1.0))
+    state = learner.init(params)
+    evaluation = jax.jit(learner.evaluate, static_argnums=2)(state, batch, 4)
+    assert evaluation.loss.shape == evaluation.support_loss.shape == evaluation.aux["accuracy"].shape == (3, 5)
+    _, info = learner.step(state, batch)
+    np.testing.assert_allclose(evaluation.loss[:, 2].mean(), info.loss, rtol=1e-12)
+    np.testing.assert_allclose(evaluation.support_loss[:, :2], info.support_loss, rtol=1e-12)
+    np.testing.assert_allclose(learner.evaluate(state, batch).loss, evaluation.loss[:, :3], rtol=1e-12)
+    assert learner.evaluate(state, batch, 0).loss.shape == (3, 1)
+    for index in range(3):
+        task = jax.tree.map(lambda leaf, index=index: leaf[index], batch)
+        adapted, info = maml_jax.adapt(loss_fn, params, task.support, learning_rate=0.3, steps=4)
+        np.testing.assert_allclose(loss_fn(adapted, task.query)[0], evaluation.loss[index, -1], rtol=1e-12)
+        np.testing.assert_allclose(info.loss, evaluation.support_loss[index], rtol=1e-12)
+
+
+def test_no_adaptation_is_joint_training():
+    loss_fn, params = ZOO["dict"]()
+    batch = tasks(3)
+    gradient, info = meta_gradient(loss_fn, maml_jax.no_adaptation(), params, batch)
+    joint = jax.grad(lambda p: jax.vmap(lambda query: loss_fn(p, query)[0])(batch.query).mean())(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-15), gradient, joint)
+    assert info.support_loss.shape == (3, 0)
+
+
+def test_query_loss_of_its_own():
+    loss_fn, params = ZOO["dict"]()
+    batch = tasks(2)
+
+    def doubled(params, batch):
+        loss, aux = loss_fn(params, batch)
+        return 2 * loss, aux
+
+    plain, _ = meta_gradient(loss_fn, maml_jax.sgd(0.3, steps=1), params, batch)
+    double, _ = meta_gradient(loss_fn, maml_jax.sgd(0.3, steps=1), params, batch, query_loss_fn=doubled)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(2 * a, b, rtol=1e-12), plain, double)

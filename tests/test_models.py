@@ -1,0 +1,87 @@
+"""The nets are the paper's: sizes, initial distributions and what enters the inner loop."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maml_jax import losses, models
+
+
+def count(params):
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def initial(net, *shape):
+    return net.init(jax.random.key(0), jnp.zeros(shape))["params"]
+
+
+@pytest.mark.parametrize(
+    ("net", "shape", "size"),
+    [  # Without the biases that a normalisation follows: they change nothing.
+        (models.MLP((40, 40), 1), (1, 1), 80 + 1640 + 41),
+        (models.MLP((256, 128, 64, 64), 5, normalise=True), (1, 28, 28, 1), 784 * 256 + 256 * 128 + 128 * 64
+         + 64 * 64 + (256 + 128 + 64 + 64) + 64 * 5 + 5),
+        (models.ConvNet(5), (1, 28, 28, 1), 9 * 64 + 3 * 9 * 64 * 64 + 4 * 64 + 64 * 5 + 5),
+        (models.ConvNet(5, 32, pooled=True), (1, 84, 84, 3), 9 * 3 * 32 + 3 * 9 * 32 * 32 + 4 * 32 + 800 * 5 + 5),
+    ],
+)  # fmt: skip
+def test_number_of_parameters(net, shape, size):
+    assert count(initial(net, *shape)) == size
+
+
+def test_initial_distributions():
+    strided, pooled = (
+        initial(models.ConvNet(5), 1, 28, 28, 1),
+        initial(models.ConvNet(5, 32, pooled=True), 1, 84, 84, 3),
+    )
+    mlp = initial(models.MLP((256, 128), 5), 1, 784)
+    limit = np.sqrt(6 / (9 * 64 + 9 * 64))  # Xavier, uniform.
+    kernel = np.asarray(strided["Conv_1"]["kernel"])
+    assert np.abs(kernel).max() <= limit and np.isclose(kernel.std(), limit / np.sqrt(3), rtol=0.02)
+    assert np.isclose(np.asarray(strided["Dense_0"]["kernel"]).std(), 1, rtol=0.15)
+    head = np.asarray(pooled["Dense_0"]["kernel"])
+    assert np.isclose(head.std(), np.sqrt(2 / (800 + 5)), rtol=0.05)
+    first = np.asarray(mlp["Dense_0"]["kernel"])
+    # A normal of .01 cut at two standard deviations, as TensorFlow's truncated_normal: its deviation is .0088.
+    assert np.abs(first).max() <= 0.02 and np.isclose(first.std(), 0.0088, rtol=0.02)
+    for params in (strided, pooled, mlp):
+        assert not np.any(params["Dense_0"]["bias"])
+
+
+def test_the_mask_leaves_out_offsets_only():
+    mask = models.all_but_offsets(initial(models.ConvNet(5), 1, 28, 28, 1))
+    assert mask["BatchNorm_0"] == {"offset": False}
+    assert mask["Conv_0"] == {"kernel": True} and mask["Dense_0"] == {"kernel": True, "bias": True}
+
+
+def test_rate_for_mean_loss_makes_the_papers_update():
+    """The code's loss is the sum over N*K examples over K; its rate .4 and ours must move parameters alike."""
+    ways, shots, rate = 5, 2, 0.4
+    logits = jax.random.normal(jax.random.key(0), (ways * shots, ways))
+    labels = jnp.arange(ways).repeat(shots)
+    mean = losses.cross_entropy(lambda params, x: x + params)
+    ours = jax.grad(lambda p: mean(p, (logits, labels))[0])(jnp.zeros(ways))
+    one_hot = jax.nn.one_hot(labels, ways)
+    paper = jax.grad(lambda p: -jnp.sum(one_hot * jax.nn.log_softmax(logits + p)) / shots)(jnp.zeros(ways))
+    np.testing.assert_allclose(losses.rate_for_mean_loss(rate, ways) * ours, rate * paper, rtol=1e-5, atol=1e-6)
+
+
+def test_losses_have_their_values():
+    batch = (jnp.array([[1.0], [2.0]]), jnp.array([[2.0], [5.0]]))
+    loss, aux = losses.mean_squared_error(lambda params, x: params * x)(1.0, batch)
+    assert loss == 5.0 and aux == {}
+    logits = jnp.log(jnp.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]))
+    loss, aux = losses.cross_entropy(lambda params, x: x)(None, (logits, jnp.array([0, 0])))
+    np.testing.assert_allclose(loss, -np.log([0.5, 0.1]).mean(), rtol=1e-6)
+    assert aux["accuracy"] == 0.5
+
+
+def test_one_by_one_hides_examples_from_each_other():
+    def spread(params, batch):
+        return jnp.mean(jnp.abs(batch - batch.mean(0))) + params, {"size": jnp.float32(batch.shape[0])}
+
+    batch = jnp.array([[0.0], [2.0]])
+    assert spread(1.0, batch)[0] == 2.0
+    loss, aux = losses.one_by_one(spread)(1.0, batch)
+    assert loss == 1.0 and aux["size"] == 1.0

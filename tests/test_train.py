@@ -1,0 +1,148 @@
+"""The training loop: one compilation, the same numbers however it is cut, and a stop at what is not finite."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from model_zoo import plain_dict, tasks
+
+import maml_jax
+from maml_jax.record import Progress, RunDirectory
+from maml_jax.statistics import divergence_rate, interval
+from maml_jax.train import train
+
+
+def draw(data, step):
+    return jax.tree.map(lambda leaf: leaf + (step % 3 if leaf.dtype == jnp.float32 else 0), data)
+
+
+def setting(loss_fn=None, rate=0.1):
+    zoo_loss, params = plain_dict()
+    learner = maml_jax.maml(loss_fn or zoo_loss, maml_jax.sgd(rate, steps=1), optax.adam(1e-2))
+    return learner, learner.init(params)
+
+
+def test_a_whole_run_traces_the_step_once():
+    loss_fn, _ = plain_dict()
+    traces = []
+
+    def counted(params, batch):
+        traces.append(None)
+        return loss_fn(params, batch)
+
+    def traced(steps):
+        traces.clear()
+        learner, state = setting(counted)
+        for state, _ in train(learner, state, draw, tasks(4), steps=steps, steps_per_call=5):
+            pass
+        return len(traces)
+
+    assert traced(5) == traced(23) > 0  # Calls of 5 and a last one of 3: no second compilation.
+
+
+def test_calls_of_any_length_are_the_same_run():
+    results = []
+    for per_call in (1, 4, 10):
+        learner, state = setting()
+        rows = []
+        for state, metrics in train(learner, state, draw, tasks(4), steps=10, steps_per_call=per_call):
+            rows.append(metrics)
+        assert [row["step"] for row in rows] == [*range(per_call, 10, per_call), 10]
+        results.append((state, rows))
+    step, state = jax.jit(setting()[0].step), setting()[1]
+    losses = []
+    for index in range(10):
+        state, info = step(state, draw(tasks(4), index))
+        losses.append(float(info.loss))
+    for trained, rows in results:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), trained, state)
+        assert int(trained.step) == 10
+    np.testing.assert_allclose([row["loss"] for row in results[0][1]], losses, rtol=1e-4)
+    np.testing.assert_allclose(results[2][1][0]["loss"], np.mean(losses), rtol=1e-4)
+    assert 0 <= results[2][1][0]["accuracy"] <= 1
+
+
+def test_goes_on_from_a_state_bit_for_bit():
+    learner, start = setting()
+
+    def run(state, steps):
+        for state, _ in train(learner, state, draw, tasks(4), steps=steps, steps_per_call=5):
+            pass
+        return state
+
+    whole, half = run(start, 20), run(start, 10)
+    jax.tree.map(np.testing.assert_array_equal, whole, run(half, 20))
+    jax.tree.map(np.asarray, start)  # The state given is still there: only those handed over are given up.
+    assert list(train(learner, whole, draw, tasks(4), steps=20, steps_per_call=5)) == []
+
+
+def test_improves():
+    learner, state = setting()
+    rows = [row for _, row in train(learner, state, lambda data, _: data, tasks(4), steps=300, steps_per_call=100)]
+    assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
+
+
+def test_stops_at_a_loss_that_is_not_finite():
+    loss_fn, _ = plain_dict()
+
+    def explodes(params, batch):
+        loss, aux = loss_fn(params, batch)
+        return loss * jnp.where(batch[0].mean() > 1.5, jnp.nan, 1.0), aux
+
+    learner, state = setting(explodes)
+    seen = []
+    with pytest.raises(FloatingPointError, match=r"Between meta-steps 3 and 4 .* inner or outer rate"):
+        for state, metrics in train(learner, state, draw, tasks(4), steps=10, steps_per_call=2):
+            seen.append(metrics["step"])
+    assert seen == [2]
+
+
+@pytest.mark.parametrize("option", ["steps", "steps_per_call"])
+def test_bad_options_are_refused_at_once(option):
+    learner, state = setting()
+    with pytest.raises(ValueError, match=f"{option} must be an integer of at least 1, but got 0"):
+        train(learner, state, draw, tasks(4), **{"steps": 10, "steps_per_call": 5, option: 0})
+
+
+def test_run_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = RunDirectory(None, "it")
+    run.log(step=1, loss=np.float32(0.5), bad=float("nan"))
+    path = run.write_results({"accuracy": np.array([1.0, np.inf]), "where": tmp_path})
+    assert json.loads((run.path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 0.5, "bad": None}
+    results = json.loads(path.read_text())
+    assert results["accuracy"] == [1.0, None] and results["where"] == str(tmp_path)
+    assert {"command", "commit", "versions", "hardware", "finished"} <= set(results["made_by"])
+    run.write_params({"w": jnp.arange(3.0)})
+    from flax import serialization
+
+    restored = serialization.from_bytes({"w": jnp.zeros(3)}, (run.path / "params.msgpack").read_bytes())
+    np.testing.assert_array_equal(restored["w"], [0, 1, 2])
+    assert sorted(p.name for p in run.path.iterdir()) == ["metrics.jsonl", "params.msgpack", "results.json"]
+    assert RunDirectory(None, "it").path.name == "it-2"
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        RunDirectory(run.path, "it")
+
+
+def test_plain_progress_tells_rate_and_time_left(capsys, monkeypatch):
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False)
+    progress = Progress(1000, "run", every=15)
+    for step in (100, 200, 300, 1000):
+        progress.update(step, loss=0.25)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "run: 200/1,000 steps, 10.0 a second, 0:01:20 left, loss 0.25"
+    assert lines[-1].startswith("run: 1,000/1,000 steps")
+
+
+def test_statistics():
+    values = np.array([[0.0, 1.0], [1.0, 1.0], [1.0, 1.0], [0.0, 1.0]])
+    mean, half_width = interval(values)
+    np.testing.assert_allclose(mean, [0.5, 1.0])
+    np.testing.assert_allclose(half_width, [1.96 * 0.5 / 2, 0.0])
+    losses = np.array([[1.0, 0.5, 2.0], [1.0, np.nan, np.inf], [1.0, 1.0, 0.1], [1.0, 0.9, 0.8]])
+    np.testing.assert_allclose(divergence_rate(losses), [0, 0.25, 0.5])
