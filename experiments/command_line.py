@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import jax
 import tyro
@@ -11,23 +11,38 @@ import tyro
 from maml_jax.tasks.omniglot import DataError
 
 Config = TypeVar("Config")
+Prepared = TypeVar("Prepared")
 
 
-def run(config_type: type[Config], main: Callable[[Config], object]) -> None:
-    """Parses the command line into `config_type` and calls `main` with it.
+def run(
+    config_type: type[Config], prepare: Callable[[Config], Prepared], experiment: Callable[[Prepared], object]
+) -> None:
+    """Parses the command line into `config_type`, checks and loads with `prepare`, and runs the experiment.
 
-    What is wrong with the input, which `main` finds before anything long starts, ends the process
-    with status 2 and one line on standard error.
+    What is wrong with the input, which `prepare` finds before anything long starts, ends the process
+    with status 2 and one line on standard error; a loss that stops being finite does so with status 1.
     """
     # As many CPU devices as cores: each goes through its share of the tasks, which uses the cores better
     # than dividing single matrix products does. Without effect where there is an accelerator.
-    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+    jax.config.update("jax_num_cpu_devices", cores())
     config = tyro.cli(config_type, config=(tyro.conf.FlagCreatePairsOff,))
     try:
-        main(config)
-    except (ValueError, DataError, FileExistsError, PermissionError, NotADirectoryError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(2) from error
+        prepared = prepare(config)
+    except (ValueError, DataError, OSError) as error:
+        _end(f"error: {error}", 2)
+    try:
+        experiment(prepared)
+    except FloatingPointError as error:
+        _end(f"error: {error}", 1)
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        raise SystemExit(130) from None
+        _end("interrupted", 130)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _end(message: str, status: int) -> NoReturn:
+    sys.stderr.write(f"{message}\n")
+    raise SystemExit(status)

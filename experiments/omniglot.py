@@ -7,7 +7,6 @@ characters. Writes metrics, results, parameters and pictures to the work directo
 """
 
 import dataclasses
-import math
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -51,6 +50,7 @@ PUBLISHED = {
 
 TEST_STEPS = 10  # Inner steps shown at test, 0 to 10.
 VAL_TASKS = 160
+STEPS_PER_CALL = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +59,12 @@ class Config:
 
     preset: Literal["5w1s", "5w5s", "20w1s", "20w5s", "5w1s-mlp", "5w5s-mlp"] | None = None
     """A setting of the paper's table 1, in place of --ways, --shots and --net."""
-    ways: int = 5
-    """Classes per task."""
-    shots: int = 1
-    """Support examples per class."""
-    net: Net = "conv"
-    """The four-block convolutional net, or the one without convolutions."""
+    ways: int | None = None
+    """Classes per task; default: 5."""
+    shots: int | None = None
+    """Support examples per class; default: 1."""
+    net: Net | None = None
+    """The four-block convolutional net, or the one without convolutions; default: conv."""
     order: Literal[1, 2] = 2
     """2: exact meta-gradient; 1: first-order approximation."""
     steps: int = 60_000
@@ -106,12 +106,14 @@ class Config:
         Raises:
           ValueError: naming the option, what was given and what is allowed.
         """
-        ways, shots, net = self.ways, self.shots, self.net
-        if self.preset is not None:
-            validation.one_of("preset", self.preset, PRESETS)
-            if (ways, shots, net) not in ((Config.ways, Config.shots, Config.net), PRESETS[self.preset]):
-                raise ValueError(f"preset {self.preset} sets ways, shots and net: give either it or them, not both.")
-            ways, shots, net = PRESETS[self.preset]
+        validation.one_of("preset", self.preset, (None, *PRESETS))
+        validation.one_of("net", self.net, (None, "conv", "mlp"))
+        if self.preset is not None and (self.ways, self.shots, self.net) != (None, None, None):
+            raise ValueError(f"preset {self.preset} sets ways, shots and net: give either it or them, not both.")
+        preset = PRESETS[self.preset or "5w1s"]
+        ways = preset[0] if self.ways is None else self.ways
+        shots = preset[1] if self.shots is None else self.shots
+        net = preset[2] if self.net is None else self.net
         validation.at_least("ways", ways, 2)
         recipe = TWENTY_WAYS if ways >= 20 else FIVE_WAYS
         setting = Setting(
@@ -133,6 +135,12 @@ class Config:
         validation.one_of("order", self.order, (1, 2))
         if self.tasks_at_once is not None:
             validation.at_least("tasks_at_once", self.tasks_at_once, 1)
+            mesh = task_mesh(setting.tasks)
+            share = setting.tasks // (mesh.size if mesh else 1)
+            if share % self.tasks_at_once:
+                raise ValueError(
+                    f"tasks_at_once must divide the tasks of one device, {share}, but got {self.tasks_at_once}."
+                )
         if setting.shots + setting.queries > omniglot.DRAWINGS:
             raise ValueError(
                 f"shots + queries must be at most {omniglot.DRAWINGS}, the drawings of a character, but got "
@@ -166,18 +174,38 @@ class Setting:
     inner_steps: int
 
 
-def main(config: Config) -> dict:
-    """Runs the experiment; returns what it writes to `results.json`."""
+class Prepared(NamedTuple):
+    """All that the experiment needs, checked and loaded."""
+
+    config: Config
+    setting: Setting
+    data: omniglot.Omniglot
+    splits: omniglot.Splits
+    shape: episodes.EpisodeShape
+
+
+def prepare(config: Config) -> Prepared:
+    """Checks the options, then reads the data.
+
+    Raises:
+      ValueError, DataError, OSError: saying what is wrong and what to do.
+    """
     setting = config.resolve()
+    RunDirectory.check_free(config.workdir)
     if config.download:
         download.omniglot(config.data_dir)
     data = omniglot.load(config.data_dir, config.cache_dir, resampling=config.resampling)
     splits = omniglot.split(config.split, data.names)
-    train_classes, val_classes, test_classes = (episodes.ImageClasses(data.images[part]) for part in splits)
     shape = episodes.EpisodeShape(setting.ways, setting.shots, setting.queries, config.rotations)
-    for classes in (train_classes, val_classes, test_classes):
-        shape.check(classes)
+    for part in splits:
+        shape.check(episodes.ImageClasses(data.images[part]))
+    return Prepared(config, setting, data, splits, shape)
 
+
+def main(prepared: Prepared) -> dict:
+    """Runs the experiment; returns what it writes to `results.json`."""
+    config, setting, data, splits, shape = prepared
+    train_classes, val_classes, test_classes = (episodes.ImageClasses(data.images[part]) for part in splits)
     net = network(setting)
     loss_fn = losses.cross_entropy(models.apply_params(net))
     build = partial(
@@ -204,11 +232,11 @@ def main(config: Config) -> dict:
     run = RunDirectory(config.workdir, f"{name}-order{config.order}-seed{config.seed}")
     print(f"{setting}\nWriting to {run.path}", flush=True)
 
-    validate_every = max(1, min(1000, config.steps // 10))
-    per_call = math.gcd(validate_every, 20)
+    # The progress of ten to a hundred validations, between calls.
+    validate_every = STEPS_PER_CALL * max(1, min(1000, config.steps // 10) // STEPS_PER_CALL)
     progress = Progress(config.steps, name)
     history = []
-    for state, metrics in train(learner, state, draw, train_classes, steps=config.steps, steps_per_call=per_call):
+    for state, metrics in train(learner, state, draw, train_classes, steps=config.steps, steps_per_call=STEPS_PER_CALL):
         if metrics["step"] % validate_every == 0 or metrics["step"] == config.steps:
             accuracy = evaluate(state, val_tasks, setting.inner_steps).aux["accuracy"]
             metrics["val_accuracy"] = float(accuracy[:, -1].mean())
@@ -230,6 +258,7 @@ def main(config: Config) -> dict:
             "alone": "statistics of the batch at hand, each query image a batch of its own",
         },
         "content_sha256": omniglot.CONTENT_SHA256,
+        "images_sha256": omniglot.digest(data),
         "published": PUBLISHED.get((setting.ways, setting.shots, setting.net, config.order)),
     }
     for way, evaluator in (("together", evaluate), ("alone", evaluate_alone)):
@@ -264,9 +293,10 @@ def table(results: dict) -> str:
         lines.append(f"{step:11d}   {row}")
     if results["published"]:
         mean, half_width = results["published"]
-        lines.append(f"  published   {mean:8.2f} +-{half_width:5.2f}   (after 3 inner steps for 5 ways, 5 for 20)")
+        note = "the paper's recipe; 3 inner steps for 5 ways, 5 for 20"
+        lines.append(f"  published   {mean:8.2f} +-{half_width:5.2f}   ({note})")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    command_line.run(Config, main)
+    command_line.run(Config, prepare, main)

@@ -10,7 +10,7 @@ new curves from 5, 10 and 20 points, and prints the mean squared errors beside t
 import dataclasses
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,9 @@ PAPER = {"maml": (0.67, 0.38, 0.35), "pretrained": (2.41, 2.23, 2.19)}
 FINE_TUNING_RATES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
 
 
+MethodName = Literal["maml", "first_order", "pretrained", "oracle", "steady"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """MAML on sine curves, by the paper's recipe."""
@@ -53,12 +56,13 @@ class Config:
     """Inner step size for the mean squared error."""
     inner_steps: int = 1
     """Inner steps in training."""
-    inner_clip: float | None = None
-    """Not in the paper: scale inner gradients down to this norm, in training and at test. It stops divergence."""
     outer_rate: float = 1e-3
     """Adam's rate in the outer loop."""
     test_tasks: int = 600
     """Curves to evaluate on."""
+    methods: tuple[MethodName, ...] = ("maml", "first_order", "pretrained", "oracle")
+    """What to train. 'steady' is MAML by another recipe than the paper's, on which gradient descent does not diverge:
+    5 support and 50 query points, an outer rate that falls from .003 to 0, inner gradients scaled down to norm 40."""
     seeds: tuple[int, ...] = (0,)
     """One whole run for each; the test curves are the same."""
     workdir: Path | None = None
@@ -70,42 +74,52 @@ class Config:
             validation.at_least(name, getattr(self, name), 1)
         for name in ("inner_rate", "outer_rate"):
             validation.positive(name, getattr(self, name))
-        if self.inner_clip is not None:
-            validation.positive("inner_clip", self.inner_clip)
-        if not self.seeds:
-            raise ValueError("seeds must name at least one seed, but got none.")
+        for name in ("methods", "seeds"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must name at least one, but got none.")
+        for method in self.methods:
+            validation.one_of("methods", method, get_args(MethodName))
         for seed in self.seeds:
             validation.at_least("seeds", seed, 0)
 
 
 class Method(NamedTuple):
-    """One row of the table."""
+    """One row of the table: how a net is trained, and how it is tested."""
 
     title: str
     training: maml_jax.InnerLearner
-    """The inner learner in training."""
-    fine_tuning_rates: tuple[float, ...]
+    outer: optax.GradientTransformation
+    shots: int
+    queries: int
+    test_rates: tuple[float, ...]
     """Inner rates at test: the best on other curves is taken."""
     told: bool = False
     """Whether the net gets amplitude and phase."""
+    clip: float | None = None
+    """Norm to which inner gradients are scaled down, in training and at test."""
 
 
-def methods(config: Config) -> dict[str, Method]:
-    """What is compared: four nets trained by the same code, with different inner learners."""
+def methods(config: Config) -> dict[MethodName, Method]:
+    """What is compared: nets trained by the same code, with different inner learners."""
+    rate, steps = config.inner_rate, config.inner_steps
+    paper = {"outer": optax.adam(config.outer_rate), "shots": config.shots, "queries": config.queries}
+    falling = optax.adam(optax.cosine_decay_schedule(3e-3, config.steps))
+    clipped = maml_jax.unrolled(descent(rate, 40.0), steps=steps)
+    joint = maml_jax.no_adaptation()
     return {
-        "maml": Method("MAML", inner(config, config.inner_rate, 2), (config.inner_rate,)),
-        "first_order": Method("MAML, first order", inner(config, config.inner_rate, 1), (config.inner_rate,)),
-        "pretrained": Method("pretrained", maml_jax.no_adaptation(), FINE_TUNING_RATES),
-        "oracle": Method("oracle", maml_jax.no_adaptation(), (config.inner_rate,), told=True),
+        "maml": Method("MAML", maml_jax.sgd(rate, steps=steps), test_rates=(rate,), **paper),
+        "first_order": Method(
+            "MAML, first order", maml_jax.sgd(rate, steps=steps, order=1), test_rates=(rate,), **paper
+        ),
+        "pretrained": Method("pretrained", joint, test_rates=FINE_TUNING_RATES, **paper),
+        "oracle": Method("oracle", joint, test_rates=(rate,), told=True, **paper),
+        "steady": Method("MAML, steady", clipped, falling, shots=5, queries=50, test_rates=(rate,), clip=40.0),
     }
 
 
-def inner(config: Config, rate: float, order: Literal[1, 2]) -> maml_jax.InnerLearner:
-    """Gradient descent at `rate`, clipped if so configured."""
-    if config.inner_clip is None:
-        return maml_jax.sgd(rate, steps=config.inner_steps, order=order)
-    clipped = optax.chain(optax.clip_by_global_norm(config.inner_clip), optax.sgd(rate))
-    return maml_jax.unrolled(clipped, steps=config.inner_steps, order=order)
+def descent(rate: float, clip: float | None) -> optax.GradientTransformation:
+    """Gradient descent on gradients scaled down to norm `clip`."""
+    return optax.sgd(rate) if clip is None else optax.chain(optax.clip_by_global_norm(clip), optax.sgd(rate))
 
 
 net = models.MLP((40, 40), 1)
@@ -113,16 +127,14 @@ loss_fn = losses.mean_squared_error(models.apply_params(net))
 
 
 def meta_train(config: Config, method: Method, key: jax.Array, run: RunDirectory, name: str) -> maml_jax.MetaState:
-    """Trains one method; logs to `run`."""
-    learner = maml_jax.maml(loss_fn, method.training, optax.adam(config.outer_rate))
+    """Trains one net; logs to `run`."""
+    learner = maml_jax.maml(loss_fn, method.training, method.outer)
     init_key, task_key = jax.random.split(key)
     state = learner.init(net.init(init_key, jnp.zeros((1, 3 if method.told else 1)))["params"])
+    draw_tasks = partial(sinusoid.draw_tasks, shots=method.shots, queries=method.queries, reveal=method.told)
 
     def draw(key: jax.Array, step: jax.Array) -> maml_jax.Task:
-        key = jax.random.fold_in(key, step)
-        return sinusoid.draw_tasks(
-            key, config.tasks, shots=config.shots, queries=config.queries, reveal=method.told
-        )  # fmt: skip
+        return draw_tasks(jax.random.fold_in(key, step), config.tasks)
 
     progress = Progress(config.steps, name)
     for state, metrics in train(learner, state, draw, task_key, steps=config.steps, steps_per_call=1000):
@@ -131,20 +143,23 @@ def meta_train(config: Config, method: Method, key: jax.Array, run: RunDirectory
     return state
 
 
+def tester(method: Method, rate: float) -> maml_jax.MetaLearner:
+    """For adaptation at test alone: order and outer optimizer play no part."""
+    return maml_jax.maml(loss_fn, maml_jax.unrolled(descent(rate, method.clip), steps=TEST_STEPS), optax.identity())
+
+
 def evaluate(config: Config, method: Method, state: maml_jax.MetaState, shots: int, key: jax.Array) -> dict:
     """Adapts to the test curves. The rate, where there is a choice, is chosen on as many other curves."""
     test_key, tuning_key = jax.random.split(key)
     draw = partial(sinusoid.draw_tasks, shots=shots, queries=TEST_QUERIES, reveal=method.told)
 
     def adapted(rate: float, tasks: maml_jax.Task) -> maml_jax.Evaluation:
-        learner = maml_jax.maml(loss_fn, inner(config, rate, 2), optax.identity())
-        evaluation = jax.jit(learner.evaluate, static_argnums=2)(state, tasks, TEST_STEPS)
-        return evaluation
+        return jax.jit(tester(method, rate).evaluate)(state, tasks)
 
     def final_loss(rate: float) -> float:
         return float(np.nan_to_num(adapted(rate, draw(tuning_key, config.test_tasks)).loss[:, -1], nan=np.inf).mean())
 
-    rates = method.fine_tuning_rates
+    rates = method.test_rates
     rate = rates[0] if len(rates) == 1 else min(rates, key=final_loss)
     evaluation = adapted(rate, draw(test_key, config.test_tasks))
     mean, half_width = interval(np.asarray(evaluation.loss))
@@ -157,15 +172,23 @@ def evaluate(config: Config, method: Method, state: maml_jax.MetaState, shots: i
     }
 
 
+def prepare(config: Config) -> Config:
+    """Checks the options. Raises ValueError or OSError, saying what is wrong and what to do."""
+    config.check()
+    RunDirectory.check_free(config.workdir)
+    return config
+
+
 def main(config: Config) -> dict:
     """Runs the experiment; returns what it writes to `results.json`."""
-    config.check()
     run = RunDirectory(config.workdir, "sinusoid")
     print(f"{config}\nWriting to {run.path}", flush=True)
     test_key = jax.random.key(600)  # Apart from every training seed's keys, and the same for all of them.
-    rows, states = [], {}
+    rows: list[dict] = []
+    states: dict[MethodName, maml_jax.MetaState] = {}
     for seed in config.seeds:
-        for name, method in methods(config).items():
+        for name in config.methods:
+            method = methods(config)[name]
             title = name if len(config.seeds) == 1 else f"{name} (seed {seed})"
             states[name] = meta_train(config, method, jax.random.key(seed), run, title)
             for shots in TEST_SHOTS:
@@ -185,12 +208,15 @@ def main(config: Config) -> dict:
     run.write_params({name: state.params for name, state in states.items()})
     path = run.write_results(results)
     plots.sinusoid_errors(run.path / "errors.png", [row for row in rows if row["seed"] == config.seeds[-1]], PAPER)
-    plots.sinusoid_fits(run.path / "fits.png", fits(config, states))
+    rates = {(row["method"], row["shots"]): row["rate"] for row in rows}
+    plots.sinusoid_fits(run.path / "fits.png", fits(config, states, rates))
     print(f"Wrote {path}, and errors.png, fits.png and params.msgpack beside it.")
     return results
 
 
-def fits(config: Config, states: dict[str, maml_jax.MetaState]) -> list[dict]:
+def fits(
+    config: Config, states: dict[MethodName, maml_jax.MetaState], rates: dict[tuple[MethodName, int], float]
+) -> list[dict]:
     """Predictions for one curve from 5 and from 10 points, before and after 1 and 10 steps (paper, figure 2)."""
     panels = []
     x = jnp.linspace(*sinusoid.INPUTS, 200)[:, None]
@@ -199,14 +225,12 @@ def fits(config: Config, states: dict[str, maml_jax.MetaState]) -> list[dict]:
         curve = sinusoid.draw_curves(curve_key, 1)
         points = sinusoid.draw_examples(example_key, curve, shots=shots, queries=1)
         support = jax.tree.map(lambda leaf: leaf[0], points.support)
-        for name in ("maml", "pretrained"):
-            panel = {"title": f"{name}, K = {shots}", "x": x, "truth": curve(x)[0], "support": support, "fits": {}}
-            for steps in (0, 1, 10):
-                params = states[name].params
-                if steps:
-                    params, _ = maml_jax.adapt(loss_fn, params, support, learning_rate=config.inner_rate, steps=steps)
-                panel["fits"][steps] = net.apply({"params": params}, x)
-            panels.append(panel)
+        for name in (name for name in states if not methods(config)[name].told):
+            learner = tester(methods(config)[name], rates[name, shots])
+            adapted = {steps: learner.adapt(states[name], support, steps)[0] for steps in (0, 1, 10)}
+            predictions = {steps: net.apply({"params": params}, x) for steps, params in adapted.items()}
+            title = f"{name}, K = {shots}"
+            panels.append({"title": title, "x": x, "truth": curve(x)[0], "support": support, "fits": predictions})
     return panels
 
 
@@ -216,7 +240,8 @@ def table(config: Config, results: dict) -> str:
     for shots in TEST_SHOTS:
         lines.append(f"K = {shots:<12} rate  seed" + "".join(f"{f'{s} steps':>16}" for s in SHOWN_STEPS))
         lines[-1] += "   median after 10   diverged after 10"
-        for name, method in methods(config).items():
+        for name in config.methods:
+            method = methods(config)[name]
             mine = [row for row in results["rows"] if row["method"] == name and row["shots"] == shots]
             for row in mine:
                 cells = "".join(f"{row['mean'][s]:9.3f} +-{row['half_width'][s]:.3f}" for s in SHOWN_STEPS)
@@ -235,4 +260,4 @@ def table(config: Config, results: dict) -> str:
 
 
 if __name__ == "__main__":
-    command_line.run(Config, main)
+    command_line.run(Config, prepare, main)

@@ -13,18 +13,19 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 
 from maml_jax import validation
 from maml_jax.inner import InnerLearner, adapted_part
 from maml_jax.meta import task_loss
 from maml_jax.types import LossFn, Params, Task
 
-FLOAT64_STEPS, FLOAT32_STEPS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7), (1e-1, 1e-2, 1e-3)
-"""Half widths of the central differences, along directions of norm 1. The best of them counts: wide ones
-suffer from curvature and from kinks (a ReLU that switches in between), narrow ones from rounding."""
+NUDGE = 1e-3
+"""Standard deviation of the random step that is taken away from the given parameters: initial biases of
+zero put a ReLU exactly on its kink for an input of zeros, where nothing has a derivative."""
 
 ROUNDING = 0.05
-"""The largest part of the meta-gradient that may be rounding."""
+"""From this part of the meta-gradient on, rounding in float32 is called large."""
 
 
 class Finding(NamedTuple):
@@ -55,7 +56,7 @@ class MetaGradientReport(NamedTuple):
 
     def __getitem__(self, name: str) -> Finding:  # type: ignore[override]
         """The finding of that name."""
-        return next(finding for finding in self.findings if finding.name == name)
+        return {finding.name: finding for finding in self.findings}[name]
 
     def __str__(self) -> str:
         verdict = "The meta-gradient is exact." if self.exact else "The meta-gradient is NOT exact."
@@ -80,12 +81,12 @@ def check_meta_gradient(
 ) -> MetaGradientReport:
     """Compares the meta-gradient with central differences, and with itself computed in other ways.
 
-    All in float64, whatever the types given; it takes some hundred evaluations of the meta-loss, so give it
-    a few tasks and a small batch. Two tasks are enough.
+    In float64, whatever the types given, and a small random step away from `params`. It takes some
+    hundred evaluations of the meta-loss, some of them not compiled: two tasks and a small batch are enough.
 
     Args:
       loss_fn: `(params, batch) -> (scalar loss, aux)`, as for `maml`.
-      params: where to check. Take initial parameters rather than zeros.
+      params: where to check, such as the initial parameters.
       tasks: a batch of tasks, leading axis `T` on every leaf.
       inner: the inner learner, as for `maml`.
       query_loss_fn: as for `maml`.
@@ -103,8 +104,11 @@ def check_meta_gradient(
       'precision': the meta-gradient in float32 against float64.
 
     Raises:
-      ValueError, TypeError: for arguments that `maml` would refuse.
+      ValueError, TypeError: for arguments that `maml` would refuse, and for an inner learner with no steps.
     """
+    if not isinstance(inner, InnerLearner):
+        raise TypeError(f"inner must come from maml_jax.sgd or maml_jax.unrolled, but got {inner!r}.")
+    validation.at_least("inner.steps", inner.steps, 1)
     validation.at_least("directions", directions, 1)
     validation.positive("tolerance", tolerance)
     validation.task_axis(tasks)
@@ -113,12 +117,13 @@ def check_meta_gradient(
     query_loss = validation.checked_loss(query_loss_fn or loss_fn)
 
     with jax.enable_x64(True):
-        problem = _Problem(support_loss, query_loss, inner, *_cast((params, tasks), np.float64))
+        random = np.random.default_rng(seed)
+        params, tasks = _cast((params, tasks), np.float64)
+        params = jax.tree.map(lambda leaf: leaf + NUDGE * random.standard_normal(leaf.shape), params)
+        problem = _Problem(support_loss, query_loss, inner, params, tasks)
         value, gradient = problem.value_and_grad(problem.start)
-        casts = value.dtype != jnp.float64
-        if casts:  # The loss goes down to float32 inside: differences cannot resolve more than this.
-            tolerance = max(tolerance, 2e-2)
-        judge = _Judge(tolerance, FLOAT32_STEPS if casts else FLOAT64_STEPS, directions, seed)
+        coarsest = _coarsest(jax.make_jaxpr(problem.meta_loss)(problem.start).jaxpr)
+        judge = _judge(tolerance, coarsest, directions, seed)
         findings = [
             _loss_gradient(judge, problem),
             _value(judge, problem, value),
@@ -129,7 +134,7 @@ def check_meta_gradient(
                 _jit(judge, problem, gradient),
                 _vmap(judge, problem, gradient),
                 _order(problem, gradient),
-                _precision(problem, gradient, casts),
+                _precision(problem, gradient, coarsest),
             ]
     return MetaGradientReport(tuple(findings))
 
@@ -157,6 +162,29 @@ class _Problem:
     def with_order(self, order: Literal[1, 2]) -> "_Problem":
         support_loss, query_loss, inner, params, tasks = self.parts
         return _Problem(support_loss, query_loss, inner._replace(order=order), params, tasks)
+
+
+def _coarsest(jaxpr: Any) -> np.dtype:
+    """The floating-point type of the lowest precision that a program computes in."""
+    coarsest = np.dtype(np.float64)
+    for equation in jaxpr.eqns:
+        found = [var.aval.dtype for var in equation.outvars if jnp.issubdtype(var.aval.dtype, jnp.floating)]
+        found += [_coarsest(inner) for inner in jaxprs_in_params(equation.params)]
+        coarsest = max([coarsest, *found], key=lambda dtype: jnp.finfo(dtype).eps)
+    return coarsest
+
+
+def _judge(tolerance: float, coarsest: np.dtype, directions: int, seed: int) -> "_Judge":
+    """Steps near the best for central differences, the cube root of the precision, and what they resolve.
+
+    Wider steps suffer from curvature and from kinks (a ReLU that switches in between), narrower ones from
+    rounding; the best of several counts.
+    """
+    precision = float(jnp.finfo(coarsest).eps)
+    best = precision ** (1 / 3)
+    if coarsest == np.float64:
+        return _Judge(tolerance, (100 * best, 10 * best, best, best / 10), directions, seed)
+    return _Judge(max(tolerance, precision**0.25), (10 * best, best, best / 10), directions, seed)
 
 
 class _Judge(NamedTuple):
@@ -287,13 +315,15 @@ def _order(problem: _Problem, gradient: Any) -> Finding:
     return Finding("order", change, float("inf"), meaning)
 
 
-def _precision(problem: _Problem, gradient: Any, casts: bool) -> Finding:
+def _precision(problem: _Problem, gradient: Any, coarsest: np.dtype) -> Finding:
     support_loss, query_loss, inner, *data = problem.parts
     with jax.enable_x64(False):
         single = _Problem(support_loss, query_loss, inner, *_cast(tuple(data), np.float32))
         rounded = single.value_and_grad(single.start)[1]
     error = _difference(_cast(rounded, np.float64), gradient)
-    note = " The loss computes in float32 whatever it is given, so nothing here is judged more finely." if casts else ""
+    note = ""
+    if coarsest != np.float64:
+        note = f" The loss computes in {coarsest} whatever it is given, so nothing here is judged more finely."
     if error <= ROUNDING:
         meaning = f"In float32 rounding changes it by this much.{note}"
     else:
@@ -301,7 +331,7 @@ def _precision(problem: _Problem, gradient: Any, casts: bool) -> Finding:
             "In float32 rounding changes it by this much, because the inner loop amplifies it. A smaller inner rate, "
             f"fewer steps or float64 help.{note}"
         )
-    return Finding("precision", error, ROUNDING, meaning)
+    return Finding("precision", error, float("inf"), meaning)
 
 
 def _cast(tree: Any, dtype: Any) -> Any:

@@ -93,11 +93,7 @@ def unrolled(
       TypeError: if `optimizer` is not an optax transformation.
       ValueError: for fewer than 1 step or another order.
     """
-    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
-        raise TypeError(
-            f"unrolled needs an optax transformation such as optax.sgd(0.1), but got {optimizer!r}; "
-            "for a plain learning rate use maml_jax.sgd(rate, steps=...)."
-        )
+    validation.transformation("optimizer", optimizer)
     return _inner_learner(lambda _: optimizer, lambda _: (), steps, order, trainable)
 
 
@@ -108,8 +104,11 @@ def _inner_learner(optimizer, init_rates, steps, order, trainable) -> InnerLearn
 
 
 def no_adaptation() -> InnerLearner:
-    """No inner step: meta-training is then joint training on all tasks (the paper's 'pretrained' and oracle)."""
-    return InnerLearner(lambda _: optax.identity(), lambda _: (), steps=0, order=2)
+    """No inner step: meta-training is then joint training on all tasks (the paper's 'pretrained' and oracle).
+
+    Evaluated with inner steps it stays as it is; to fine-tune its parameters, evaluate them with another learner.
+    """
+    return InnerLearner(lambda _: optax.set_to_zero(), lambda _: (), steps=0, order=2)
 
 
 def inner_loop(
@@ -157,7 +156,8 @@ def inner_loop(
         return (optax.apply_updates(adapted, updates), opt_state), (loss, aux, probed)
 
     # One step needs no loop; more stay rolled up, so that compile time does not grow with them.
-    carry = (adapted, optimizer.init(adapted))
+    start = lax.stop_gradient(adapted) if inner.order == 1 else adapted
+    carry = (adapted, optimizer.init(start))
     (adapted, _), (loss, aux, probes) = lax.scan(step, carry, length=steps, unroll=steps == 1)
     params = _combine(adapted, fixed)
     probes = _append(probes, observe(params))
@@ -207,7 +207,9 @@ def _partition(params: Params, mask: Mask | None) -> tuple[Params, Params]:
     """Splits leaves into adapted and fixed; each half keeps the structure, with None for what it lacks."""
     if mask is None:
         return params, None
-    mask = mask(params) if callable(mask) else mask
+    # A module of equinox is a tree and callable at once.
+    if callable(mask) and not all(isinstance(leaf, bool) for leaf in jax.tree.leaves(mask)):
+        mask = mask(params)
     try:
         mask = jax.tree.broadcast(mask, params)
     except ValueError as error:

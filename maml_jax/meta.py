@@ -11,16 +11,18 @@ from jax.sharding import Mesh
 
 from maml_jax import validation
 from maml_jax.inner import InnerLearner, adapted_part, inner_loop
-from maml_jax.task_axis import TaskAxis
-from maml_jax.types import Evaluation, LossFn, MetaInfo, MetaState, Params, Rates, Task
+from maml_jax.task_axis import task_axis
+from maml_jax.types import AdaptInfo, Batch, Evaluation, LossFn, MetaInfo, MetaState, Params, Rates, Task
 
 
 class MetaLearner(NamedTuple):
-    """A meta-learning algorithm as three pure, unjitted functions.
+    """A meta-learning algorithm as pure, unjitted functions.
 
     `init(params) -> MetaState`;
     `step(state, tasks) -> (MetaState, MetaInfo)`, one outer update on a batch of tasks;
-    `evaluate(state, tasks, steps=None) -> Evaluation`, with `steps` inner steps (None: as in training).
+    `evaluate(state, tasks, steps=None) -> Evaluation`, with `steps` inner steps (None: as in training);
+    `adapt(state, batch, steps=None) -> (params, AdaptInfo)`, to one new task as in training, with its
+    learned rates, mask and optimizer.
 
     Jit them yourself: `jax.jit(learner.step, donate_argnums=0)`, `jax.jit(learner.evaluate, static_argnums=2)`.
     """
@@ -28,6 +30,7 @@ class MetaLearner(NamedTuple):
     init: Callable[[Params], MetaState]
     step: Callable[[MetaState, Task], tuple[MetaState, MetaInfo]]
     evaluate: Callable[..., Evaluation]
+    adapt: Callable[..., tuple[Params, AdaptInfo]]
 
 
 def maml(
@@ -58,14 +61,14 @@ def maml(
     """
     if not isinstance(inner, InnerLearner):
         raise TypeError(f"inner must come from maml_jax.sgd or maml_jax.unrolled, but got {inner!r}.")
-    if tasks_at_once is not None:
-        validation.at_least("tasks_at_once", tasks_at_once, 1)
-    over_tasks = TaskAxis(tasks_at_once, mesh)
+    validation.transformation("outer", outer)
+    over_tasks = task_axis(tasks_at_once, mesh)
     support_loss = validation.checked_loss(loss_fn)
     query_loss = validation.checked_loss(query_loss_fn or loss_fn)
 
     def init(params: Params) -> MetaState:
         validation.floating_params(params)
+        params = jax.tree.map(jnp.array, params)  # Copies: a donated state must not take the user's own along.
         rates = inner.init_rates(adapted_part(inner, params))
         return over_tasks.replicate(MetaState(jnp.zeros([], jnp.int32), params, rates, outer.init((params, rates))))
 
@@ -97,7 +100,12 @@ def maml(
 
         return over_tasks.map(one_task, (state.params, state.rates), tasks)
 
-    return MetaLearner(init, step, evaluate)
+    def adapt(state: MetaState, batch: Batch, steps: int | None = None) -> tuple[Params, AdaptInfo]:
+        if steps is not None:
+            validation.at_least("steps", steps, 0)
+        return inner_loop(inner, support_loss, state.params, state.rates, batch, steps=steps)
+
+    return MetaLearner(init, step, evaluate, adapt)
 
 
 def task_loss(

@@ -52,7 +52,7 @@ def sinusoid_errors(path: Path, rows: Sequence[dict[str, Any]], paper: Mapping[s
         if count == 5:
             for name, values in paper.items():
                 axes.plot((1, 5, 10), values, "k*", label="paper" if name == "maml" else None)
-        axes.set(xlabel="gradient steps", title=f"K = {count}", yscale="log", ylim=(1e-3, 10))
+        axes.set(xlabel="gradient steps", title=f"K = {count}", yscale="log", ylim=(1e-2, 10))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("mean squared error")
     panels[0].legend()
@@ -61,15 +61,18 @@ def sinusoid_errors(path: Path, rows: Sequence[dict[str, Any]], paper: Mapping[s
 
 
 def sinusoid_fits(path: Path, panels: Sequence[dict[str, Any]]) -> None:
-    """Predictions before and after adaptation to the marked points, as in the paper's figure 2."""
-    figure, grid = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.5), sharey=True, layout="constrained")
-    for axes, panel in zip(grid, panels):
+    """Predictions before and after adaptation to the marked points, as in the paper's figure 2; two rows."""
+    columns = len(panels) // 2
+    figure, grid = plt.subplots(
+        2, columns, figsize=(4 * columns, 6), sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes, panel in zip(grid.flat, panels):
         axes.plot(panel["x"], panel["truth"], color="tab:red", label="the curve")
         axes.plot(*panel["support"], "^", color="tab:purple", label="given points")
         for (steps, fit), style in zip(panel["fits"].items(), (":", "--", "-")):
             axes.plot(panel["x"], fit, style, color="tab:green", label=f"after {steps} steps")
-        axes.set(title=panel["title"], xlabel="x")
+        axes.set(title=panel["title"])
         axes.grid(alpha=0.3)
-    grid[0].legend(fontsize="small")
+    grid[0, 0].legend(fontsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -12,6 +13,8 @@ from typing import Any
 
 import jax
 import numpy as np
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "pillow", "tensorflow-datasets")
 
 
 class RunDirectory:
@@ -27,11 +30,17 @@ class RunDirectory:
 
     def __init__(self, path: str | Path | None, name: str):
         self.path = _free_path(name) if path is None else Path(path)
-        if (self.path / "metrics.jsonl").exists():
-            raise FileExistsError(f"{self.path} already holds a run. Give another --workdir, or move that one away.")
+        self.check_free(path)
         self.path.mkdir(parents=True, exist_ok=True)
         self._metrics = self.path / "metrics.jsonl"
         self._metrics.touch(exist_ok=False)
+        self._made_by = provenance()  # Now: the checkout may have moved on by the end of the run.
+
+    @staticmethod
+    def check_free(path: str | Path | None) -> None:
+        """Raises FileExistsError if `path` already holds a run."""
+        if path is not None and (Path(path) / "metrics.jsonl").exists():
+            raise FileExistsError(f"{path} already holds a run. Give another --workdir, or move that one away.")
 
     def log(self, **row: Any) -> None:
         """Appends one line to `metrics.jsonl`."""
@@ -40,7 +49,7 @@ class RunDirectory:
 
     def write_results(self, results: dict[str, Any]) -> Path:
         """Writes `results.json`: the results, and what made them."""
-        text = json.dumps(_plain({"made_by": provenance(), **results}), indent=1)
+        text = json.dumps(_plain({"made_by": {**self._made_by, "finished": _now()}, **results}), indent=1)
         return self._replace("results.json", text.encode())
 
     def write_params(self, params: Any) -> Path:
@@ -69,15 +78,19 @@ def provenance() -> dict[str, Any]:
     program = ["python", "-m", module] if module else ["python", Path(sys.argv[0]).name]
     device = jax.devices()[0]
     return {
-        "command": " ".join([*program, *sys.argv[1:]]),
+        "command": shlex.join([*program, *sys.argv[1:]]),
         "commit": _commit(),
         "versions": {
             "python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")},
+            **{name: metadata.version(name) for name in PACKAGES},
         },
         "hardware": f"{len(jax.devices())} x {device.device_kind} ({_processor()}, {os.cpu_count()} cores)",
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "started": _now(),
     }
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def _commit() -> str | None:

@@ -36,9 +36,12 @@ class TaskAxis(NamedTuple):
         """`fn(shared, task)` of every task, stacked along a leading axis `T`."""
         size = validation.task_axis(tasks)
         local = partial(_map, fn, self.at_once)
-        if self.mesh is None or size % self.mesh.size:
+        if self.mesh is None:
             return local(shared, tasks)
-        return self._sharded(local, P(AXIS))(shared, tasks)
+        # Filled up with tasks that are there already, so that every device gets as many.
+        filled = np.arange(-(-size // self.mesh.size) * self.mesh.size) % size
+        out = self._sharded(local, P(AXIS))(shared, jax.tree.map(lambda leaf: leaf[filled], tasks))
+        return jax.tree.map(lambda leaf: leaf[:size], out)
 
     def mean(self, fn: Callable[[Any, Task], tuple[Any, Any]], shared: Any, tasks: Task) -> tuple[Any, Any]:
         """`fn(shared, task) -> (averaged, stacked)`: the mean of the first over the tasks, the second of each.
@@ -50,7 +53,7 @@ class TaskAxis(NamedTuple):
         if size % devices or (size // devices) % (self.at_once or 1):
             raise ValueError(
                 f"A meta-batch of {size} tasks cannot be divided among {devices} device(s) in groups of "
-                f"{self.at_once}: choose a number of tasks that is a multiple of both, or another grouping."
+                f"tasks_at_once={self.at_once}: the devices' shares must be equal, and made of whole groups."
             )
         if self.mesh is None:
             total, stacked = _sum(fn, self.at_once, shared, tasks)
@@ -66,6 +69,17 @@ class TaskAxis(NamedTuple):
     def _sharded(self, fn: Callable[[Any, Task], Any], out_specs: Any) -> Callable[[Any, Task], Any]:
         # Without the check of what varies over devices: it would sum every task's gradient over them.
         return jax.shard_map(fn, mesh=self.mesh, in_specs=(P(), P(AXIS)), out_specs=out_specs, check_vma=False)
+
+
+def task_axis(tasks_at_once: int | None, mesh: Mesh | None) -> TaskAxis:
+    """A `TaskAxis` over all devices of `mesh`, whatever its axes are called.
+
+    Raises:
+      ValueError: if `tasks_at_once` is not a positive integer.
+    """
+    if tasks_at_once is not None:
+        validation.at_least("tasks_at_once", tasks_at_once, 1)
+    return TaskAxis(tasks_at_once, mesh and Mesh(mesh.devices.reshape(-1), (AXIS,)))
 
 
 def task_mesh(tasks: int) -> Mesh | None:

@@ -16,7 +16,8 @@ DrawFn = Callable[[Any, jax.Array], Task]
 """`(data, step) -> tasks`: the meta-batch of one step, a pure function that runs on the device."""
 
 Metrics = dict[str, Any]
-"""Means over some meta-steps: `loss`, `grad_norm`, and the entries of the loss's aux."""
+"""Means over some meta-steps: `loss`, `grad_norm`, and the entries of the loss's aux (`aux_loss` and the
+like where a name is taken)."""
 
 
 def many_steps(learner: MetaLearner, draw: DrawFn) -> Callable[[MetaState, Any, jax.Array], tuple[MetaState, Metrics]]:
@@ -75,8 +76,8 @@ def train(
 
 def _train(learner, state, draw, data, steps, steps_per_call):
     call = jax.jit(many_steps(learner, draw), donate_argnums=0)
-    state = jax.tree.map(jnp.copy, state)
-    data = jax.device_put(data, state.step.sharding)  # On every device that computes.
+    # Both where the state is, and committed to it, or the second call would be compiled anew.
+    state, data = jax.device_put((jax.tree.map(jnp.copy, state), data), state.step.sharding)
     done = int(state.step)
     while done < steps:
         count = min(steps_per_call, steps - done)
@@ -95,4 +96,5 @@ def _train(learner, state, draw, data, steps, steps_per_call):
 def _metrics(info: MetaInfo) -> Metrics:
     aux = jax.tree.map(lambda leaf: jnp.mean(leaf, 0), info.aux)
     named = aux if isinstance(aux, dict) else {"aux": aux}
-    return {"loss": info.loss, "grad_norm": info.grad_norm, **named}
+    metrics = {"loss": info.loss, "grad_norm": info.grad_norm}
+    return metrics | {f"aux_{key}" if key in (*metrics, "step") else key: value for key, value in named.items()}

@@ -28,6 +28,8 @@ def positive(name: str, value: Any) -> None:
 
 def at_least(name: str, value: Any, least: int) -> None:
     """Raises ValueError unless `value` is an integer not below `least`."""
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(f"{name} must be known when the function is traced: mark it static, as in static_argnums.")
     if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, but got {value!r}.")
 
@@ -36,6 +38,12 @@ def one_of(name: str, value: Any, allowed: Collection[Any]) -> None:
     """Raises ValueError unless `value` is one of `allowed`."""
     if isinstance(value, bool) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, but got {value!r}.")
+
+
+def transformation(name: str, value: Any) -> None:
+    """Raises TypeError unless `value` is an optax transformation."""
+    if not (hasattr(value, "init") and hasattr(value, "update")):
+        raise TypeError(f"{name} must be an optax transformation, such as optax.adam(1e-3), but got {value!r}.")
 
 
 def checked_loss(loss_fn: LossFn) -> LossFn:
@@ -68,7 +76,7 @@ def checked_loss(loss_fn: LossFn) -> LossFn:
                 f"The loss function {name} must return a scalar floating-point loss, but its loss is "
                 f"{_describe(loss)}. Reduce it over the batch, for example with `loss.mean()`."
             )
-        return loss, aux
+        return loss, jax.tree.map(jnp.asarray, aux)
 
     return checked
 

@@ -1,13 +1,16 @@
 """`check_meta_gradient` finds what is wrong, and says where."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from model_zoo import plain_dict, tasks
 
 import maml_jax
-from maml_jax import check_meta_gradient
+from maml_jax import check_meta_gradient, layers, losses
+from maml_jax.convolution import conv
 
 
 def failed(report):
@@ -143,23 +146,84 @@ def test_calls_first_order_an_approximation():
 
 def test_explains_the_square_root_of_adam():
     loss_fn, params = plain_dict()
-    zeros = jax.tree.map(jnp.zeros_like, params)  # Most gradients are exactly zero here.
-    report = check_meta_gradient(loss_fn, zeros, tasks(2), maml_jax.unrolled(optax.adam(0.1), steps=2))
+    (x, labels), query = tasks(2)
+    batch = maml_jax.Task((x.at[..., 0].set(0), labels), query)  # A row of w1 has a gradient of exactly zero.
+    report = check_meta_gradient(loss_fn, params, batch, maml_jax.unrolled(optax.adam(0.1), steps=2))
     assert "meta-gradient" in failed(report) and "eps_root" in report["meta-gradient"].meaning
     sound = maml_jax.unrolled(optax.adam(0.1, eps_root=1e-8), steps=2)
-    assert np.isfinite(check_meta_gradient(loss_fn, zeros, tasks(2), sound)["meta-gradient"].error)
+    assert np.isfinite(check_meta_gradient(loss_fn, params, batch, sound)["meta-gradient"].error)
 
 
-def test_says_when_a_loss_computes_in_float32():
-    loss_fn, params = plain_dict()
-
-    def casting(params, batch):
-        loss, aux = loss_fn(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), batch)
-        return loss.astype(jnp.float32), aux
-
-    report = check_meta_gradient(casting, params, tasks(2), maml_jax.sgd(0.3, steps=1))
-    assert "float32 whatever it is given" in report["precision"].meaning
+def test_zero_biases_and_blank_inputs_are_no_fault():
+    """Initial biases of zero put a ReLU on its kink for a blank input; that says nothing of the model."""
+    net = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(4)])
+    batch = tasks(2)
+    batch = jax.tree.map(lambda leaf: leaf * (jnp.arange(leaf.shape[1]) > 1)[None, :, None].astype(leaf.dtype)
+                         if leaf.ndim == 3 else leaf, batch)  # fmt: skip
+    params = net.init(jax.random.key(0), batch.support[0][0])["params"]
+    loss_fn = losses.cross_entropy(lambda params, x: net.apply({"params": params}, x))
+    report = check_meta_gradient(loss_fn, params, batch, maml_jax.sgd(0.3, steps=1))
     assert report.exact, report
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_low_precision_inside_is_told_and_not_called_a_fault(dtype):
+    net = nn.Sequential([nn.Dense(8, dtype=dtype), nn.tanh, nn.Dense(3, dtype=dtype)])
+    batch = tasks(2)
+    batch = maml_jax.Task(*((x, x) for x, _ in batch))
+    params = net.init(jax.random.key(0), batch.support[0][0])["params"]
+    loss_fn = losses.mean_squared_error(lambda params, x: net.apply({"params": params}, x))
+    report = check_meta_gradient(loss_fn, params, batch, maml_jax.sgd(0.1, steps=1))
+    assert f"computes in {dtype} whatever it is given" in report["precision"].meaning
+    assert report.exact, report
+
+
+def test_a_plain_maximum_in_pooling_is_judged_by_what_it_does_here():
+    """Under vmap with several inner steps some compilers make its gradient wrong: the check must say what is true."""
+
+    def reduced(x):
+        return x.reshape(x.shape[0], x.shape[1] // 2, 2, x.shape[2] // 2, 2, x.shape[3]).max((2, 4))
+
+    def loss_with(pool):
+        def apply(params, x):
+            for kernel in params["kernels"]:
+                x = conv(x, kernel, implementation="lax")
+                x = (x - x.mean((0, 1, 2))) * jax.lax.rsqrt(x.var((0, 1, 2)) + 1e-3)
+                x = pool(jax.nn.relu(x))
+            return x.reshape(x.shape[0], -1) @ params["head"]
+
+        return losses.cross_entropy(apply)
+
+    keys = jax.random.split(jax.random.key(0), 5)
+    params = {
+        "kernels": [jax.random.normal(keys[0], (3, 3, 1, 2)), jax.random.normal(keys[1], (3, 3, 2, 2))],
+        "head": jax.random.normal(keys[2], (8, 3)),
+    }
+    labels = jnp.tile(jnp.arange(3), (2, 1))
+    batch = maml_jax.Task(*((jax.random.normal(key, (2, 3, 8, 8, 1)), labels) for key in keys[3:]))
+    inner = maml_jax.sgd(0.1, steps=5)
+    report = check_meta_gradient(loss_with(reduced), params, batch, inner, directions=2)
+
+    def gradient(pool):
+        learner = maml_jax.maml(loss_with(pool), inner, optax.sgd(1.0))
+        wide = [jax.tree.map(lambda leaf: leaf.astype(jnp.float64) if leaf.dtype == jnp.float32 else leaf, tree)
+                for tree in (params, batch)]  # fmt: skip
+        after, _ = jax.jit(learner.step)(learner.init(wide[0]), wide[1])
+        return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(after.params)])
+
+    with jax.enable_x64(True):
+        same = np.allclose(gradient(reduced), gradient(layers.max_pool), rtol=1e-6)
+    assert report.exact == same, report
+
+
+def test_an_unknown_finding_and_no_inner_step_are_errors():
+    loss_fn, params = plain_dict()
+    with pytest.raises(KeyError):
+        check_meta_gradient(loss_fn, params, tasks(1), maml_jax.sgd(0.3, steps=1))["other"]
+    with pytest.raises(ValueError, match="at least 1, but got 0"):
+        check_meta_gradient(loss_fn, params, tasks(1), maml_jax.no_adaptation())
+    with pytest.raises(TypeError, match=r"maml_jax\.sgd"):
+        check_meta_gradient(loss_fn, params, tasks(1), optax.sgd(0.1))
 
 
 def test_tells_that_second_order_vanishes_for_a_linear_loss():

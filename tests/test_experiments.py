@@ -24,7 +24,7 @@ BAD = [
     ("sinusoid", ["--steps", "0"], "steps must be an integer of at least 1, but got 0"),
     ("sinusoid", ["--inner-rate", "nan"], "inner_rate must be positive and finite, but got nan"),
     ("sinusoid", ["--outer-rate", "-1"], "outer_rate must be positive and finite, but got -1"),
-    ("sinusoid", ["--inner-clip", "0"], "inner_clip must be positive"),
+    ("sinusoid", ["--methods", "magic"], "methods"),
     ("sinusoid", ["--seeds", "-1"], "seeds must be an integer of at least 0, but got -1"),
     ("sinusoid", ["--shots", "many"], "shots"),
     ("omniglot", ["--order", "3"], "order"),
@@ -36,7 +36,8 @@ BAD = [
     ("omniglot", ["--inner-rate", "inf"], "inner_rate must be positive and finite, but got inf"),
     ("omniglot", ["--inner-steps", "0"], "inner_steps must be an integer of at least 1, but got 0"),
     ("omniglot", ["--preset", "20w1s", "--ways", "10"], "give either it or them, not both"),
-    ("omniglot", ["--tasks-at-once", "5"], "tasks_at_once"),
+    ("omniglot", ["--tasks-at-once", "5"], "tasks_at_once must divide the tasks of one device, 16, but got 5"),
+    ("omniglot", ["--preset", "20w5s", "--ways", "5"], "give either it or them, not both"),
     ("omniglot", ["--rotations", "up"], "rotations"),
     ("omniglot", ["--data-dir", "nowhere"], "--download"),
 ]
@@ -55,7 +56,7 @@ def test_bad_input_ends_before_anything_long_starts(name, options, message, monk
     monkeypatch.setattr(command_line.jax.config, "update", lambda *_: None)  # This process has its devices already.
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
-        command_line.run(module.Config, module.main)
+        command_line.run(module.Config, module.prepare, module.main)
     assert end.value.code == 2
     printed = capsys.readouterr()
     assert message in printed.err + printed.out
@@ -72,12 +73,13 @@ def test_bad_input_ends_a_real_process_with_status_2_and_soon(tmp_path):
 
 def test_sinusoid_from_beginning_to_end(tmp_path):
     workdir = tmp_path / "run"
-    ended = launch("experiments.sinusoid", "--steps", 1500, "--test-tasks", 50, "--workdir", workdir)
+    ended = launch("experiments.sinusoid", "--steps", 1500, "--test-tasks", 50, "--workdir", workdir,
+                   "--methods", "maml", "first_order", "pretrained", "oracle", "steady")  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     assert "K = 5" in ended.stdout and "the paper" in ended.stdout and "diverged" in ended.stdout
     results = json.loads((workdir / "results.json").read_text())
     errors = {(row["method"], row["shots"]): row["mean"] for row in results["rows"]}
-    assert len(errors) == 12 and all(len(mean) == 11 for mean in errors.values())
+    assert len(errors) == 15 and all(len(mean) == 11 for mean in errors.values())
     assert errors["maml", 10][1] < 0.9 * errors["maml", 10][0]  # One step helps already.
     assert {"errors.png", "fits.png", "params.msgpack", "metrics.jsonl"} <= {p.name for p in workdir.iterdir()}
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -96,7 +98,8 @@ def test_omniglot_from_beginning_to_end(options, shared_data, omniglot_cache, tm
     results = json.loads((workdir / "results.json").read_text())
     for protocol in ("together", "alone"):
         assert len(results[protocol]["accuracy"]) == len(results[protocol]["half_width"]) == 11
-    assert results["together"]["accuracy"][3] > 22 > results["together"]["accuracy"][0] - 8
+    accuracy = results["together"]["accuracy"]
+    assert accuracy[3] > accuracy[0] + 5  # Adaptation helps, after so few meta-steps too.
     assert (workdir / "curves.png").stat().st_size > 10_000
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 60 and "val_accuracy" in rows[-1]

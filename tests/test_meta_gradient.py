@@ -11,6 +11,8 @@ from model_zoo import ZOO, tasks
 
 import maml_jax
 from maml_jax import Task, inner, losses, meta, models
+from maml_jax.task_axis import task_mesh
+from maml_jax.tasks import sinusoid
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -141,7 +143,7 @@ NETS = {
 def test_directional_differences_on_the_papers_nets(name, steps):
     net, rate = NETS[name]
     if name == "sinusoid MLP":
-        batch = maml_jax.tasks.sinusoid.draw_tasks(jax.random.key(3), 3, shots=5, queries=5)
+        batch = sinusoid.draw_tasks(jax.random.key(3), 3, shots=5, queries=5)
         loss_fn = losses.mean_squared_error(models.apply_params(net))
     else:
         batch = image_tasks(28, 3 if "pooled" in name else 1)
@@ -230,8 +232,6 @@ def test_unrolled_optimizer_equals_a_loop_by_hand():
 @pytest.mark.parametrize("at_once", [None, 1, 2])
 @pytest.mark.parametrize("devices", [1, 2])
 def test_every_way_through_the_tasks_gives_the_same(at_once, devices):
-    from maml_jax.task_axis import task_mesh
-
     loss_fn, params = ZOO["dict"]()
     batch = tasks(4)
     mesh = task_mesh(4) if devices == 2 else None
@@ -244,8 +244,6 @@ def test_every_way_through_the_tasks_gives_the_same(at_once, devices):
 
 
 def test_several_devices_take_one_all_reduce_a_step():
-    from maml_jax.task_axis import task_mesh
-
     loss_fn, params = ZOO["dict"]()
     learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.3, steps=2), optax.adam(1e-3), mesh=task_mesh(4))
     program = jax.jit(learner.step).lower(learner.init(params), tasks(4)).compile().as_text()
@@ -271,6 +269,62 @@ def test_evaluation_follows_training():
         adapted, info = maml_jax.adapt(loss_fn, params, task.support, learning_rate=0.3, steps=4)
         np.testing.assert_allclose(loss_fn(adapted, task.query)[0], evaluation.loss[index, -1], rtol=1e-12)
         np.testing.assert_allclose(info.loss, evaluation.support_loss[index], rtol=1e-12)
+
+
+@pytest.mark.parametrize("count", [1, 4, 5])
+@pytest.mark.parametrize("at_once", [None, 1, 2])
+def test_evaluation_is_the_same_over_devices(count, at_once):
+    loss_fn, params = ZOO["dict"]()
+    plain, spread = (
+        maml_jax.maml(loss_fn, maml_jax.sgd(0.3, steps=2), optax.sgd(1.0), tasks_at_once=at_once, mesh=mesh)
+        for mesh in (None, jax.make_mesh((2,), ("any",)))
+    )
+    expected, got = (learner.evaluate(learner.init(params), tasks(count)) for learner in (plain, spread))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), got, expected)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_learned_rates_and_a_mask_for_every_library(name):
+    """ANIL: a mask in the structure of the parameters, with one leaf that is adapted."""
+    loss_fn, params = ZOO[name]()
+    leaves, structure = jax.tree.flatten(params)
+    mask = jax.tree.unflatten(structure, [False] * (len(leaves) - 1) + [True])
+    learner = maml_jax.maml(
+        loss_fn, maml_jax.sgd(0.3, steps=2, learn_rates=True, trainable=mask), optax.sgd(1.0), tasks_at_once=1
+    )
+    state = learner.init(params)
+    assert [leaf.shape for leaf in jax.tree.leaves(state.rates)] == [leaves[-1].shape]
+    after, _ = jax.jit(learner.step)(state, tasks(2))
+    assert all(jnp.any(a != b) for a, b in zip(jax.tree.leaves(after.params), leaves))
+    adapted, info = learner.adapt(state, jax.tree.map(lambda leaf: leaf[0], tasks(1)).support, 3)
+    assert info.loss.shape == (3,)
+    changed = [bool(jnp.any(a != b)) for a, b in zip(jax.tree.leaves(adapted), leaves)]
+    assert changed == [False] * (len(leaves) - 1) + [True]
+
+
+@pytest.mark.parametrize("optimizer", [optax.adamw(0.1, eps_root=1e-8), optax.contrib.schedule_free_sgd(0.1)])
+def test_first_order_for_optimizers_that_keep_parameters(optimizer):
+    loss_fn, params = ZOO["dict"]()
+    learner = maml_jax.unrolled(optimizer, steps=3, order=1)
+    gradient, _ = meta_gradient(loss_fn, learner, params, tasks(1))
+    task = jax.tree.map(lambda leaf: leaf[0], tasks(1))
+    adapted, _ = inner.inner_loop(learner, loss_fn, params, (), task.support)
+    at_adapted = jax.grad(lambda p: loss_fn(p, task.query)[0])(adapted)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14), gradient, at_adapted)
+
+
+def test_no_adaptation_stays_where_it_is():
+    loss_fn, params = ZOO["dict"]()
+    learner = maml_jax.maml(loss_fn, maml_jax.no_adaptation(), optax.sgd(1.0))
+    evaluation = learner.evaluate(learner.init(params), tasks(2), 3)
+    np.testing.assert_array_equal(evaluation.loss, np.repeat(evaluation.loss[:, :1], 4, 1))
+
+
+def test_donating_the_state_leaves_the_users_parameters():
+    loss_fn, params = ZOO["dict"]()
+    learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.3, steps=1), optax.sgd(1.0))
+    jax.jit(learner.step, donate_argnums=0)(learner.init(params), tasks(2))
+    jax.tree.map(np.asarray, params)
 
 
 def test_no_adaptation_is_joint_training():

@@ -52,7 +52,6 @@ def test_images_are_the_drawings(data):
     assert data.images.shape == (1623, 20, 28, 28) and data.images.dtype == np.uint8
     assert data.images.mean() > 200  # Paper is 255 and most of the sheet.
     assert len(np.unique(data.images)) > 100  # Smoothed, not the nearest of black and white.
-    assert hashlib.sha256(data.images[:, :, 0, 0].tobytes()).digest()  # Contiguous and readable.
     nearest = omniglot._resized({"a/b/c": np.eye(105, dtype=bool)[None].repeat(20, 0)}, "nearest")
     assert set(np.unique(nearest.images)) <= {0, 255}
 
@@ -127,6 +126,19 @@ def test_damaged_sources_are_named(unpacked, archive, shared_data, tmp_path):
     with pytest.raises(DataError, match="damaged or cut short") as error:
         omniglot.load(tmp_path, tmp_path)
     assert str(cut) in str(error.value)
+
+    deflated = tmp_path / "deflated" / "omniglot.zip"
+    deflated.parent.mkdir()
+    with zipfile.ZipFile(archive) as source, zipfile.ZipFile(deflated, "w", zipfile.ZIP_DEFLATED) as target:
+        for member in source.namelist()[:3000]:
+            target.writestr(member, source.read(member))
+    whole = deflated.read_bytes()
+    for place in range(2000, 200_000, 9901):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        deflated.write_bytes(damaged)
+        with pytest.raises(DataError):
+            omniglot.load(deflated, tmp_path)
 
     prepared = tmp_path / "tfds"
     shutil.copytree(shared_data / "tfds" / "omniglot" / "3.0.0", prepared)

@@ -12,6 +12,7 @@ from model_zoo import plain_dict, tasks
 import maml_jax
 from maml_jax.record import Progress, RunDirectory
 from maml_jax.statistics import divergence_rate, interval
+from maml_jax.task_axis import task_mesh
 from maml_jax.train import train
 
 
@@ -41,6 +42,35 @@ def test_a_whole_run_traces_the_step_once():
         return len(traces)
 
     assert traced(5) == traced(23) > 0  # Calls of 5 and a last one of 3: no second compilation.
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_whole_run_is_compiled_once(devices, caplog):
+    loss_fn, params = plain_dict()
+    mesh = task_mesh(4) if devices == 2 else None
+    learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.1, steps=1), optax.adam(1e-2), mesh=mesh)
+    with jax.log_compiles(True):
+        for state, _ in train(learner, learner.init(params), draw, tasks(4), steps=23, steps_per_call=5):
+            pass
+    compiled = [
+        record.getMessage() for record in caplog.records if "XLA compilation of jit(run)" in record.getMessage()
+    ]
+    assert len(compiled) == 1, compiled
+
+
+def test_metrics_of_the_loss_do_not_hide_its_own():
+    loss_fn, _ = plain_dict()
+
+    def named(params, batch):
+        loss, aux = loss_fn(params, batch)
+        return loss * jnp.nan, {**aux, "loss": 7.0, "step": 3.0}
+
+    learner, state = setting(named)
+    with pytest.raises(FloatingPointError):
+        list(train(learner, state, draw, tasks(4), steps=4, steps_per_call=2))
+    learner, state = setting(lambda params, batch: (loss_fn(params, batch)[0], {"loss": 7.0, "step": 3.0}))
+    ((_, metrics),) = train(learner, state, draw, tasks(4), steps=2, steps_per_call=2)
+    assert metrics["step"] == 2 and metrics["loss"] != 7 and metrics["aux_loss"] == 7 and metrics["aux_step"] == 3
 
 
 def test_calls_of_any_length_are_the_same_run():

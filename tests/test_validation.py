@@ -131,7 +131,14 @@ def test_groups_of_tasks():
         grouped.step(grouped.init(params), tasks(4))
 
 
+def test_what_is_not_an_optimizer():
+    with pytest.raises(TypeError, match=r"outer must be an optax transformation.*0.001"):
+        maml_jax.maml(plain_dict()[0], maml_jax.sgd(0.1, steps=1), 1e-3)
+
+
 def test_evaluation_steps():
     loss_fn, params = plain_dict()
     with pytest.raises(ValueError, match="steps must be an integer of at least 0, but got -1"):
         learner(loss_fn).evaluate(learner(loss_fn).init(params), tasks(2), -1)
+    with pytest.raises(ValueError, match="static_argnums"):
+        jax.jit(learner(loss_fn).evaluate)(learner(loss_fn).init(params), tasks(2), 3)

@@ -1,10 +1,10 @@
 """Fetches the official Omniglot archives, and nothing else ever touches the network."""
 
 import hashlib
+import http.client
 import os
 import sys
 import tempfile
-import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import NamedTuple
@@ -59,7 +59,7 @@ def fetch(archive: Archive, target: Path) -> None:
     print(f"Fetching {archive.url} ({archive.size / 1e6:.1f} MB)", file=sys.stderr)
     handle, part = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
     try:
-        with urllib.request.urlopen(archive.url, timeout=60) as response, os.fdopen(handle, "wb") as file:
+        with os.fdopen(handle, "wb") as file, urllib.request.urlopen(archive.url, timeout=60) as response:
             # One byte more than expected is enough to know that it is the wrong file.
             while (room := archive.size + 1 - file.tell()) > 0 and (block := response.read(min(room, 1 << 20))):
                 file.write(block)
@@ -69,8 +69,9 @@ def fetch(archive: Archive, target: Path) -> None:
                 f"{archive.url} is not the official archive: expected {archive.size:,} bytes with sha256 "
                 f"{archive.sha256}, but got {size:,} bytes with {digest}. Try again, or fetch it by hand."
             )
+        os.chmod(part, 0o644)  # Temporary files are private.
         os.replace(part, target)
-    except (urllib.error.URLError, OSError) as error:
+    except (OSError, http.client.HTTPException) as error:
         raise DataError(
             f"Cannot fetch {archive.url}: {error}. Check the connection, or fetch it by hand into {target.parent}."
         ) from error

@@ -12,6 +12,7 @@ import json
 import os
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple, get_args
@@ -48,12 +49,22 @@ class Splits(NamedTuple):
     test: np.ndarray
 
 
+HOW = (
+    "Give a --data-dir that holds images_background.zip and images_evaluation.zip, the folders unpacked from them, or "
+    "omniglot/3.0.0 as TensorFlow Datasets prepares it; or fetch the official archives with `python -m "
+    "experiments.omniglot --data-dir data/omniglot --download`."
+)
+
+
 class DataError(Exception):
     """The data cannot be used; the message names the file or folder and says what to do."""
 
 
 def load(data_dir: str | Path, cache_dir: str | Path | None = None, *, resampling: Resampling = "lanczos") -> Omniglot:
     """Reads Omniglot at 28x28, from the cache or else from `data_dir`, which takes some 15 s once.
+
+    Only what had the right content hash becomes a cache, so one that is whole is right whatever has become
+    of `data_dir` since: that has to hold a data set, but is not read again.
 
     Args:
       data_dir: a prepared TFDS directory (`omniglot/3.0.0`), the two official archives, one archive
@@ -113,13 +124,8 @@ def find_source(data_dir: str | Path) -> Path | tuple[Path, ...]:
       DataError: if there is nothing of the kind.
     """
     root = Path(data_dir)
-    how = (
-        f"Run `python -m experiments.omniglot --data-dir {root} --download` to fetch the official archives there, "
-        "or give a --data-dir that holds images_background.zip and images_evaluation.zip, the folders unpacked from "
-        "them, or omniglot/3.0.0 as TensorFlow Datasets prepares it."
-    )
     if not root.exists():
-        raise DataError(f"The data directory {root} does not exist. {how}")
+        raise DataError(f"The data directory {root} does not exist. {HOW}")
     if root.is_file():
         return (root,)
     for folder in (root, root / "omniglot", root / "3.0.0", root / "omniglot" / "3.0.0", root / "python"):
@@ -132,7 +138,7 @@ def find_source(data_dir: str | Path) -> Path | tuple[Path, ...]:
             return archives
         if (folder / "omniglot.zip").exists():
             return (folder / "omniglot.zip",)
-    raise DataError(f"The data directory {root} holds no Omniglot. {how}")
+    raise DataError(f"The data directory {root} holds no Omniglot. {HOW}")
 
 
 Drawings = dict[str, np.ndarray]
@@ -156,10 +162,12 @@ def read_drawings(source: Path | tuple[Path, ...]) -> Drawings:
         characters.setdefault(name, []).append(drawing)
     where = source if isinstance(source, Path) else " and ".join(map(str, source))
     if len(characters) != CHARACTERS:
-        raise DataError(f"Omniglot has {CHARACTERS:,} characters, but {where} holds {len(characters):,}.")
+        raise DataError(f"Omniglot has {CHARACTERS:,} characters, but {where} holds {len(characters):,}. {HOW}")
     for name, drawings in characters.items():
         if len(drawings) != DRAWINGS:
-            raise DataError(f"Every character has {DRAWINGS} drawings, but {name} in {where} has {len(drawings)}.")
+            raise DataError(
+                f"Every character has {DRAWINGS} drawings, but {name} in {where} has {len(drawings)}. {HOW}"
+            )
     ordered = {
         name: np.stack(sorted(characters[name], key=lambda drawing: np.packbits(drawing).tobytes()))
         for name in sorted(characters)
@@ -170,7 +178,7 @@ def read_drawings(source: Path | tuple[Path, ...]) -> Drawings:
     if digest.hexdigest() != CONTENT_SHA256:
         raise DataError(
             f"The drawings in {where} are not those of Omniglot: their content hash is {digest.hexdigest()}, and "
-            f"should be {CONTENT_SHA256}. Fetch the data again."
+            f"should be {CONTENT_SHA256}. {HOW}"
         )
     return ordered
 
@@ -182,8 +190,8 @@ def _from_archives(archives: tuple[Path, ...]) -> Iterator[tuple[str, np.ndarray
                 for member in archive.namelist():
                     if member.endswith(".png"):
                         yield _character(PurePosixPath(member)), _decode(archive.read(member), f"{member} in {path}")
-        except (zipfile.BadZipFile, EOFError, OSError) as error:
-            raise DataError(f"The archive {path} is damaged or cut short ({error}). Fetch it again.") from error
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
+            raise DataError(f"The archive {path} is damaged or cut short ({error}). {HOW}") from error
 
 
 def _from_folder(root: Path) -> Iterator[tuple[str, np.ndarray]]:
@@ -205,7 +213,7 @@ def _from_tfds(root: Path) -> Iterator[tuple[str, np.ndarray]]:
                 character = f"{part}/{name_of(example['alphabet'])}/character{example['alphabet_char_id'] + 1:02d}"
                 yield character, drawing
     except Exception as error:  # The readers below TFDS raise bare RuntimeErrors and more.
-        raise DataError(f"TensorFlow Datasets cannot read {root}: {error}. Prepare it again.") from error
+        raise DataError(f"TensorFlow Datasets cannot read {root}: {error}. {HOW}") from error
 
 
 def _character(path: PurePosixPath) -> str:
@@ -219,7 +227,7 @@ def _decode(png: bytes, where: str) -> np.ndarray:
         with Image.open(io.BytesIO(png)) as image:
             drawing = np.asarray(image.convert("1"))
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"The image {where} is damaged ({error}). Fetch the data again.") from error
+        raise DataError(f"The image {where} is damaged ({error}). {HOW}") from error
     if drawing.shape != (SOURCE_SIZE, SOURCE_SIZE):
         raise DataError(f"The image {where} has shape {drawing.shape}, but Omniglot's are 105x105.")
     return drawing
@@ -245,7 +253,8 @@ def _resized(drawings: Drawings, resampling: Resampling) -> Omniglot:
 # The cache
 
 
-def _digest(data: Omniglot) -> str:
+def digest(data: Omniglot) -> str:
+    """SHA-256 of the names and the 28x28 images."""
     return hashlib.sha256("\n".join(data.names).encode() + data.images.tobytes()).hexdigest()
 
 
@@ -254,10 +263,12 @@ def _read_cache(path: Path) -> Omniglot | None:
     try:
         with np.load(path) as arrays:
             data = Omniglot(arrays["images"], tuple(arrays["names"].tolist()))
-            whole = str(arrays["sha256"]) == _digest(data)
+            whole = str(arrays["sha256"]) == digest(data)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except PermissionError:
+        raise
+    except Exception as error:  # A flipped bit can surface as nearly anything in the readers of ZIP and NPY.
         print(f"The cache {path} is damaged ({error}) and is built again.")
         return None
     if not whole:
@@ -271,8 +282,9 @@ def _write_cache(path: Path, data: Omniglot) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.stem, suffix=".tmp", delete=False) as file:
         try:
-            np.savez(file, images=data.images, names=np.array(data.names), sha256=np.array(_digest(data)))
+            np.savez(file, images=data.images, names=np.array(data.names), sha256=np.array(digest(data)))
             file.close()
+            os.chmod(file.name, 0o644)  # Temporary files are private, but a cache may be shared.
             os.replace(file.name, path)
         except BaseException:
             os.unlink(file.name)
