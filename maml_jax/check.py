@@ -335,10 +335,14 @@ def _precision(problem: _Problem, gradient: Any, coarsest: np.dtype) -> Finding:
 
 
 def _cast(tree: Any, dtype: Any) -> Any:
-    """Floating-point leaves as NumPy arrays of that type; the others as they are."""
+    """Floating-point leaves as NumPy arrays of that type, integers no wider than it; the others as they are."""
 
     def cast(leaf: Any) -> Any:
-        return np.asarray(leaf, dtype) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) else leaf
+        kind = jnp.result_type(leaf)
+        if jnp.issubdtype(kind, jnp.floating):
+            return np.asarray(leaf, dtype)
+        wide = jnp.issubdtype(kind, jnp.integer) and np.dtype(kind).itemsize > np.dtype(dtype).itemsize
+        return np.asarray(leaf, np.int32) if wide else leaf
 
     return jax.tree.map(cast, tree)
 

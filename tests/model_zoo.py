@@ -51,7 +51,17 @@ def plain_dict():
     return losses.cross_entropy(apply), params
 
 
-ZOO = {"linen": linen, "nnx": nnx_split, "equinox": equinox, "dict": plain_dict}
+def widened(build):
+    """With parameters in float64 where that is enabled: linen and nnx make float32 all the same."""
+
+    def built():
+        loss_fn, params = build()
+        return loss_fn, jax.tree.map(lambda leaf: leaf.astype(jnp.result_type(float)), params)
+
+    return built
+
+
+ZOO = {name: widened(b) for name, b in dict(linen=linen, nnx=nnx_split, equinox=equinox, dict=plain_dict).items()}
 
 
 def tasks(count: int, shots: int = 6, queries: int = 5, seed: int = 1) -> Task:

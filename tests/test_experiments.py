@@ -74,12 +74,12 @@ def test_bad_input_ends_a_real_process_with_status_2_and_soon(tmp_path):
 def test_sinusoid_from_beginning_to_end(tmp_path):
     workdir = tmp_path / "run"
     ended = launch("experiments.sinusoid", "--steps", 1500, "--test-tasks", 50, "--workdir", workdir,
-                   "--methods", "maml", "first_order", "pretrained", "oracle", "steady")  # fmt: skip
+                   "--methods", "maml", "pretrained", "oracle")  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     assert "K = 5" in ended.stdout and "the paper" in ended.stdout and "diverged" in ended.stdout
     results = json.loads((workdir / "results.json").read_text())
     errors = {(row["method"], row["shots"]): row["mean"] for row in results["rows"]}
-    assert len(errors) == 15 and all(len(mean) == 11 for mean in errors.values())
+    assert len(errors) == 9 and all(len(mean) == 11 for mean in errors.values())
     assert errors["maml", 10][1] < 0.9 * errors["maml", 10][0]  # One step helps already.
     assert {"errors.png", "fits.png", "params.msgpack", "metrics.jsonl"} <= {p.name for p in workdir.iterdir()}
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -88,11 +88,11 @@ def test_sinusoid_from_beginning_to_end(tmp_path):
     assert again.returncode == 2 and "already holds a run" in again.stderr
 
 
-@pytest.mark.parametrize("options", [["--order", "1"], ["--preset", "5w1s-mlp", "--split", "vinyals"]])
-def test_omniglot_from_beginning_to_end(options, shared_data, omniglot_cache, tmp_path):
+def test_omniglot_from_beginning_to_end(shared_data, omniglot_cache, tmp_path):
     workdir = tmp_path / "run"
     common = ["--data-dir", shared_data / "omniglot", "--cache-dir", omniglot_cache, "--workdir", workdir]
-    ended = launch("experiments.omniglot", *common, *options, "--steps", 60, "--tasks", 4, "--test-tasks", 40)
+    options = ["--order", 1, "--split", "vinyals", "--steps", 60, "--tasks", 4, "--test-tasks", 40]
+    ended = launch("experiments.omniglot", *common, *options)
     assert ended.returncode == 0, ended.stderr
     assert "queries one by one" in ended.stdout and "published" in ended.stdout
     results = json.loads((workdir / "results.json").read_text())

@@ -99,12 +99,29 @@ def test_closed_form_notices_faults(fault, monkeypatch):
         Quadratic().check(order)
 
 
+def assert_exact(loss_fn, learner, params, batch):
+    """The jitted, vmapped meta-gradient against central differences of the jitted, vmapped meta-loss, to 1e-6."""
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    loss = jax.jit(lambda p: jax.vmap(lambda t: meta.task_loss(loss_fn, loss_fn, learner, (p, ()), t)[0])(batch).mean())
+    gradient, info = meta_gradient(loss_fn, learner, params, batch)
+    np.testing.assert_allclose(info.loss, loss(params), rtol=1e-12)
+    random = np.random.default_rng(0)
+    for _ in range(2):
+        direction = jax.tree.map(lambda x: random.standard_normal(x.shape), params)
+        slope = sum(np.vdot(g, d) for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction)))
+
+        def moved(by, direction=direction):
+            return loss(jax.tree.map(np.add, params, jax.tree.map(partial(np.multiply, by), direction)))
+
+        differences = [(moved(h) - moved(-h)) / (2 * h) for h in (1e-6, 1e-7, 1e-8, 1e-9)]
+        np.testing.assert_allclose(min(differences, key=lambda d: abs(d - slope)), slope, rtol=1e-6)
+
+
 @pytest.mark.parametrize("steps", [1, 5])
 @pytest.mark.parametrize("name", ZOO)
 def test_exact_for_every_library(name, steps):
     loss_fn, params = ZOO[name]()
-    report = maml_jax.check_meta_gradient(loss_fn, params, tasks(3), maml_jax.sgd(0.3, steps=steps))
-    assert report.exact, report
+    assert_exact(loss_fn, maml_jax.sgd(0.3, steps=steps), params, tasks(3))
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -131,10 +148,8 @@ def image_tasks(size, channels, ways=3, shots=2, queries=2, count=2):
 NETS = {
     "sinusoid MLP": (models.MLP((40, 40), 1), 0.01),
     "Omniglot MLP": (models.MLP((32, 16), 3, normalise=True), 0.5),
-    "strided, patches": (models.ConvNet(3, 8, implementation="patches"), 0.5),
-    "strided, lax": (models.ConvNet(3, 8, implementation="lax"), 0.5),
-    "pooled, patches": (models.ConvNet(3, 6, pooled=True, implementation="patches"), 0.1),
-    "pooled, lax": (models.ConvNet(3, 6, pooled=True, implementation="lax"), 0.1),
+    "strided": (models.ConvNet(3, 8), 0.5),
+    "pooled": (models.ConvNet(3, 6, pooled=True), 0.1),
 }
 
 
@@ -152,20 +167,7 @@ def test_directional_differences_on_the_papers_nets(name, steps):
     # Away from the paper's tiny initial weights, where the MLP is all but linear.
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), params)
     learner = maml_jax.sgd(rate, steps=steps, trainable=models.all_but_offsets)
-
-    loss = jax.jit(lambda p: jax.vmap(lambda t: meta.task_loss(loss_fn, loss_fn, learner, (p, ()), t)[0])(batch).mean())
-    gradient, info = meta_gradient(loss_fn, learner, params, batch)
-    np.testing.assert_allclose(info.loss, loss(params), rtol=1e-12)
-    random = np.random.default_rng(0)
-    for _ in range(2):
-        direction = jax.tree.map(lambda x: random.standard_normal(x.shape), params)
-        slope = sum(jnp.vdot(g, d) for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction)))
-
-        def moved(by, direction=direction):
-            return loss(jax.tree.map(jnp.add, params, jax.tree.map(partial(jnp.multiply, by), direction)))
-
-        differences = [(moved(h) - moved(-h)) / (2 * h) for h in (1e-5, 1e-6, 1e-7)]
-        np.testing.assert_allclose(min(differences, key=lambda d: abs(d - slope)), slope, rtol=1e-6)
+    assert_exact(loss_fn, learner, params, batch)
 
 
 def test_offsets_are_meta_learned_but_not_adapted():
@@ -210,8 +212,7 @@ def test_learned_rates_start_as_sgd_and_get_the_right_gradient(order):
 )
 def test_any_inner_optimizer_is_differentiated_through(optimizer):
     loss_fn, params = ZOO["dict"]()
-    report = maml_jax.check_meta_gradient(loss_fn, params, tasks(2), maml_jax.unrolled(optimizer, steps=3))
-    assert report.exact, report
+    assert_exact(loss_fn, maml_jax.unrolled(optimizer, steps=3), params, tasks(2))
 
 
 def test_unrolled_optimizer_equals_a_loop_by_hand():
@@ -259,10 +260,10 @@ def test_evaluation_follows_training():
     state = learner.init(params)
     evaluation = jax.jit(learner.evaluate, static_argnums=2)(state, batch, 4)
     assert evaluation.loss.shape == evaluation.support_loss.shape == evaluation.aux["accuracy"].shape == (3, 5)
-    _, info = learner.step(state, batch)
+    _, info = jax.jit(learner.step)(state, batch)
     np.testing.assert_allclose(evaluation.loss[:, 2].mean(), info.loss, rtol=1e-12)
     np.testing.assert_allclose(evaluation.support_loss[:, :2], info.support_loss, rtol=1e-12)
-    np.testing.assert_allclose(learner.evaluate(state, batch).loss, evaluation.loss[:, :3], rtol=1e-12)
+    np.testing.assert_allclose(jax.jit(learner.evaluate)(state, batch).loss, evaluation.loss[:, :3], rtol=1e-12)
     assert learner.evaluate(state, batch, 0).loss.shape == (3, 1)
     for index in range(3):
         task = jax.tree.map(lambda leaf, index=index: leaf[index], batch)
@@ -271,15 +272,15 @@ def test_evaluation_follows_training():
         np.testing.assert_allclose(info.loss, evaluation.support_loss[index], rtol=1e-12)
 
 
-@pytest.mark.parametrize("count", [1, 4, 5])
-@pytest.mark.parametrize("at_once", [None, 1, 2])
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("at_once", [None, 2])
 def test_evaluation_is_the_same_over_devices(count, at_once):
     loss_fn, params = ZOO["dict"]()
     plain, spread = (
         maml_jax.maml(loss_fn, maml_jax.sgd(0.3, steps=2), optax.sgd(1.0), tasks_at_once=at_once, mesh=mesh)
         for mesh in (None, jax.make_mesh((2,), ("any",)))
     )
-    expected, got = (learner.evaluate(learner.init(params), tasks(count)) for learner in (plain, spread))
+    expected, got = (jax.jit(learner.evaluate)(learner.init(params), tasks(count)) for learner in (plain, spread))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), got, expected)
 
 
@@ -316,7 +317,7 @@ def test_first_order_for_optimizers_that_keep_parameters(optimizer):
 def test_no_adaptation_stays_where_it_is():
     loss_fn, params = ZOO["dict"]()
     learner = maml_jax.maml(loss_fn, maml_jax.no_adaptation(), optax.sgd(1.0))
-    evaluation = learner.evaluate(learner.init(params), tasks(2), 3)
+    evaluation = jax.jit(learner.evaluate, static_argnums=2)(learner.init(params), tasks(2), 3)
     np.testing.assert_array_equal(evaluation.loss, np.repeat(evaluation.loss[:, :1], 4, 1))
 
 
