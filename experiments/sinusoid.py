@@ -167,7 +167,7 @@ def evaluate(config: Config, method: Method, state: maml_jax.MetaState, shots: i
         "rate": rate,
         "mean": mean,
         "half_width": half_width,
-        "median": np.median(evaluation.loss, 0),
+        "median": np.median(np.nan_to_num(np.asarray(evaluation.loss), nan=np.inf), 0),
         "divergence": divergence_rate(np.asarray(evaluation.support_loss)),
     }
 

@@ -261,7 +261,7 @@ def digest(data: Omniglot) -> str:
 def _read_cache(path: Path) -> Omniglot | None:
     """The cached data, or None if there is none or it is damaged, so that it is built again."""
     try:
-        with np.load(path) as arrays:
+        with open(path, "rb") as file, np.load(file) as arrays:
             data = Omniglot(arrays["images"], tuple(arrays["names"].tolist()))
             whole = str(arrays["sha256"]) == digest(data)
     except FileNotFoundError:
