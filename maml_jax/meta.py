@@ -84,7 +84,7 @@ def maml(
         params, rates = optax.apply_updates(meta_params, updates)
         return (
             MetaState(state.step + 1, params, rates, opt_state),
-            MetaInfo(loss, aux, info.loss, optax.global_norm(grads)),
+            MetaInfo(loss, aux, info.loss, optax.tree.norm(grads)),
         )
 
     def evaluate(state: MetaState, tasks: Task, steps: int | None = None) -> Evaluation:
