@@ -61,7 +61,7 @@ class Config:
     test_tasks: int = 600
     """Curves to evaluate on."""
     methods: tuple[MethodName, ...] = ("maml", "first_order", "pretrained", "oracle")
-    """What to train. 'steady' is MAML by another recipe than the paper's, on which gradient descent does not diverge:
+    """What to train. 'steady' is MAML by another recipe than the paper's, against losses that run away:
     5 support and 50 query points, an outer rate that falls from .003 to 0, inner gradients scaled down to norm 40."""
     seeds: tuple[int, ...] = (0,)
     """One whole run for each; the test curves are the same."""

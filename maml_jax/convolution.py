@@ -1,8 +1,8 @@
 """One convolution, `conv`, with a choice of implementations behind it.
 
 In meta-learning every task has kernels of its own, so that `vmap` over tasks turns a library
-convolution into a grouped one. XLA's CPU backend runs those, and above all their gradients, up to a
-hundred times slower than the arithmetic needs. There the same sum is written as a matrix product of
+convolution into a grouped one. XLA's CPU backend runs those, and above all their gradients, much slower
+than the arithmetic needs. There the same sum is written as a matrix product of
 image patches and kernel, which batches over tasks and differentiates, at any order, into matrix
 products again. GPUs and TPUs have grouped convolutions of their own.
 """
