@@ -4,6 +4,7 @@ import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from maml_jax import Task, losses
@@ -11,9 +12,23 @@ from maml_jax import Task, losses
 INPUTS, HIDDEN, WAYS = 3, 8, 4
 
 
+def drawn_params(net: nn.Module, *inputs, scale: float | None = None, seed: int = 0):
+    """Parameters for a linen net from NumPy: normal, by the number of inputs of each leaf unless `scale` is given.
+
+    `net.init` compiles a program for every leaf, which takes longer than most tests.
+    """
+    random = np.random.default_rng(seed)
+
+    def draw(leaf):
+        size = scale or (0.1 if leaf.ndim < 2 else np.prod(leaf.shape[:-1]) ** -0.5)
+        return jnp.asarray(size * random.standard_normal(leaf.shape), leaf.dtype)
+
+    return jax.tree.map(draw, jax.eval_shape(net.init, jax.random.key(0), *inputs)["params"])
+
+
 def linen():
     net = nn.Sequential([nn.Dense(HIDDEN), nn.tanh, nn.Dense(WAYS)])
-    params = net.init(jax.random.key(0), jnp.zeros((1, INPUTS)))["params"]
+    params = drawn_params(net, jnp.zeros((1, INPUTS)))
     return losses.cross_entropy(lambda params, x: net.apply({"params": params}, x)), params
 
 
@@ -37,12 +52,11 @@ def equinox():
 
 
 def plain_dict():
-    keys = jax.random.split(jax.random.key(0))
+    random = np.random.default_rng(0)
+    shapes = {"w1": (INPUTS, HIDDEN), "b1": (HIDDEN,), "w2": (HIDDEN, WAYS), "b2": (WAYS,)}
     params = {
-        "w1": jax.random.normal(keys[0], (INPUTS, HIDDEN)),
-        "b1": jnp.zeros(HIDDEN),
-        "w2": jax.random.normal(keys[1], (HIDDEN, WAYS)),
-        "b2": jnp.zeros(WAYS),
+        name: jnp.asarray(random.standard_normal(shape) if len(shape) == 2 else np.zeros(shape), jnp.float32)
+        for name, shape in shapes.items()
     }
 
     def apply(params, x):
@@ -66,10 +80,10 @@ ZOO = {name: widened(b) for name, b in dict(linen=linen, nnx=nnx_split, equinox=
 
 def tasks(count: int, shots: int = 6, queries: int = 5, seed: int = 1) -> Task:
     """Random inputs and labels: what a classifier makes of them is beside the point of a gradient test."""
-    keys = jax.random.split(jax.random.key(seed), 4)
+    random = np.random.default_rng(seed)
 
-    def batch(x_key, y_key, size):
-        x = jax.random.normal(x_key, (count, size, INPUTS))
-        return x, jax.random.randint(y_key, (count, size), 0, WAYS)
+    def batch(size):
+        x = jnp.asarray(random.standard_normal((count, size, INPUTS)), float)
+        return x, jnp.asarray(random.integers(0, WAYS, (count, size)), jnp.int32)
 
-    return Task(batch(*keys[:2], shots), batch(*keys[2:], queries))
+    return Task(batch(shots), batch(queries))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from model_zoo import plain_dict, tasks
+from model_zoo import drawn_params, plain_dict, tasks
 
 import maml_jax
 from maml_jax import check_meta_gradient, layers, losses
@@ -160,7 +160,8 @@ def test_zero_biases_and_blank_inputs_are_no_fault():
     batch = tasks(2)
     batch = jax.tree.map(lambda leaf: leaf * (jnp.arange(leaf.shape[1]) > 1)[None, :, None].astype(leaf.dtype)
                          if leaf.ndim == 3 else leaf, batch)  # fmt: skip
-    params = net.init(jax.random.key(0), batch.support[0][0])["params"]
+    params = drawn_params(net, batch.support[0][0])
+    params = {name: {**layer, "bias": jnp.zeros_like(layer["bias"])} for name, layer in params.items()}
     loss_fn = losses.cross_entropy(lambda params, x: net.apply({"params": params}, x))
     report = check_meta_gradient(loss_fn, params, batch, maml_jax.sgd(0.3, steps=1))
     assert report.exact, report
@@ -171,7 +172,7 @@ def test_low_precision_inside_is_told_and_not_called_a_fault(dtype):
     net = nn.Sequential([nn.Dense(8, dtype=dtype), nn.tanh, nn.Dense(3, dtype=dtype)])
     batch = tasks(2)
     batch = maml_jax.Task(*((x, x) for x, _ in batch))
-    params = net.init(jax.random.key(0), batch.support[0][0])["params"]
+    params = drawn_params(net, batch.support[0][0])
     loss_fn = losses.mean_squared_error(lambda params, x: net.apply({"params": params}, x))
     report = check_meta_gradient(loss_fn, params, batch, maml_jax.sgd(0.1, steps=1))
     assert f"computes in {dtype} whatever it is given" in report["precision"].meaning
@@ -194,13 +195,14 @@ def test_a_plain_maximum_in_pooling_is_judged_by_what_it_does_here():
 
         return losses.cross_entropy(apply)
 
-    keys = jax.random.split(jax.random.key(0), 5)
+    random = np.random.default_rng(0)
     params = {
-        "kernels": [jax.random.normal(keys[0], (3, 3, 1, 2)), jax.random.normal(keys[1], (3, 3, 2, 2))],
-        "head": jax.random.normal(keys[2], (8, 3)),
+        "kernels": [jnp.asarray(random.standard_normal((3, 3, 1, 2)), jnp.float32)],
+        "head": jnp.asarray(random.standard_normal((18, 3)), jnp.float32),
     }
-    labels = jnp.tile(jnp.arange(3), (2, 1))
-    batch = maml_jax.Task(*((jax.random.normal(key, (2, 3, 8, 8, 1)), labels) for key in keys[3:]))
+    labels = jnp.asarray(np.tile(np.arange(3), (2, 1)), jnp.int32)
+    images = jnp.asarray(random.standard_normal((2, 2, 3, 6, 6, 1)), jnp.float32)
+    batch = maml_jax.Task((images[0], labels), (images[1], labels))
     inner = maml_jax.sgd(0.1, steps=5)
     report = check_meta_gradient(loss_with(reduced), params, batch, inner, directions=2)
 

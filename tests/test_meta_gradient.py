@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from model_zoo import ZOO, tasks
+from model_zoo import ZOO, drawn_params, tasks
 
 import maml_jax
 from maml_jax import Task, inner, losses, meta, models
@@ -136,13 +136,13 @@ def test_first_order_is_the_gradient_at_the_adapted_parameters(name):
 
 
 def image_tasks(size, channels, ways=3, shots=2, queries=2, count=2):
-    keys = jax.random.split(jax.random.key(5))
+    random = np.random.default_rng(5)
 
-    def batch(key, per_class):
-        labels = jnp.tile(jnp.arange(ways).repeat(per_class), (count, 1))
-        return jax.random.uniform(key, (count, ways * per_class, size, size, channels)), labels
+    def batch(per_class):
+        labels = np.tile(np.arange(ways, dtype=np.int32).repeat(per_class), (count, 1))
+        return random.random((count, ways * per_class, size, size, channels)), labels
 
-    return Task(batch(keys[0], shots), batch(keys[1], queries))
+    return jax.tree.map(jnp.asarray, Task(batch(shots), batch(queries)))
 
 
 NETS = {
@@ -163,9 +163,8 @@ def test_directional_differences_on_the_papers_nets(name, steps):
     else:
         batch = image_tasks(28, 3 if "pooled" in name else 1)
         loss_fn = losses.cross_entropy(models.apply_params(net))
-    params = net.init(jax.random.key(0), batch.support[0][0])["params"]
-    # Away from the paper's tiny initial weights, where the MLP is all but linear.
-    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), params)
+    # Not the paper's tiny initial weights, with which the MLP is all but linear.
+    params = drawn_params(net, batch.support[0][0])
     learner = maml_jax.sgd(rate, steps=steps, trainable=models.all_but_offsets)
     assert_exact(loss_fn, learner, params, batch)
 
@@ -174,7 +173,7 @@ def test_offsets_are_meta_learned_but_not_adapted():
     net = models.ConvNet(3, 4)
     batch = image_tasks(28, 1)
     loss_fn = losses.cross_entropy(models.apply_params(net))
-    params = net.init(jax.random.key(0), batch.support[0][0])["params"]
+    params = drawn_params(net, batch.support[0][0])
     learner = maml_jax.sgd(0.5, steps=2, trainable=models.all_but_offsets)
     adapted, _ = inner.inner_loop(learner, loss_fn, params, (), jax.tree.map(lambda leaf: leaf[0], batch.support))
     assert jnp.array_equal(adapted["BatchNorm_1"]["offset"], params["BatchNorm_1"]["offset"])

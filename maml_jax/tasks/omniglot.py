@@ -6,6 +6,7 @@ image, so the 20 drawings of a character are put in the order of their pixels; w
 gives the same array, bit for bit.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -13,6 +14,7 @@ import os
 import tempfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple, get_args
@@ -160,14 +162,8 @@ def read_drawings(source: Path | tuple[Path, ...]) -> Drawings:
     characters: dict[str, list[np.ndarray]] = {}
     for name, drawing in found:
         characters.setdefault(name, []).append(drawing)
-    where = source if isinstance(source, Path) else " and ".join(map(str, source))
-    if len(characters) != CHARACTERS:
-        raise DataError(f"Omniglot has {CHARACTERS:,} characters, but {where} holds {len(characters):,}. {HOW}")
-    for name, drawings in characters.items():
-        if len(drawings) != DRAWINGS:
-            raise DataError(
-                f"Every character has {DRAWINGS} drawings, but {name} in {where} has {len(drawings)}. {HOW}"
-            )
+    where = _describe(source)
+    _check_complete({name: len(drawings) for name, drawings in characters.items()}, where)
     ordered = {
         name: np.stack(sorted(characters[name], key=lambda drawing: np.packbits(drawing).tobytes()))
         for name in sorted(characters)
@@ -183,21 +179,40 @@ def read_drawings(source: Path | tuple[Path, ...]) -> Drawings:
     return ordered
 
 
+def _describe(source: Path | tuple[Path, ...]) -> str:
+    return str(source) if isinstance(source, Path) else " and ".join(map(str, source))
+
+
+def _check_complete(counts: dict[str, int], where: str) -> None:
+    if len(counts) != CHARACTERS:
+        raise DataError(f"Omniglot has {CHARACTERS:,} characters, but {where} holds {len(counts):,}. {HOW}")
+    for name, count in counts.items():
+        if count != DRAWINGS:
+            raise DataError(f"Every character has {DRAWINGS} drawings, but {name} in {where} has {count}. {HOW}")
+
+
 def _from_archives(archives: tuple[Path, ...]) -> Iterator[tuple[str, np.ndarray]]:
-    for path in archives:
-        try:
-            with zipfile.ZipFile(path) as archive:
-                for member in archive.namelist():
-                    if member.endswith(".png"):
-                        yield _character(PurePosixPath(member)), _decode(archive.read(member), f"{member} in {path}")
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
-            raise DataError(f"The archive {path} is damaged or cut short ({error}). {HOW}") from error
+    path = archives[0]
+    try:
+        with contextlib.ExitStack() as stack:
+            members = []
+            for path in archives:
+                archive = stack.enter_context(zipfile.ZipFile(path))
+                members += [(path, archive, name) for name in archive.namelist() if name.endswith(".png")]
+            # What is missing is told before everything is read.
+            _check_complete(Counter(_character(PurePosixPath(name)) for *_, name in members), _describe(archives))
+            for path, archive, name in members:
+                yield _character(PurePosixPath(name)), _decode(archive.read(name), f"{name} in {path}")
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
+        raise DataError(f"The archive {path} is damaged or cut short ({error}). {HOW}") from error
 
 
 def _from_folder(root: Path) -> Iterator[tuple[str, np.ndarray]]:
-    for part in PARTS:
-        for path in sorted((root / part).glob("*/*/*.png")):
-            yield _character(PurePosixPath(path.relative_to(root).as_posix())), _decode(path.read_bytes(), str(path))
+    paths = [path for part in PARTS for path in sorted((root / part).glob("*/*/*.png"))]
+    names = [_character(PurePosixPath(path.relative_to(root).as_posix())) for path in paths]
+    _check_complete(Counter(names), str(root))
+    for name, path in zip(names, paths):
+        yield name, _decode(path.read_bytes(), str(path))
 
 
 def _from_tfds(root: Path) -> Iterator[tuple[str, np.ndarray]]:
