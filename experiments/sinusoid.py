@@ -62,7 +62,8 @@ class Config:
     """Curves to evaluate on."""
     methods: tuple[MethodName, ...] = ("maml", "first_order", "pretrained", "oracle")
     """What to train. 'steady' is MAML by another recipe than the paper's, against losses that run away:
-    5 support and 50 query points, an outer rate that falls from .003 to 0, inner gradients scaled down to norm 40."""
+    50 curves with 5 support and 50 query points, an outer rate that falls from .003 to 0, and inner gradients scaled
+    down to norm 40."""
     seeds: tuple[int, ...] = (0,)
     """One whole run for each; the test curves are the same."""
     workdir: Path | None = None
@@ -89,6 +90,7 @@ class Method(NamedTuple):
     title: str
     training: maml_jax.InnerLearner
     outer: optax.GradientTransformation
+    tasks: int
     shots: int
     queries: int
     test_rates: tuple[float, ...]
@@ -102,7 +104,12 @@ class Method(NamedTuple):
 def methods(config: Config) -> dict[MethodName, Method]:
     """What is compared: nets trained by the same code, with different inner learners."""
     rate, steps = config.inner_rate, config.inner_steps
-    paper = {"outer": optax.adam(config.outer_rate), "shots": config.shots, "queries": config.queries}
+    paper = {
+        "outer": optax.adam(config.outer_rate),
+        "tasks": config.tasks,
+        "shots": config.shots,
+        "queries": config.queries,
+    }
     falling = optax.adam(optax.cosine_decay_schedule(3e-3, config.steps))
     clipped = maml_jax.unrolled(descent(rate, 40.0), steps=steps)
     joint = maml_jax.no_adaptation()
@@ -113,7 +120,9 @@ def methods(config: Config) -> dict[MethodName, Method]:
         ),
         "pretrained": Method("pretrained", joint, test_rates=FINE_TUNING_RATES, **paper),
         "oracle": Method("oracle", joint, test_rates=(rate,), told=True, **paper),
-        "steady": Method("MAML, steady", clipped, falling, shots=5, queries=50, test_rates=(rate,), clip=40.0),
+        "steady": Method(
+            "MAML, steady", clipped, falling, tasks=50, shots=5, queries=50, test_rates=(rate,), clip=40.0
+        ),
     }
 
 
@@ -134,7 +143,7 @@ def meta_train(config: Config, method: Method, key: jax.Array, run: RunDirectory
     draw_tasks = partial(sinusoid.draw_tasks, shots=method.shots, queries=method.queries, reveal=method.told)
 
     def draw(key: jax.Array, step: jax.Array) -> maml_jax.Task:
-        return draw_tasks(jax.random.fold_in(key, step), config.tasks)
+        return draw_tasks(jax.random.fold_in(key, step), method.tasks)
 
     progress = Progress(config.steps, name)
     for state, metrics in train(learner, state, draw, task_key, steps=config.steps, steps_per_call=1000):
