@@ -12,15 +12,15 @@ from maml_jax import Task, losses
 INPUTS, HIDDEN, WAYS = 3, 8, 4
 
 
-def drawn_params(net: nn.Module, *inputs, scale: float | None = None, seed: int = 0):
-    """Parameters for a linen net from NumPy: normal, by the number of inputs of each leaf unless `scale` is given.
+def drawn_params(net: nn.Module, *inputs):
+    """Parameters for a linen net from NumPy: normal, scaled by the number of inputs of each leaf.
 
     `net.init` compiles a program for every leaf, which takes longer than most tests.
     """
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
 
     def draw(leaf):
-        size = scale or (0.1 if leaf.ndim < 2 else np.prod(leaf.shape[:-1]) ** -0.5)
+        size = 0.1 if leaf.ndim < 2 else np.prod(leaf.shape[:-1]) ** -0.5
         return jnp.asarray(size * random.standard_normal(leaf.shape), leaf.dtype)
 
     return jax.tree.map(draw, jax.eval_shape(net.init, jax.random.key(0), *inputs)["params"])
