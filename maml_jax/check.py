@@ -6,7 +6,7 @@ Training still runs then, only worse. Here the gradient is held against what it 
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -75,6 +75,7 @@ def check_meta_gradient(
     inner: InnerLearner,
     *,
     query_loss_fn: LossFn | None = None,
+    step_weights: Sequence[float] | None = None,
     directions: int = 3,
     tolerance: float = 1e-6,
     seed: int = 0,
@@ -89,7 +90,7 @@ def check_meta_gradient(
       params: where to check, such as the initial parameters.
       tasks: a batch of tasks, leading axis `T` on every leaf.
       inner: the inner learner, as for `maml`.
-      query_loss_fn: as for `maml`.
+      query_loss_fn, step_weights: as for `maml`.
       directions: random directions in the space of the meta-parameters.
       tolerance: relative difference up to which two results agree.
       seed: of the directions.
@@ -109,6 +110,8 @@ def check_meta_gradient(
     if not isinstance(inner, InnerLearner):
         raise TypeError(f"inner must come from maml_jax.sgd or maml_jax.unrolled, but got {inner!r}.")
     validation.at_least("inner.steps", inner.steps, 1)
+    if step_weights is not None:
+        validation.weights("step_weights", step_weights, inner.steps + 1)
     validation.at_least("directions", directions, 1)
     validation.positive("tolerance", tolerance)
     validation.task_axis(tasks)
@@ -120,7 +123,8 @@ def check_meta_gradient(
         random = np.random.default_rng(seed)
         params, tasks = _cast((params, tasks), np.float64)
         params = jax.tree.map(lambda leaf: leaf + NUDGE * random.standard_normal(leaf.shape), params)
-        problem = _Problem(support_loss, query_loss, inner, params, tasks)
+        of_task = partial(task_loss, support_loss, query_loss, step_weights=step_weights)
+        problem = _Problem(support_loss, of_task, inner, params, tasks)
         value, gradient = problem.value_and_grad(problem.start)
         coarsest = _coarsest(jax.make_jaxpr(problem.meta_loss)(problem.start).jaxpr)
         judge = _judge(tolerance, coarsest, directions, seed)
@@ -142,13 +146,20 @@ def check_meta_gradient(
 class _Problem:
     """The meta-loss of one batch of tasks as a function of `(params, rates)` alone, and its gradient."""
 
-    def __init__(self, support_loss: LossFn, query_loss: LossFn, inner: InnerLearner, params: Params, tasks: Task):
-        self.parts = (support_loss, query_loss, inner, params, tasks)
+    def __init__(
+        self,
+        support_loss: LossFn,
+        objective: Callable[[InnerLearner, Any, Task], tuple[jax.Array, Any]],
+        inner: InnerLearner,
+        params: Params,
+        tasks: Task,
+    ):
+        self.parts = (support_loss, objective, inner, params, tasks)
         self.inner, self.tasks = inner, tasks
         self.start = (params, inner.init_rates(adapted_part(inner, params)))
 
         def of_task(meta_params: Any, task: Task) -> jax.Array:
-            return task_loss(support_loss, query_loss, inner, meta_params, task)[0]
+            return objective(inner, meta_params, task)[0]
 
         def meta_loss(meta_params: Any) -> jax.Array:
             return jax.vmap(partial(of_task, meta_params))(tasks).mean()
@@ -160,8 +171,8 @@ class _Problem:
         self.task_gradient = jax.jit(jax.grad(of_task))
 
     def with_order(self, order: Literal[1, 2]) -> "_Problem":
-        support_loss, query_loss, inner, params, tasks = self.parts
-        return _Problem(support_loss, query_loss, inner._replace(order=order), params, tasks)
+        support_loss, objective, inner, params, tasks = self.parts
+        return _Problem(support_loss, objective, inner._replace(order=order), params, tasks)
 
 
 def _coarsest(jaxpr: Any) -> np.dtype:

@@ -1,24 +1,37 @@
-"""One convolution, `conv`, with a choice of implementations behind it.
+"""One convolution, `conv`, made of three operations that are each other's derivatives.
 
-In meta-learning every task has kernels of its own, so that `vmap` over tasks turns a library
-convolution into a grouped one. XLA's CPU backend runs those, and above all their gradients, much slower
-than the arithmetic needs. There the same sum is written as a matrix product of
-image patches and kernel, which batches over tasks and differentiates, at any order, into matrix
-products again. GPUs and TPUs have grouped convolutions of their own.
+A convolution is linear in the images and linear in the kernel, so its two derivatives are sums over
+the same triples of an image pixel, a kernel entry and an output pixel, and so are theirs:
+
+    conv(x, kernel) -> y                sums over image pixels
+    input_gradient(y, kernel) -> x      sums over output pixels
+    kernel_gradient(x, y) -> kernel     sums over pixels of both
+
+Whatever is differentiated, forwards or backwards, a first time or a fifth, the result is made of these
+three again. As primitives of JAX they say so themselves, and each has implementations of its own: in
+meta-learning the gradients are most of the work, every task has kernels of its own, and what a backend
+makes of the derivatives of its own convolution can be a hundred times slower than the arithmetic needs.
+
+Dimensions: `B` images of `H x W` with `C` channels, kernels of `h x w`, outputs of `H' x W'` with `D`
+features. Inside, operands have a leading axis `G` of kernels that differ, which `vmap` over tasks fills.
 """
 
+import math
 from collections.abc import Callable
-from typing import Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
-Implementation = Literal["patches", "lax"]
+ImplementationName = Literal["patches", "direct", "lax"]
 
 
 def conv(
-    x: jax.Array, kernel: jax.Array, *, stride: int = 1, implementation: Implementation | None = None
+    x: jax.Array, kernel: jax.Array, *, stride: int = 1, implementation: ImplementationName | None = None
 ) -> jax.Array:
     """Two-dimensional convolution with 'SAME' padding (and no bias), differentiable at any order.
 
@@ -27,42 +40,250 @@ def conv(
       kernel: `[h, w, C, D]`.
       stride: in both directions. 'SAME' pads as TensorFlow and XLA do: the output has
         `ceil(H / stride)` rows, and an odd padding is larger at the end.
-      implementation: None takes the one that suits the backend.
+      implementation: None takes what suits the backend and the shapes.
 
     Returns:
       `[B, ceil(H / stride), ceil(W / stride), D]`.
+
+    Raises:
+      ValueError: for an implementation that does not exist, and for shapes that do not fit.
     """
-    implementation = implementation or default_implementation()
-    if implementation not in IMPLEMENTATIONS:
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, but got {implementation!r}.")
-    return IMPLEMENTATIONS[implementation](x, kernel, stride)
+    if x.ndim != 4 or kernel.ndim != 4 or x.shape[3] != kernel.shape[2]:
+        raise ValueError(
+            f"conv takes images [B, H, W, C] and a kernel [h, w, C, D] with the same C, but got {x.shape} and "
+            f"{kernel.shape}."
+        )
+    dtype = jnp.promote_types(x.dtype, kernel.dtype)
+    geometry = Geometry((x.shape[1], x.shape[2]), (kernel.shape[0], kernel.shape[1]), stride)
+    # Of one kernel: vmap fills the axis that is added here.
+    x, kernel = x.astype(dtype)[None], kernel.astype(dtype)[None]
+    return conv_p.bind(x, kernel, geometry=geometry, implementation=implementation)[0]
 
 
-def default_implementation() -> Implementation:
-    """The one place where the backend decides."""
-    return "patches" if jax.default_backend() == "cpu" else "lax"
+class Geometry(NamedTuple):
+    """What the three operations have in common."""
+
+    image: tuple[int, int]
+    window: tuple[int, int]
+    stride: int
+
+    @property
+    def output(self) -> tuple[int, int]:
+        """Rows and columns of `y`."""
+        return -(-self.image[0] // self.stride), -(-self.image[1] // self.stride)
+
+    @property
+    def pads(self) -> list[tuple[int, int]]:
+        """Zeros before and after the rows and the columns of `x`."""
+        return lax.padtype_to_pads(self.image, self.window, (self.stride, self.stride), "SAME")
 
 
-def _lax(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    return lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+class Implementation(NamedTuple):
+    """The three operations with one kernel: `x [B, H, W, C]`, `kernel [h, w, C, D]`, `y [B, H', W', D]`."""
+
+    conv: Callable[[jax.Array, jax.Array, Geometry], jax.Array]
+    input_gradient: Callable[[jax.Array, jax.Array, Geometry], jax.Array]
+    kernel_gradient: Callable[[jax.Array, jax.Array, Geometry], jax.Array]
 
 
-def _patches(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    height, width, channels, features = kernel.shape
-    rows, columns = -(-x.shape[1] // stride), -(-x.shape[2] // stride)
-    pads = lax.padtype_to_pads(x.shape[1:3], (height, width), (stride, stride), "SAME")
-    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    patches = [
+# --- One matrix product with all windows of the images as rows: fast for small images on a CPU.
+
+
+def _windows(x: jax.Array, geometry: Geometry) -> jax.Array:
+    """`[B, H, W, C] -> [B, H', W', h * w * C]`."""
+    (height, width), (rows, columns), stride = geometry.window, geometry.output, geometry.stride
+    x = jnp.pad(x, ((0, 0), *geometry.pads, (0, 0)))
+    shifted = [
         lax.slice(
             x,
             (0, i, j, 0),
-            (x.shape[0], i + (rows - 1) * stride + 1, j + (columns - 1) * stride + 1, channels),
+            (x.shape[0], i + (rows - 1) * stride + 1, j + (columns - 1) * stride + 1, x.shape[3]),
             (1, stride, stride, 1),
         )
         for i in range(height)
         for j in range(width)
     ]
-    return jnp.concatenate(patches, -1) @ kernel.reshape(height * width * channels, features)
+    return jnp.concatenate(shifted, -1)
 
 
-IMPLEMENTATIONS: dict[str, Callable[[jax.Array, jax.Array, int], jax.Array]] = {"patches": _patches, "lax": _lax}
+def _patches_conv(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    return _windows(x, geometry) @ kernel.reshape(-1, kernel.shape[3])
+
+
+def _patches_input_gradient(y: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    x = jax.ShapeDtypeStruct((len(y), *geometry.image, kernel.shape[2]), y.dtype)
+    to_images = jax.linear_transpose(partial(_windows, geometry=geometry), x)
+    return to_images(y @ kernel.reshape(-1, kernel.shape[3]).T)[0]
+
+
+def _patches_kernel_gradient(x: jax.Array, y: jax.Array, geometry: Geometry) -> jax.Array:
+    return _kernel(_product_with_windows(x, y, geometry), x, geometry)
+
+
+def _product_with_windows(x: jax.Array, y: jax.Array, geometry: Geometry) -> jax.Array:
+    """`[D, h * w * C]`, the kernel's gradient as rows.
+
+    It is this product, and not its transpose, that has a fast form on CPUs, and of its two operands `y`
+    is the one that is cheap to turn. The barrier keeps XLA from taking the turn back.
+    """
+    windows = _windows(x, geometry)
+    return lax.optimization_barrier(y.reshape(-1, y.shape[3]).T) @ windows.reshape(-1, windows.shape[3])
+
+
+def _kernel(rows: jax.Array, x: jax.Array, geometry: Geometry) -> jax.Array:
+    """`[D, h * w * C] -> [h, w, C, D]`."""
+    return lax.optimization_barrier(rows).T.reshape(*geometry.window, x.shape[3], -1)
+
+
+# --- XLA's convolution, and what JAX derives from it: for accelerators, whose libraries know all three.
+
+
+def _lax_conv(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    strides = (geometry.stride, geometry.stride)
+    return lax.conv_general_dilated(x, kernel, strides, geometry.pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _lax_input_gradient(y: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    x = jax.ShapeDtypeStruct((len(y), *geometry.image, kernel.shape[2]), y.dtype)
+    return jax.linear_transpose(lambda x: _lax_conv(x, kernel, geometry), x)(y)[0]
+
+
+def _lax_kernel_gradient(x: jax.Array, y: jax.Array, geometry: Geometry) -> jax.Array:
+    kernel = jax.ShapeDtypeStruct((*geometry.window, x.shape[3], y.shape[3]), y.dtype)
+    return jax.linear_transpose(lambda kernel: _lax_conv(x, kernel, geometry), kernel)(y)[0]
+
+
+# --- XLA's forward convolution alone, and windows of one image after the other: for large images on a CPU,
+# whose windows all together leave its caches.
+
+FEW_CHANNELS = 16
+"""Below this, XLA's convolution on a CPU has too short sums to be fast."""
+
+
+def _direct_conv(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    if x.shape[3] >= FEW_CHANNELS:
+        return _lax_conv(x, kernel, geometry)
+    return lax.map(lambda image: _patches_conv(image[None], kernel, geometry)[0], x)
+
+
+def _direct_input_gradient(y: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    # Behind a barrier, or XLA folds the turned kernel into a convolution that it has no fast form of.
+    turned = lax.optimization_barrier(jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
+    pads = []
+    for size, rows, window, (before, _) in zip(geometry.image, geometry.output, geometry.window, geometry.pads):
+        before = window - 1 - before
+        pads.append((before, size + window - 1 - before - ((rows - 1) * geometry.stride + 1)))
+    return lax.conv_general_dilated(
+        y,
+        turned,
+        (1, 1),
+        pads,
+        lhs_dilation=(geometry.stride, geometry.stride),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def _direct_kernel_gradient(x: jax.Array, y: jax.Array, geometry: Geometry) -> jax.Array:
+    def add_image(total: jax.Array, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        return total + _product_with_windows(pair[0][None], pair[1][None], geometry), None
+
+    zeros = jnp.zeros((y.shape[3], geometry.window[0] * geometry.window[1] * x.shape[3]), x.dtype)
+    return _kernel(lax.scan(add_image, zeros, (x, y))[0], x, geometry)
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "patches": Implementation(_patches_conv, _patches_input_gradient, _patches_kernel_gradient),
+    "direct": Implementation(_direct_conv, _direct_input_gradient, _direct_kernel_gradient),
+    "lax": Implementation(_lax_conv, _lax_input_gradient, _lax_kernel_gradient),
+}
+
+
+LARGE_WINDOWS = 1 << 20
+"""Entries of a matrix of windows that a core's caches no longer hold."""
+
+
+def default_implementation(platform: str, geometry: Geometry, images: int, channels: int) -> ImplementationName:
+    """The one place where backend and shapes decide, by measurements on CPUs with AVX2 and with AVX-512."""
+    if platform != "cpu":
+        return "lax"
+    windows = images * math.prod((*geometry.output, *geometry.window, channels))
+    return "direct" if windows > LARGE_WINDOWS else "patches"
+
+
+# --- The primitives.
+
+
+class _Merge(NamedTuple):
+    """Where a batch axis goes that one operand has alone: a free axis of it, and of the result."""
+
+    operand: int
+    result: int
+
+
+def _primitive(name: str, first: _Merge, second: _Merge) -> Primitive:
+    """An operation on operands with a leading axis `G`, with parameters `geometry` and `implementation`."""
+    primitive = Primitive(f"maml_jax_{name}")
+
+    def compute(
+        a: jax.Array, b: jax.Array, *, geometry: Geometry, implementation: ImplementationName | None, platform: str
+    ) -> jax.Array:
+        channels = b.shape[3] if name == "input_gradient" else a.shape[4]
+        chosen = implementation or default_implementation(platform, geometry, a.shape[1], channels)
+        one = partial(getattr(IMPLEMENTATIONS[chosen], name), geometry=geometry)
+        # Spared the batching where there is one kernel: products of plain matrices run faster.
+        return one(a[0], b[0])[None] if len(a) == 1 else jax.vmap(one)(a, b)
+
+    def shape(a: Any, b: Any, *, geometry: Geometry, implementation: ImplementationName | None) -> Any:
+        one = partial(getattr(IMPLEMENTATIONS["lax"], name), geometry=geometry)
+        out = jax.eval_shape(jax.vmap(one), *(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in (a, b)))
+        return a.update(shape=out.shape, dtype=out.dtype, weak_type=False)
+
+    def batch(operands: Any, axes: Any, **params: Any) -> tuple[jax.Array, int]:
+        if None not in axes:  # Kernels that differ: more of them.
+            operands = [jnp.moveaxis(operand, axis, 0) for operand, axis in zip(operands, axes)]
+            count = len(operands[0])
+            out = primitive.bind(*(operand.reshape(-1, *operand.shape[2:]) for operand in operands), **params)
+            return out.reshape(count, -1, *out.shape[1:]), 0
+        alone = axes.index(None) ^ 1
+        merge = (first, second)[alone]
+        operand = jnp.moveaxis(operands[alone], axes[alone], merge.operand)
+        before, (count, _, *after) = operand.shape[: merge.operand], operand.shape[merge.operand :]
+        operand = operand.reshape(*before, -1, *after)
+        out = primitive.bind(*((operand, operands[1]) if alone == 0 else (operands[0], operand)), **params)
+        before, (_, *after) = out.shape[: merge.result], out.shape[merge.result :]
+        return out.reshape(*before, count, -1, *after), merge.result
+
+    primitive.def_impl(jax.jit(primitive.bind, static_argnames=("geometry", "implementation")))
+    primitive.def_abstract_eval(shape)
+    batching.primitive_batchers[primitive] = batch
+    for platform in ("cpu", None):
+        lowered = mlir.lower_fun(partial(compute, platform=platform or "accelerator"), multiple_results=False)
+        mlir.register_lowering(primitive, lowered, platform=platform)
+    return primitive
+
+
+# Axes of x are [G, B, H, W, C], of the kernel [G, h, w, C, D], of y [G, B, H', W', D]. Images alone make
+# the batch larger, kernels alone have more channels or features.
+conv_p = _primitive("conv", first=_Merge(1, 1), second=_Merge(4, 4))
+input_gradient_p = _primitive("input_gradient", first=_Merge(1, 1), second=_Merge(3, 4))
+kernel_gradient_p = _primitive("kernel_gradient", first=_Merge(4, 3), second=_Merge(4, 4))
+
+
+# For each operation, the transposes in its first and in its second operand: from a cotangent of its result.
+ad.defbilinear(
+    conv_p,
+    lambda y, x, kernel, **params: input_gradient_p.bind(y, kernel, **params),
+    lambda y, x, kernel, **params: kernel_gradient_p.bind(x, y, **params),
+)
+ad.defbilinear(
+    input_gradient_p,
+    lambda x, y, kernel, **params: conv_p.bind(x, kernel, **params),
+    lambda x, y, kernel, **params: kernel_gradient_p.bind(x, y, **params),
+)
+ad.defbilinear(
+    kernel_gradient_p,
+    lambda kernel, x, y, **params: input_gradient_p.bind(y, kernel, **params),
+    lambda kernel, x, y, **params: conv_p.bind(x, kernel, **params),
+)

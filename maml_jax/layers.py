@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from maml_jax.convolution import Implementation, conv
+from maml_jax.convolution import ImplementationName, conv
 
 
 class Conv(nn.Module):
@@ -19,7 +19,7 @@ class Conv(nn.Module):
     features: int
     size: int = 3
     stride: int = 1
-    implementation: Implementation | None = None
+    implementation: ImplementationName | None = None
     kernel_init: Any = nn.initializers.xavier_uniform()
 
     @nn.compact

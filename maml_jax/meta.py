@@ -1,6 +1,6 @@
 """MAML: meta-learns the parameters from which the inner loop starts (Finn et al. 2017, algorithm 1)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -39,6 +39,7 @@ def maml(
     outer: optax.GradientTransformation,
     *,
     query_loss_fn: LossFn | None = None,
+    step_weights: Sequence[float] | None = None,
     tasks_at_once: int | None = None,
     mesh: Mesh | None = None,
 ) -> MetaLearner:
@@ -50,6 +51,9 @@ def maml(
       outer: any optax optimizer. It acts on the pair `(params, rates)`, with `rates == ()` unless
         the inner learner has learned rates.
       query_loss_fn: the loss of the query set where it differs from `loss_fn`.
+      step_weights: `S + 1` weights of the query loss before the first and after each inner step, whose
+        weighted sum is minimised (the multi-step loss of MAML++, Antoniou et al. 2019, section 4).
+        None: the query loss after the last step alone.
       tasks_at_once: how many tasks are computed together, the others after them. None computes all
         of them at once; 1 goes through them one by one, with the least memory. Results agree up to
         rounding.
@@ -62,6 +66,8 @@ def maml(
     if not isinstance(inner, InnerLearner):
         raise TypeError(f"inner must come from maml_jax.sgd or maml_jax.unrolled, but got {inner!r}.")
     validation.transformation("outer", outer)
+    if step_weights is not None:
+        validation.weights("step_weights", step_weights, inner.steps + 1)
     over_tasks = task_axis(tasks_at_once, mesh)
     support_loss = validation.checked_loss(loss_fn)
     query_loss = validation.checked_loss(query_loss_fn or loss_fn)
@@ -73,7 +79,7 @@ def maml(
         return over_tasks.replicate(MetaState(jnp.zeros([], jnp.int32), params, rates, outer.init((params, rates))))
 
     def gradient(meta_params: tuple[Params, Rates], task: Task) -> tuple[Any, Any]:
-        loss = partial(task_loss, support_loss, query_loss, inner)
+        loss = partial(task_loss, support_loss, query_loss, inner, step_weights=step_weights)
         (loss, info), grads = jax.value_and_grad(loss, has_aux=True)(meta_params, task)
         return (loss, grads), info
 
@@ -109,14 +115,28 @@ def maml(
 
 
 def task_loss(
-    support_loss: LossFn, query_loss: LossFn, inner: InnerLearner, meta_params: tuple[Params, Rates], task: Task
+    support_loss: LossFn,
+    query_loss: LossFn,
+    inner: InnerLearner,
+    meta_params: tuple[Params, Rates],
+    task: Task,
+    *,
+    step_weights: Sequence[float] | None = None,
 ) -> tuple[jax.Array, Any]:
     """One task's share of the meta-objective: the query loss after adaptation (paper, equation 1).
 
     Returns:
-      The loss, and the pair (aux of the query loss, `AdaptInfo`).
+      The loss, or with `step_weights` the weighted sum of those along the way, and the pair (aux of
+      the query loss after adaptation, `AdaptInfo`).
     """
     params, rates = meta_params
-    adapted, info = inner_loop(inner, support_loss, params, rates, task.support)
-    loss, aux = query_loss(adapted, task.query)
-    return loss, (aux, info)
+    if step_weights is None:
+        adapted, info = inner_loop(inner, support_loss, params, rates, task.support)
+        loss, aux = query_loss(adapted, task.query)
+        return loss, (aux, info)
+    _, info = inner_loop(
+        inner, support_loss, params, rates, task.support, probe=lambda params: query_loss(params, task.query)
+    )
+    losses, aux = info.probes
+    aux = jax.tree.map(lambda leaf: leaf[-1], aux)
+    return jnp.vdot(jnp.asarray(step_weights, losses.dtype), losses), (aux, info._replace(probes=None))

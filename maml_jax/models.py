@@ -6,7 +6,7 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 
-from maml_jax.convolution import Implementation
+from maml_jax.convolution import ImplementationName
 from maml_jax.layers import BatchNorm, Conv, max_pool
 from maml_jax.types import Params
 
@@ -44,7 +44,7 @@ class ConvNet(nn.Module):
     ways: int
     filters: int = 64
     pooled: bool = False
-    implementation: Implementation | None = None
+    implementation: ImplementationName | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -34,6 +34,19 @@ def at_least(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name} must be an integer of at least {least}, but got {value!r}.")
 
 
+def weights(name: str, value: Any, count: int) -> None:
+    """Raises ValueError unless `value` is `count` finite numbers that are not negative, and not all zero."""
+    try:
+        numbers = [float(number) for number in value]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be {count} numbers, but got {value!r}.") from error
+    if len(numbers) != count or not all(0 <= number < math.inf for number in numbers) or not any(numbers):
+        raise ValueError(
+            f"{name} must be {count} finite numbers that are not negative and not all zero, one before the first and "
+            f"one after each inner step, but got {value!r}."
+        )
+
+
 def one_of(name: str, value: Any, allowed: Collection[Any]) -> None:
     """Raises ValueError unless `value` is one of `allowed`."""
     if isinstance(value, bool) or value not in allowed:

@@ -1,11 +1,14 @@
 """Every implementation of the convolution is the same function, with the same derivatives."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
-from maml_jax import convolution, layers
+from maml_jax import layers
 from maml_jax.convolution import IMPLEMENTATIONS, conv
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -35,29 +38,75 @@ def loop(x, kernel, stride):
     return out
 
 
+def drawn(shape, tasks=3):
+    height, width, channels, features, size, _ = shape
+    random = np.random.default_rng(0)
+    x = random.standard_normal((tasks, 2, height, width, channels))
+    return x, random.standard_normal((tasks, size, size, channels, features))
+
+
+def through_jax(x, kernel, stride):
+    """JAX's own convolution, with the derivatives that JAX derives for it."""
+    return jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def derivatives(one, x, kernel):
+    """First derivatives of a sum of sines over tasks, and second ones in both directions."""
+
+    def energy(x, kernel):
+        return jnp.sum(jnp.sin(jax.vmap(one)(x, kernel)))
+
+    def along(x, kernel):
+        return sum((g * t).sum() for g, t in zip(gradient(x, kernel), tangents))
+
+    gradient = jax.grad(energy, (0, 1))
+    tangents = (jnp.cos(x), jnp.sin(kernel))
+    return jax.jit(lambda: (jax.jvp(gradient, (x, kernel), tangents), jax.grad(along, (0, 1))(x, kernel)))()
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_is_a_convolution_at_any_order_and_under_vmap(shape, implementation):
-    height, width, channels, features, size, stride = shape
-    random = np.random.default_rng(0)
-    x = random.standard_normal((3, 2, height, width, channels))
-    kernel = random.standard_normal((3, size, size, channels, features))
-    each = jax.vmap(lambda x, k: conv(x, k, stride=stride, implementation=implementation))
+    x, kernel = drawn(shape)
+    stride = shape[-1]
+    ours = partial(conv, stride=stride, implementation=implementation)
     expected = np.stack([loop(*pair, stride) for pair in zip(x, kernel)])
-    np.testing.assert_allclose(jax.jit(each)(x, kernel), expected, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(jax.jit(jax.vmap(ours))(x, kernel), expected, rtol=1e-12, atol=1e-12)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11),
+        derivatives(ours, x, kernel),
+        derivatives(partial(through_jax, stride=stride), x, kernel),
+    )
 
-    def energy(x, kernel, implementation):
-        out = jax.vmap(lambda x, k: conv(x, k, stride=stride, implementation=implementation))(x, kernel)
-        return jnp.sum(jnp.sin(out))
 
-    def second(implementation):
-        gradient = jax.grad(energy, (0, 1))
-        tangents = (jnp.cos(x), jnp.sin(kernel))
-        inner = lambda x, k: sum(jnp.vdot(g, t) for g, t in zip(gradient(x, k, implementation), tangents))  # noqa: E731
-        return gradient(x, kernel, implementation), jax.jit(jax.grad(inner, (0, 1)))(x, kernel)
+@pytest.mark.parametrize("axes", [(0, None), (None, 0), (1, 2)], ids=["images", "kernels", "both"])
+def test_an_axis_of_one_operand_alone_and_axes_that_are_not_in_front(axes):
+    pairs = [jnp.stack([operand, -2 * operand]) for operand in drawn(SHAPES[1])]  # Two times three tasks.
+    pairs = [pair[0] if axis is None else jnp.moveaxis(pair, 0, axis) for pair, axis in zip(pairs, axes)]
 
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11),
-                 second(implementation), second("lax"))  # fmt: skip
+    def each(one):
+        value_and_grad = jax.value_and_grad(lambda x, kernel: jnp.sum(jnp.sin(one(x, kernel))), (0, 1))
+        return jax.vmap(jax.vmap(value_and_grad), axes)(*pairs)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12),
+        each(partial(conv, stride=2)),
+        each(partial(through_jax, stride=2)),
+    )
+
+
+def primitives(jaxpr):
+    found = {equation.primitive.name for equation in jaxpr.eqns}
+    return found.union(*(primitives(inner) for eqn in jaxpr.eqns for inner in jaxprs_in_params(eqn.params)))
+
+
+def test_derivatives_stay_in_the_family():
+    x, kernel = drawn(SHAPES[0])
+    found = primitives(jax.make_jaxpr(partial(derivatives, conv))(x, kernel).jaxpr)
+    assert {name for name in found if "conv" in name or "gradient" in name} == {
+        "maml_jax_conv", "maml_jax_input_gradient", "maml_jax_kernel_gradient",
+    }  # fmt: skip
+    assert not found & {"dot_general", "scatter-add"}
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -68,14 +117,22 @@ def test_keeps_low_precision(implementation):
 
 
 def test_an_unknown_implementation_is_refused():
-    with pytest.raises(ValueError, match="patches, lax, but got 'fft'"):
+    with pytest.raises(ValueError, match="patches, direct, lax, but got 'fft'"):
         conv(jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 1)), implementation="fft")
 
 
-def test_the_backend_decides_in_one_place(monkeypatch):
-    for backend, expected in (("cpu", "patches"), ("gpu", "lax"), ("tpu", "lax")):
-        monkeypatch.setattr(convolution.jax, "default_backend", lambda backend=backend: backend)
-        assert convolution.default_implementation() == expected
+def test_shapes_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"the same C, but got \(1, 4, 4, 1\) and \(3, 3, 2, 1\)"):
+        conv(jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 2, 1)))
+
+
+@pytest.mark.parametrize("platform, convolutions", [("cpu", False), ("cuda", True), ("tpu", True)])
+def test_the_platform_that_a_program_is_for_decides(platform, convolutions):
+    """Small images: matrix products on a CPU; on accelerators grouped convolutions, a group for each task."""
+    x, kernel = drawn(SHAPES[0])
+    program = jax.jit(partial(derivatives, conv)).trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
+    assert convolutions == ("stablehlo.convolution" in program)
+    assert convolutions == ("feature_group_count = 3" in program)
 
 
 @pytest.mark.parametrize("size", [6, 7])

@@ -347,3 +347,20 @@ def test_query_loss_of_its_own():
     plain, _ = meta_gradient(loss_fn, maml_jax.sgd(0.3, steps=1), params, batch)
     double, _ = meta_gradient(loss_fn, maml_jax.sgd(0.3, steps=1), params, batch, query_loss_fn=doubled)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(2 * a, b, rtol=1e-12), plain, double)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_step_weights_are_a_weighted_sum_of_meta_losses(order):
+    """The multi-step loss is linear in its weights: each row alone is MAML with that many steps."""
+    loss_fn, params = ZOO["dict"]()
+    weights, batch = (0.2, 0.5, 0.3), tasks(2)
+    inner_learner = maml_jax.sgd(0.3, steps=2, order=order)
+    got, info = meta_gradient(loss_fn, inner_learner, params, batch, step_weights=weights)
+    parts = [
+        meta_gradient(loss_fn, learner, params, batch)
+        for learner in (maml_jax.no_adaptation(), maml_jax.sgd(0.3, steps=1, order=order), inner_learner)
+    ]
+    expected = jax.tree.map(lambda *leaves: sum(w * leaf for w, leaf in zip(weights, leaves)), *(g for g, _ in parts))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-14), got, expected)
+    np.testing.assert_allclose(info.loss, sum(w * i.loss for w, (_, i) in zip(weights, parts)), rtol=1e-12)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), info.aux, parts[2][1].aux)

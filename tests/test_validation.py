@@ -50,6 +50,12 @@ def test_what_is_not_an_inner_learner():
         maml_jax.unrolled(0.1, steps=1)
 
 
+@pytest.mark.parametrize("weights", [(1.0,), (0, 0), (1, -1), (1, float("nan")), "ab", 1.0])
+def test_step_weights(weights):
+    with pytest.raises(ValueError, match="step_weights must be 2 "):
+        learner(plain_dict()[0], step_weights=weights)
+
+
 def vector_loss(params, batch):
     return jnp.ones(3), {}
 
