@@ -16,6 +16,7 @@ Dimensions: `B` images of `H x W` with `C` channels, kernels of `h x w`, outputs
 features. Inside, operands have a leading axis `G` of kernels that differ, which `vmap` over tasks fills.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -112,29 +113,54 @@ def _patches_conv(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Ar
     return _windows(x, geometry) @ kernel.reshape(-1, kernel.shape[3])
 
 
+def _from_windows(windows: jax.Array, geometry: Geometry) -> jax.Array:
+    """The transpose of `_windows`: every entry added to the pixel that it came from.
+
+    Pixels whose places agree modulo the stride are summed as one image, without the gaps that the
+    others leave, and then the images are interlaced.
+    """
+    (height, width), (rows, columns), stride = geometry.window, geometry.output, geometry.stride
+    windows = windows.reshape(*windows.shape[:3], height, width, -1)
+    more_rows, more_columns = (height - 1) // stride, (width - 1) // stride
+
+    def pixels(row: int, column: int) -> jax.Array:
+        places = [(i, j) for i in range(row, height, stride) for j in range(column, width, stride)]
+        shifted = []
+        for i, j in places:
+            down, right = i // stride, j // stride
+            pads = ((0, 0), (down, more_rows - down), (right, more_columns - right), (0, 0))
+            shifted.append(jnp.pad(windows[:, :, :, i, j], pads))
+        if not places:  # A stride beyond the window leaves pixels out.
+            shape = (len(windows), rows + more_rows, columns + more_columns, windows.shape[5])
+            return jnp.zeros(shape, windows.dtype)
+        return functools.reduce(jnp.add, shifted)
+
+    x = jnp.stack([jnp.stack([pixels(i, j) for j in range(stride)], 3) for i in range(stride)], 2)
+    x = x.reshape(len(x), x.shape[1] * stride, x.shape[3] * stride, -1)
+    cuts = [
+        (-before, before + size - have) for (before, _), size, have in zip(geometry.pads, geometry.image, x.shape[1:3])
+    ]
+    return lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((*cut, 0) for cut in cuts), (0, 0, 0)))
+
+
 def _patches_input_gradient(y: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
-    x = jax.ShapeDtypeStruct((len(y), *geometry.image, kernel.shape[2]), y.dtype)
-    to_images = jax.linear_transpose(partial(_windows, geometry=geometry), x)
-    return to_images(y @ kernel.reshape(-1, kernel.shape[3]).T)[0]
+    return _from_windows(y @ kernel.reshape(-1, kernel.shape[3]).T, geometry)
 
 
 def _patches_kernel_gradient(x: jax.Array, y: jax.Array, geometry: Geometry) -> jax.Array:
-    return _kernel(_product_with_windows(x, y, geometry), x, geometry)
+    rows = _product_with_windows(x, y, geometry)
+    return rows.T.reshape(*geometry.window, x.shape[3], y.shape[3])
 
 
 def _product_with_windows(x: jax.Array, y: jax.Array, geometry: Geometry) -> jax.Array:
-    """`[D, h * w * C]`, the kernel's gradient as rows.
-
-    It is this product, and not its transpose, that has a fast form on CPUs, and of its two operands `y`
-    is the one that is cheap to turn. The barrier keeps XLA from taking the turn back.
-    """
+    """The kernel's gradient as `[D, h * w * C]`."""
     windows = _windows(x, geometry)
-    return lax.optimization_barrier(y.reshape(-1, y.shape[3]).T) @ windows.reshape(-1, windows.shape[3])
-
-
-def _kernel(rows: jax.Array, x: jax.Array, geometry: Geometry) -> jax.Array:
-    """`[D, h * w * C] -> [h, w, C, D]`."""
-    return lax.optimization_barrier(rows).T.reshape(*geometry.window, x.shape[3], -1)
+    windows, y = windows.reshape(-1, windows.shape[3]), y.reshape(-1, y.shape[3])
+    if windows.shape[1] < y.shape[1]:  # Few channels.
+        return (windows.T @ y).T
+    # y turned, behind a barrier that keeps XLA from taking it back: CPUs have no fast form of a product
+    # that sums over the rows of both operands.
+    return lax.optimization_barrier(lax.optimization_barrier(y.T) @ windows)
 
 
 # --- XLA's convolution, and what JAX derives from it: for accelerators, whose libraries know all three.
@@ -190,7 +216,8 @@ def _direct_kernel_gradient(x: jax.Array, y: jax.Array, geometry: Geometry) -> j
         return total + _product_with_windows(pair[0][None], pair[1][None], geometry), None
 
     zeros = jnp.zeros((y.shape[3], geometry.window[0] * geometry.window[1] * x.shape[3]), x.dtype)
-    return _kernel(lax.scan(add_image, zeros, (x, y))[0], x, geometry)
+    rows, _ = lax.scan(add_image, zeros, (x, y))
+    return rows.T.reshape(*geometry.window, x.shape[3], y.shape[3])
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {

@@ -20,6 +20,7 @@ SHAPES = [  # height, width, channels in and out, kernel, stride
     (6, 7, 2, 2, 2, 2),
     (5, 5, 2, 3, 1, 1),
     (9, 4, 3, 2, 5, 3),
+    (5, 6, 2, 3, 1, 2),
 ]
 
 
