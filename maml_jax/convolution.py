@@ -18,7 +18,7 @@ features. Inside, operands have a leading axis `G` of kernels that differ, which
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -227,16 +227,28 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 }
 
 
-LARGE_WINDOWS = 1 << 20
+LARGE_WINDOWS = 1 << 21
 """Entries of a matrix of windows that a core's caches no longer hold."""
 
 
-def default_implementation(platform: str, geometry: Geometry, images: int, channels: int) -> ImplementationName:
+def default_implementation(
+    platform: str, operation: str, geometry: Geometry, images: int, channels: int
+) -> ImplementationName:
     """The one place where backend and shapes decide, by measurements on CPUs with AVX2 and with AVX-512."""
     if platform != "cpu":
         return "lax"
-    windows = images * math.prod((*geometry.output, *geometry.window, channels))
-    return "direct" if windows > LARGE_WINDOWS else "patches"
+    large = images * math.prod((*geometry.output, *geometry.window, channels)) > LARGE_WINDOWS
+    fast_in_xla = operation != "kernel_gradient" and geometry.stride == 1 and channels >= FEW_CHANNELS
+    return "direct" if large or fast_in_xla else "patches"
+
+
+LARGE_OUTPUT = 1 << 19
+"""Entries of a convolution that a core's caches no longer hold, with what is made of it."""
+
+
+def one_image_at_a_time(images: Sequence[int], features: int) -> bool:
+    """Whether a layer that reduces its convolution goes through images `[B, H, W]` in a loop, for the caches' sake."""
+    return jax.default_backend() == "cpu" and math.prod(images) * features > LARGE_OUTPUT
 
 
 # --- The primitives.
@@ -257,7 +269,7 @@ def _primitive(name: str, first: _Merge, second: _Merge) -> Primitive:
         a: jax.Array, b: jax.Array, *, geometry: Geometry, implementation: ImplementationName | None, platform: str
     ) -> jax.Array:
         channels = b.shape[3] if name == "input_gradient" else a.shape[4]
-        chosen = implementation or default_implementation(platform, geometry, a.shape[1], channels)
+        chosen = implementation or default_implementation(platform, name, geometry, a.shape[1], channels)
         one = partial(getattr(IMPLEMENTATIONS[chosen], name), geometry=geometry)
         # Spared the batching where there is one kernel: products of plain matrices run faster.
         return one(a[0], b[0])[None] if len(a) == 1 else jax.vmap(one)(a, b)

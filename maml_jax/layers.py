@@ -1,12 +1,12 @@
 """Linen layers of the paper's networks, with derivatives that are exact at any order."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from maml_jax.convolution import ImplementationName, conv
+from maml_jax.convolution import ImplementationName, conv, one_image_at_a_time
 
 
 class Conv(nn.Module):
@@ -24,40 +24,85 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (self.size, self.size, x.shape[-1], self.features)
-        kernel = self.param("kernel", self.kernel_init, shape)
-        return conv(x, kernel, stride=self.stride, implementation=self.implementation)
+        return conv(x, self.kernel(x), stride=self.stride, implementation=self.implementation)
+
+    def kernel(self, x: jax.Array) -> jax.Array:
+        """The parameter, for such images."""
+        return self.param("kernel", self.kernel_init, (self.size, self.size, x.shape[-1], self.features))
+
+
+class PooledConv(Conv):
+    """A convolution and 2x2 max-pooling, `[B, H, W, C] -> [B, H / 2, W / 2, features]` at stride 1.
+
+    Returns the pooled images, and the `Moments` of what was pooled: a normalisation that comes before
+    the pooling can then be applied after it. It grows with its input, so the maximum stays where it is.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, "Moments"]:  # type: ignore[override]
+        kernel = self.kernel(x)
+
+        def of_images(x: jax.Array) -> tuple[jax.Array, Moments]:
+            y = conv(x, kernel, stride=self.stride, implementation=self.implementation)
+            return max_pool(y), moments(y)
+
+        if not one_image_at_a_time(x.shape[:3], self.features):
+            return of_images(x)
+        # The convolution of all images is far larger than what is left of it, so it is made, and for
+        # the gradient made again, image by image, and never leaves the caches.
+        pooled, each = jax.lax.map(jax.checkpoint(lambda image: of_images(image[None])), x)
+        return pooled[:, 0], together(each)
+
+
+class Moments(NamedTuple):
+    """Mean and variance, `[C]`."""
+
+    mean: jax.Array
+    variance: jax.Array
+
+
+def moments(x: jax.Array) -> Moments:
+    """Over all axes but the last."""
+    axes = tuple(range(x.ndim - 1))
+    mean = x.mean(axes)
+    return Moments(mean, jnp.square(x - mean).mean(axes))
+
+
+def together(each: Moments) -> Moments:
+    """Of several parts of one size, `[parts, C]`, the moments of the whole: the law of total variance."""
+    mean, between = moments(each.mean)
+    return Moments(mean, each.variance.mean(0) + between)
 
 
 class BatchNorm(nn.Module):
     """Normalisation by the statistics of the batch at hand, with an offset and no scale.
 
     As in the paper's code: in training and at test alike, so that the examples of a batch see each
-    other (transductive). Statistics are over all axes but the last.
+    other (transductive). Statistics are over all axes but the last, unless they are given.
     """
 
     epsilon: float = 1e-3
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, statistics: Moments | None = None) -> jax.Array:
         offset = self.param("offset", nn.initializers.zeros, (x.shape[-1],))
-        axes = tuple(range(x.ndim - 1))
-        centred = x - x.mean(axes, keepdims=True)
-        variance = jnp.square(centred).mean(axes, keepdims=True)
-        return centred * jax.lax.rsqrt(variance + self.epsilon) + offset
+        mean, variance = statistics or moments(x)
+        return (x - mean) * jax.lax.rsqrt(variance + self.epsilon) + offset
 
 
 def max_pool(x: jax.Array) -> jax.Array:
     """The maximum of each 2x2 window of `[B, H, W, C]`; an odd last row or column is dropped.
 
-    A selection between neighbours, for the sake of its derivative: that of a maximum reduction asks
-    which entries equal the result, bit for bit, and a compiler that computes the entries a second
-    time with another rounding then finds none.
+    Each window's winner is chosen once, by comparisons that nothing is differentiated through, and what
+    is differentiated is the choice. The derivative of a maximum reduction asks which entries equal the
+    result, bit for bit, and a compiler that computes the entries a second time with another rounding
+    then finds none. A sum over the window of what was chosen, and not the choice alone, makes the
+    derivative one pass of the same form.
     """
-    rows, columns = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
-    x = x[:, :rows, :columns]
-    return _larger(_larger(x[:, ::2, ::2], x[:, 1::2, ::2]), _larger(x[:, ::2, 1::2], x[:, 1::2, 1::2]))
-
-
-def _larger(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.where(a >= b, a, b)
+    rows, columns = x.shape[1] // 2, x.shape[2] // 2
+    x = x[:, : 2 * rows, : 2 * columns].reshape(len(x), rows, 2, columns, 2, -1)
+    a, b, c, d = (jax.lax.stop_gradient(x)[:, :, i, :, j] for i in (0, 1) for j in (0, 1))
+    upper = jnp.maximum(a, b) >= jnp.maximum(c, d)
+    winner = jnp.where(upper, jnp.where(a >= b, 0, 1), jnp.where(c >= d, 2, 3)).astype(jnp.int8)
+    place = jnp.arange(4, dtype=jnp.int8).reshape(2, 1, 2, 1)
+    return jnp.where(winner[:, :, None, :, None] == place, x, 0).sum((2, 4))

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 
 from maml_jax.convolution import ImplementationName
-from maml_jax.layers import BatchNorm, Conv, max_pool
+from maml_jax.layers import BatchNorm, Conv, PooledConv
 from maml_jax.types import Params
 
 small_normal = nn.initializers.truncated_normal(0.01)  # Cut off at two standard deviations, as TensorFlow's.
@@ -48,10 +48,14 @@ class ConvNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        for _ in range(4):
-            x = Conv(self.filters, stride=1 if self.pooled else 2, implementation=self.implementation)(x)
-            x = nn.relu(BatchNorm()(x))
-            x = max_pool(x) if self.pooled else x
+        for block in range(4):
+            name = f"Conv_{block}"
+            if self.pooled:
+                x, statistics = PooledConv(self.filters, implementation=self.implementation, name=name)(x)
+                x = BatchNorm()(x, statistics)
+            else:
+                x = BatchNorm()(Conv(self.filters, stride=2, implementation=self.implementation, name=name)(x))
+            x = nn.relu(x)
         if self.pooled:
             return nn.Dense(self.ways, kernel_init=nn.initializers.xavier_uniform())(x.reshape(x.shape[0], -1))
         return nn.Dense(self.ways, kernel_init=nn.initializers.normal(1.0))(x.mean((1, 2)))

@@ -76,7 +76,7 @@ def train(
 
 def _train(learner, state, draw, data, steps, steps_per_call):
     call = jax.jit(many_steps(learner, draw), donate_argnums=0)
-    # Both where the state is, and committed to it, or the second call would be compiled anew.
+    # Data where the state is, on every device of a mesh: copied once, not at every call.
     state, data = jax.device_put((jax.tree.map(jnp.copy, state), data), state.step.sharding)
     done = int(state.step)
     while done < steps:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from maml_jax import layers
+from maml_jax import convolution, layers
 from maml_jax.convolution import IMPLEMENTATIONS, conv
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -86,8 +86,12 @@ def test_an_axis_of_one_operand_alone_and_axes_that_are_not_in_front(axes):
     pairs = [pair[0] if axis is None else jnp.moveaxis(pair, 0, axis) for pair, axis in zip(pairs, axes)]
 
     def each(one):
-        value_and_grad = jax.value_and_grad(lambda x, kernel: jnp.sum(jnp.sin(one(x, kernel))), (0, 1))
-        return jax.vmap(jax.vmap(value_and_grad), axes)(*pairs)
+        def energy(x, kernel):
+            y = one(x, kernel)
+            # The cotangent of the second sum has none of the axes.
+            return jnp.sum(jnp.sin(y)) + jnp.sum(y * np.arange(y.size).reshape(y.shape))
+
+        return jax.vmap(jax.vmap(jax.value_and_grad(energy, (0, 1))), axes)(*pairs)
 
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12),
@@ -144,6 +148,44 @@ def test_max_pool_is_reduce_window_with_its_derivative(size):
     ours = jax.value_and_grad(lambda x: jnp.sum(jnp.sin(layers.max_pool(x))))(x)
     flax = jax.value_and_grad(lambda x: jnp.sum(jnp.sin(nn.max_pool(x, (2, 2), (2, 2)))))(x)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-14), ours, flax)
+
+
+def test_max_pool_takes_one_of_equals():
+    gradient = jax.grad(lambda x: layers.max_pool(x).sum())(jnp.ones((1, 4, 4, 1)))
+    assert gradient.sum() == 4 and set(np.unique(gradient)) == {0, 1}
+
+
+@pytest.mark.parametrize("size", [6, 7])
+def test_pooled_convolution_image_by_image_is_the_same(size, monkeypatch):
+    """Pooled images, the moments of what was pooled, and second derivatives, in a loop over images and at once."""
+    random = np.random.default_rng(0)
+    x, params = random.standard_normal((3, size, size, 2)), {"kernel": random.standard_normal((3, 3, 2, 4))}
+    layer = layers.PooledConv(4)
+
+    def value_and_derivatives(at_a_time):
+        monkeypatch.setattr(layers, "one_image_at_a_time", lambda images, features: at_a_time)
+
+        def loss(params):
+            pooled, (mean, variance) = layer.apply({"params": params}, x)
+            return jnp.sum(jnp.sin((pooled - mean) / jnp.sqrt(variance)))
+
+        def along(params):
+            return (jax.grad(loss)(params)["kernel"] * jnp.cos(params["kernel"])).sum()
+
+        return jax.jit(lambda p: (layer.apply({"params": p}, x), jax.grad(loss)(p), jax.grad(along)(p)))(params)
+
+    whole, looped = value_and_derivatives(False), value_and_derivatives(True)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12), looped, whole)
+    convolved = conv(x, params["kernel"])
+    np.testing.assert_allclose(whole[0][0], layers.max_pool(convolved), rtol=1e-12)
+    np.testing.assert_allclose(whole[0][1].mean, convolved.mean((0, 1, 2)), rtol=1e-10)
+    np.testing.assert_allclose(whole[0][1].variance, convolved.var((0, 1, 2)), rtol=1e-10)
+
+
+def test_large_images_are_convolved_one_at_a_time_on_a_cpu_alone(monkeypatch):
+    assert convolution.one_image_at_a_time((75, 84, 84), 32) and not convolution.one_image_at_a_time((20, 28, 28), 16)
+    monkeypatch.setattr(convolution.jax, "default_backend", lambda: "gpu")
+    assert not convolution.one_image_at_a_time((75, 84, 84), 32)
 
 
 def test_batch_norm_uses_the_batch_at_hand_and_has_an_offset_only():

@@ -58,6 +58,15 @@ def test_a_whole_run_is_compiled_once(devices, caplog):
     assert len(compiled) == 1, compiled
 
 
+def test_data_is_copied_to_the_devices_once():
+    loss_fn, params = plain_dict()
+    learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.1, steps=1), optax.adam(1e-2), mesh=task_mesh(4))
+    calls = train(learner, learner.init(params), draw, tasks(4), steps=3, steps_per_call=1)
+    next(calls)
+    with jax.transfer_guard_device_to_device("disallow"):
+        assert len(list(calls)) == 2
+
+
 def test_metrics_of_the_loss_do_not_hide_its_own():
     loss_fn, _ = plain_dict()
 
