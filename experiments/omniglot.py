@@ -80,7 +80,7 @@ class Config:
     outer_rate: float = 1e-3
     """Adam's rate in the outer loop."""
     tasks_at_once: int | None = None
-    """Tasks computed together on a device, the rest after them. Default: 1 on a CPU, else all."""
+    """Tasks computed together on a device, the rest after them. Default: what suits the backend and the net."""
     split: omniglot.SplitName = "paper"
     """Division of the characters: 1,100/100/423 at random, or by alphabet as Vinyals et al. did."""
     rotations: episodes.Rotations = "random"
@@ -213,7 +213,7 @@ def main(prepared: Prepared) -> dict:
         loss_fn,
         maml_jax.sgd(setting.inner_rate, steps=setting.inner_steps, order=config.order, trainable=all_but_offsets),
         optax.adam(config.outer_rate),
-        tasks_at_once=config.tasks_at_once or default_tasks_at_once(),
+        tasks_at_once=config.tasks_at_once,
         mesh=task_mesh(setting.tasks),
     )
     learner = build()
@@ -277,11 +277,6 @@ def network(setting: Setting) -> nn.Module:
     if setting.net == "mlp":
         return models.MLP((256, 128, 64, 64), setting.ways, normalise=True)
     return models.ConvNet(setting.ways)
-
-
-def default_tasks_at_once() -> int | None:
-    """One by one keeps a CPU's caches warm; an accelerator wants all tasks together."""
-    return 1 if jax.default_backend() == "cpu" else None
 
 
 def table(results: dict) -> str:

@@ -17,8 +17,7 @@ features. Inside, operands have a leading axis `G` of kernels that differ, which
 """
 
 import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +26,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+
+from maml_jax import backend
 
 ImplementationName = Literal["patches", "direct", "lax"]
 
@@ -184,12 +185,9 @@ def _lax_kernel_gradient(x: jax.Array, y: jax.Array, geometry: Geometry) -> jax.
 # --- XLA's forward convolution alone, and windows of one image after the other: for large images on a CPU,
 # whose windows all together leave its caches.
 
-FEW_CHANNELS = 16
-"""Below this, XLA's convolution on a CPU has too short sums to be fast."""
-
 
 def _direct_conv(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
-    if x.shape[3] >= FEW_CHANNELS:
+    if x.shape[3] >= backend.FEW_CHANNELS:
         return _lax_conv(x, kernel, geometry)
     return lax.map(lambda image: _patches_conv(image[None], kernel, geometry)[0], x)
 
@@ -227,30 +225,6 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 }
 
 
-LARGE_WINDOWS = 1 << 21
-"""Entries of a matrix of windows that a core's caches no longer hold."""
-
-
-def default_implementation(
-    platform: str, operation: str, geometry: Geometry, images: int, channels: int
-) -> ImplementationName:
-    """The one place where backend and shapes decide, by measurements on CPUs with AVX2 and with AVX-512."""
-    if platform != "cpu":
-        return "lax"
-    large = images * math.prod((*geometry.output, *geometry.window, channels)) > LARGE_WINDOWS
-    fast_in_xla = operation != "kernel_gradient" and geometry.stride == 1 and channels >= FEW_CHANNELS
-    return "direct" if large or fast_in_xla else "patches"
-
-
-LARGE_OUTPUT = 1 << 19
-"""Entries of a convolution that a core's caches no longer hold, with what is made of it."""
-
-
-def one_image_at_a_time(images: Sequence[int], features: int) -> bool:
-    """Whether a layer that reduces its convolution goes through images `[B, H, W]` in a loop, for the caches' sake."""
-    return jax.default_backend() == "cpu" and math.prod(images) * features > LARGE_OUTPUT
-
-
 # --- The primitives.
 
 
@@ -269,7 +243,9 @@ def _primitive(name: str, first: _Merge, second: _Merge) -> Primitive:
         a: jax.Array, b: jax.Array, *, geometry: Geometry, implementation: ImplementationName | None, platform: str
     ) -> jax.Array:
         channels = b.shape[3] if name == "input_gradient" else a.shape[4]
-        chosen = implementation or default_implementation(platform, name, geometry, a.shape[1], channels)
+        chosen = implementation or backend.convolution(
+            platform, name, a.shape[1], channels, geometry.window, geometry.output, geometry.stride
+        )
         one = partial(getattr(IMPLEMENTATIONS[chosen], name), geometry=geometry)
         # Spared the batching where there is one kernel: products of plain matrices run faster.
         return one(a[0], b[0])[None] if len(a) == 1 else jax.vmap(one)(a, b)
@@ -294,7 +270,8 @@ def _primitive(name: str, first: _Merge, second: _Merge) -> Primitive:
         before, (_, *after) = out.shape[: merge.result], out.shape[merge.result :]
         return out.reshape(*before, count, -1, *after), merge.result
 
-    primitive.def_impl(jax.jit(primitive.bind, static_argnames=("geometry", "implementation")))
+    compiled = jax.jit(compute, static_argnames=("geometry", "implementation", "platform"))
+    primitive.def_impl(lambda a, b, **params: compiled(a, b, platform=jax.default_backend(), **params))
     primitive.def_abstract_eval(shape)
     batching.primitive_batchers[primitive] = batch
     for platform in ("cpu", None):

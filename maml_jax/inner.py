@@ -6,7 +6,7 @@ says which of these is wanted.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,17 @@ import optax
 from jax import lax
 
 from maml_jax import validation
+from maml_jax.mixed import mixed_value_and_grad
 from maml_jax.types import AdaptInfo, Batch, LossFn, Params, Rates
 
 Mask = Any
 """A pytree of bools shaped like (or a prefix of) the parameters, or a function from parameters to one."""
+
+
+Checkpoint = Literal["none", "step", "mixed"]
+"""What is kept of each inner step for the second-order meta-gradient. 'none': all that it computed. 'step':
+where it began, and it is computed again. 'mixed': where it began, and its derivative is taken forwards
+over the gradient, not backwards (MixFlow-MG, Kemaev et al. 2025): as little memory as first order."""
 
 
 class InnerLearner(NamedTuple):
@@ -33,6 +40,8 @@ class InnerLearner(NamedTuple):
     """2 differentiates through the inner gradients; 1 treats them as constants."""
     trainable: Mask | None = None
     """Which parameters the inner loop adapts; None means all."""
+    checkpoint: Checkpoint = "none"
+    """What of the inner steps is kept for the meta-gradient."""
 
 
 def sgd(
@@ -42,6 +51,7 @@ def sgd(
     order: Literal[1, 2] = 2,
     learn_rates: bool = False,
     trainable: Mask | None = None,
+    checkpoint: Checkpoint = "none",
 ) -> InnerLearner:
     """Gradient descent, the inner update of MAML (Finn et al. 2017, section 2.2).
 
@@ -56,13 +66,19 @@ def sgd(
       trainable: which parameters are adapted, as a pytree of bools or a function from the parameters
         to one. The others stay as they are in the inner loop, and are still meta-learned
         (ANIL, Raghu et al. 2020, adapts only the head).
+      checkpoint: what of the inner steps is kept for the second-order meta-gradient, which is the same:
+        'none' keeps everything; 'step' only where each step began, and computes the step again; 'mixed'
+        as little, and takes the derivative of the inner gradient forwards (MixFlow-MG, Kemaev et al.
+        2025), with the memory of first order. With 'mixed' nothing is differentiated through the
+        aux of the support loss.
 
     Raises:
-      ValueError: for a rate that is not positive and finite, fewer than 1 step, another order.
+      ValueError: for a rate that is not positive and finite, fewer than 1 step, another order, and for
+        a checkpoint with order 1, which keeps nothing of the inner steps anyway.
     """
     validation.positive("learning_rate", learning_rate)
     if not learn_rates:
-        return unrolled(optax.sgd(learning_rate), steps=steps, order=order, trainable=trainable)
+        return unrolled(optax.sgd(learning_rate), steps=steps, order=order, trainable=trainable, checkpoint=checkpoint)
 
     def scaled_by(rates: Rates) -> optax.GradientTransformation:
         return optax.stateless(lambda grads, _: jax.tree.map(lambda rate, g: -rate * g, rates, grads))
@@ -70,7 +86,7 @@ def sgd(
     def init_rates(adapted: Params) -> Rates:
         return jax.tree.map(lambda leaf: jnp.full_like(leaf, learning_rate), adapted)
 
-    return _inner_learner(scaled_by, init_rates, steps, order, trainable)
+    return _inner_learner(scaled_by, init_rates, steps, order, trainable, checkpoint)
 
 
 def unrolled(
@@ -79,6 +95,7 @@ def unrolled(
     steps: int,
     order: Literal[1, 2] = 2,
     trainable: Mask | None = None,
+    checkpoint: Checkpoint = "none",
 ) -> InnerLearner:
     """Any optax optimizer as the inner update, differentiated through.
 
@@ -87,20 +104,25 @@ def unrolled(
 
     Args:
       optimizer: an optax transformation, learning rate included.
-      steps, order, trainable: as in `sgd`.
+      steps, order, trainable, checkpoint: as in `sgd`.
 
     Raises:
       TypeError: if `optimizer` is not an optax transformation.
-      ValueError: for fewer than 1 step or another order.
+      ValueError: for fewer than 1 step, another order, and a checkpoint with order 1.
     """
     validation.transformation("optimizer", optimizer)
-    return _inner_learner(lambda _: optimizer, lambda _: (), steps, order, trainable)
+    return _inner_learner(lambda _: optimizer, lambda _: (), steps, order, trainable, checkpoint)
 
 
-def _inner_learner(optimizer, init_rates, steps, order, trainable) -> InnerLearner:
+def _inner_learner(optimizer, init_rates, steps, order, trainable, checkpoint) -> InnerLearner:
     validation.at_least("steps", steps, 1)
     validation.one_of("order", order, (1, 2))
-    return InnerLearner(optimizer, init_rates, steps, order, trainable)
+    validation.one_of("checkpoint", checkpoint, get_args(Checkpoint))
+    if order == 1 and checkpoint != "none":
+        raise ValueError(
+            f"checkpoint={checkpoint!r} is for order 2: with order 1 nothing of the inner steps is kept. Leave it out."
+        )
+    return InnerLearner(optimizer, init_rates, steps, order, trainable, checkpoint)
 
 
 def no_adaptation() -> InnerLearner:
@@ -140,13 +162,18 @@ def inner_loop(
     optimizer = inner.optimizer(rates)
     observe = probe or (lambda _: None)
 
-    def support_loss(adapted: Params) -> tuple[jax.Array, Any]:
+    def support_loss(adapted: Params, others: Any) -> tuple[jax.Array, Any]:
+        fixed, batch = others
         return loss_fn(_combine(adapted, fixed), batch)
+
+    value_and_grad = jax.value_and_grad(support_loss, has_aux=True)
+    if inner.checkpoint == "mixed" and inner.order == 2:
+        value_and_grad = mixed_value_and_grad(support_loss)
 
     def step(carry, _):
         adapted, opt_state = carry
         probed = observe(_combine(adapted, fixed))
-        (loss, aux), grads = jax.value_and_grad(support_loss, has_aux=True)(adapted)
+        (loss, aux), grads = value_and_grad(adapted, (fixed, batch))
         seen = adapted
         if inner.order == 1:
             # The update becomes a constant shift, so that the meta-gradient is the gradient at the
@@ -155,6 +182,8 @@ def inner_loop(
         updates, opt_state = optimizer.update(grads, opt_state, seen)
         return (optax.apply_updates(adapted, updates), opt_state), (loss, aux, probed)
 
+    if inner.checkpoint == "step":
+        step = jax.checkpoint(step, prevent_cse=False)
     # One step needs no loop; more stay rolled up, so that compile time does not grow with them.
     start = lax.stop_gradient(adapted) if inner.order == 1 else adapted
     carry = (adapted, optimizer.init(start))

@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from maml_jax.convolution import ImplementationName, conv, one_image_at_a_time
+from maml_jax import backend
+from maml_jax.convolution import ImplementationName, conv
 
 
 class Conv(nn.Module):
@@ -46,7 +47,7 @@ class PooledConv(Conv):
             y = conv(x, kernel, stride=self.stride, implementation=self.implementation)
             return max_pool(y), moments(y)
 
-        if not one_image_at_a_time(x.shape[:3], self.features):
+        if not backend.one_image_at_a_time(x.shape[:3], self.features):
             return of_images(x)
         # The convolution of all images is far larger than what is left of it, so it is made, and for
         # the gradient made again, image by image, and never leaves the caches.

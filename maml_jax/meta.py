@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from maml_jax import validation
 from maml_jax.inner import InnerLearner, adapted_part, inner_loop
-from maml_jax.task_axis import task_axis
+from maml_jax.task_axis import AtOnce, task_axis
 from maml_jax.types import AdaptInfo, Batch, Evaluation, LossFn, MetaInfo, MetaState, Params, Rates, Task
 
 
@@ -40,7 +40,7 @@ def maml(
     *,
     query_loss_fn: LossFn | None = None,
     step_weights: Sequence[float] | None = None,
-    tasks_at_once: int | None = None,
+    tasks_at_once: AtOnce = None,
     mesh: Mesh | None = None,
 ) -> MetaLearner:
     """Model-agnostic meta-learning.
@@ -54,9 +54,9 @@ def maml(
       step_weights: `S + 1` weights of the query loss before the first and after each inner step, whose
         weighted sum is minimised (the multi-step loss of MAML++, Antoniou et al. 2019, section 4).
         None: the query loss after the last step alone.
-      tasks_at_once: how many tasks are computed together, the others after them. None computes all
-        of them at once; 1 goes through them one by one, with the least memory. Results agree up to
-        rounding.
+      tasks_at_once: how many tasks are computed together, the others after them: 1 has the least
+        memory, 'all' the least overhead. None takes what suits the backend and the number of
+        parameters. Results agree up to rounding.
       mesh: devices among which the tasks are divided, such as `task_axis.task_mesh(T)`; None uses one.
 
     Returns:

@@ -5,7 +5,7 @@ The result is the same up to rounding; time and memory are not.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +14,20 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from maml_jax import validation
+from maml_jax import backend, validation
 from maml_jax.types import Task
 
 AXIS = "tasks"
+
+AtOnce = int | Literal["all"] | None
 
 
 class TaskAxis(NamedTuple):
     """A policy for the task axis."""
 
-    at_once: int | None = None
-    """Tasks computed together on a device, by `vmap`; the others follow in a loop. None: all."""
+    at_once: AtOnce = None
+    """Tasks computed together on a device, by `vmap`; the others follow in a loop. None: what suits the
+    backend and the size of what is shared."""
     mesh: Mesh | None = None
     """Devices among which the tasks are divided evenly; see `task_mesh`."""
 
@@ -35,7 +38,7 @@ class TaskAxis(NamedTuple):
     def map(self, fn: Callable[[Any, Task], Any], shared: Any, tasks: Task) -> Any:
         """`fn(shared, task)` of every task, stacked along a leading axis `T`."""
         size = validation.task_axis(tasks)
-        local = partial(_map, fn, self.at_once)
+        local = partial(_map, fn, self._group(shared))
         if self.mesh is None:
             return local(shared, tasks)
         # Filled up with tasks that are there already, so that every device gets as many.
@@ -48,36 +51,41 @@ class TaskAxis(NamedTuple):
 
         The mean takes one all-reduce over the devices, and within one no more memory than one group's.
         """
-        size = validation.task_axis(tasks)
+        size, at_once = validation.task_axis(tasks), self._group(shared)
         devices = 1 if self.mesh is None else self.mesh.size
-        if size % devices or (size // devices) % (self.at_once or 1):
+        if size % devices or (size // devices) % (at_once or 1):
             raise ValueError(
                 f"A meta-batch of {size} tasks cannot be divided among {devices} device(s) in groups of "
-                f"tasks_at_once={self.at_once}: the devices' shares must be equal, and made of whole groups."
+                f"tasks_at_once={at_once}: the devices' shares must be equal, and made of whole groups."
             )
         if self.mesh is None:
-            total, stacked = _sum(fn, self.at_once, shared, tasks)
+            total, stacked = _sum(fn, at_once, shared, tasks)
         else:
 
             def local(shared: Any, tasks: Task) -> tuple[Any, Any]:
-                total, stacked = _sum(fn, self.at_once, shared, tasks)
+                total, stacked = _sum(fn, at_once, shared, tasks)
                 return lax.psum(total, AXIS), stacked
 
             total, stacked = self._sharded(local, (P(), P(AXIS)))(shared, tasks)
         return jax.tree.map(lambda leaf: leaf / size, total), stacked
+
+    def _group(self, shared: Any) -> int | None:
+        if self.at_once is None:
+            return backend.tasks_at_once(shared)
+        return None if self.at_once == "all" else self.at_once
 
     def _sharded(self, fn: Callable[[Any, Task], Any], out_specs: Any) -> Callable[[Any, Task], Any]:
         # Without the check of what varies over devices: it would sum every task's gradient over them.
         return jax.shard_map(fn, mesh=self.mesh, in_specs=(P(), P(AXIS)), out_specs=out_specs, check_vma=False)
 
 
-def task_axis(tasks_at_once: int | None, mesh: Mesh | None) -> TaskAxis:
+def task_axis(tasks_at_once: AtOnce, mesh: Mesh | None) -> TaskAxis:
     """A `TaskAxis` over all devices of `mesh`, whatever its axes are called.
 
     Raises:
-      ValueError: if `tasks_at_once` is not a positive integer.
+      ValueError: if `tasks_at_once` is neither a positive integer nor 'all'.
     """
-    if tasks_at_once is not None:
+    if tasks_at_once not in (None, "all"):
         validation.at_least("tasks_at_once", tasks_at_once, 1)
     return TaskAxis(tasks_at_once, mesh and Mesh(mesh.devices.reshape(-1), (AXIS,)))
 

@@ -197,11 +197,11 @@ def test_a_plain_maximum_in_pooling_is_judged_by_what_it_does_here():
 
     random = np.random.default_rng(0)
     params = {
-        "kernels": [jnp.asarray(random.standard_normal((3, 3, 1, 2)), jnp.float32)],
+        "kernels": [jnp.asarray(random.standard_normal((3, 3, inputs, 2)), jnp.float32) for inputs in (1, 2)],
         "head": jnp.asarray(random.standard_normal((18, 3)), jnp.float32),
     }
     labels = jnp.asarray(np.tile(np.arange(3), (2, 1)), jnp.int32)
-    images = jnp.asarray(random.standard_normal((2, 2, 3, 6, 6, 1)), jnp.float32)
+    images = jnp.asarray(random.standard_normal((2, 2, 3, 12, 12, 1)), jnp.float32)
     batch = maml_jax.Task((images[0], labels), (images[1], labels))
     inner = maml_jax.sgd(0.1, steps=5)
     report = check_meta_gradient(loss_with(reduced), params, batch, inner, directions=2)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from maml_jax import convolution, layers
+from maml_jax import backend, layers
 from maml_jax.convolution import IMPLEMENTATIONS, conv
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -116,6 +116,13 @@ def test_derivatives_stay_in_the_family():
     assert not found & {"dot_general", "scatter-add"}
 
 
+def test_without_compilation():
+    x, kernel = (operand[0] for operand in drawn(SHAPES[0]))
+    with jax.disable_jit():
+        out = conv(x, kernel)
+    np.testing.assert_allclose(out, loop(x, kernel, 1), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_keeps_low_precision(implementation):
     x, kernel = jnp.ones((1, 6, 6, 2), jnp.bfloat16), jnp.ones((3, 3, 2, 4), jnp.bfloat16)
@@ -165,7 +172,7 @@ def test_pooled_convolution_image_by_image_is_the_same(size, monkeypatch):
     layer = layers.PooledConv(4)
 
     def value_and_derivatives(at_a_time):
-        monkeypatch.setattr(layers, "one_image_at_a_time", lambda images, features: at_a_time)
+        monkeypatch.setattr(backend, "one_image_at_a_time", lambda images, features: at_a_time)
 
         def loss(params):
             pooled, (mean, variance) = layer.apply({"params": params}, x)
@@ -185,9 +192,9 @@ def test_pooled_convolution_image_by_image_is_the_same(size, monkeypatch):
 
 
 def test_large_images_are_convolved_one_at_a_time_on_a_cpu_alone(monkeypatch):
-    assert convolution.one_image_at_a_time((75, 84, 84), 32) and not convolution.one_image_at_a_time((20, 28, 28), 16)
-    monkeypatch.setattr(convolution.jax, "default_backend", lambda: "gpu")
-    assert not convolution.one_image_at_a_time((75, 84, 84), 32)
+    assert backend.one_image_at_a_time((75, 84, 84), 32) and not backend.one_image_at_a_time((20, 28, 28), 16)
+    monkeypatch.setattr(backend.jax, "default_backend", lambda: "gpu")
+    assert not backend.one_image_at_a_time((75, 84, 84), 32)
 
 
 def test_batch_norm_uses_the_batch_at_hand_and_has_an_offset_only():

@@ -73,7 +73,7 @@ def dropped_stop_gradient(monkeypatch):
 
 def swapped_support_and_query(monkeypatch):
     right = meta.task_loss
-    swap = lambda *args: right(*args[:-1], Task(args[-1].query, args[-1].support))  # noqa: E731
+    swap = lambda *args, **kw: right(*args[:-1], Task(args[-1].query, args[-1].support), **kw)  # noqa: E731
     monkeypatch.setattr(meta, "task_loss", swap)
     return 2
 
@@ -229,7 +229,7 @@ def test_unrolled_optimizer_equals_a_loop_by_hand():
     np.testing.assert_allclose(info.loss, seen, rtol=1e-12)
 
 
-@pytest.mark.parametrize("at_once", [None, 1, 2])
+@pytest.mark.parametrize("at_once", [None, "all", 1, 2])
 @pytest.mark.parametrize("devices", [1, 2])
 def test_every_way_through_the_tasks_gives_the_same(at_once, devices):
     loss_fn, params = ZOO["dict"]()

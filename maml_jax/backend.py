@@ -1,0 +1,44 @@
+"""The one place where the backend and the sizes decide how something is computed; what is computed is the same.
+
+The bounds are from measurements on CPUs with AVX2 and with AVX-512.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+LARGE_PARAMS = 1 << 14
+"""Parameters beyond which tasks side by side leave a core's caches."""
+
+LARGE_WINDOWS = 1 << 21
+"""Entries of a matrix of windows that a core's caches no longer hold."""
+
+LARGE_OUTPUT = 1 << 19
+"""Entries of a convolution that a core's caches no longer hold, with what is made of it."""
+
+FEW_CHANNELS = 16
+"""Below this, XLA's convolution on a CPU has too short sums to be fast."""
+
+
+def tasks_at_once(params: Any) -> int | None:
+    """How many tasks are computed together: one keeps a CPU's caches warm, an accelerator wants all (None)."""
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return 1 if jax.default_backend() == "cpu" and size > LARGE_PARAMS else None
+
+
+def convolution(
+    platform: str, operation: str, images: int, channels: int, window: Sequence[int], output: Sequence[int], stride: int
+) -> str:
+    """The implementation of one operation of `maml_jax.convolution`, for the platform that is compiled for."""
+    if platform != "cpu":
+        return "lax"
+    large = images * channels * math.prod(window) * math.prod(output) > LARGE_WINDOWS
+    fast_in_xla = operation != "kernel_gradient" and stride == 1 and channels >= FEW_CHANNELS
+    return "direct" if large or fast_in_xla else "patches"
+
+
+def one_image_at_a_time(images: Sequence[int], features: int) -> bool:
+    """Whether a layer that reduces its convolution goes through images `[B, H, W]` in a loop, for the caches' sake."""
+    return jax.default_backend() == "cpu" and math.prod(images) * features > LARGE_OUTPUT
