@@ -1,8 +1,11 @@
 """How every experiment starts: a dataclass becomes the command line, and a mistake in it becomes one clear line."""
 
+import hashlib
 import os
+import platform
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import jax
@@ -25,6 +28,7 @@ def run(
     # As many CPU devices as cores: each goes through its share of the tasks, which uses the cores better
     # than dividing single matrix products does. Without effect where there is an accelerator.
     jax.config.update("jax_num_cpu_devices", cores())
+    keep_compiled(Path("runs") / "compiled")
     config = tyro.cli(config_type, config=(tyro.conf.FlagCreatePairsOff,))
     try:
         prepared = prepare(config)
@@ -36,6 +40,23 @@ def run(
         _end(f"error: {error}", 1)
     except KeyboardInterrupt:
         _end("interrupted", 130)
+
+
+def keep_compiled(folder: Path) -> None:
+    """Keeps compiled programs in `folder`, so that the same run starts sooner the next time.
+
+    Unless `JAX_COMPILATION_CACHE_DIR` names another place. Programs are for one kind of processor, which its
+    name alone does not tell, so each has a folder of its own.
+    """
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    described = platform.processor() + platform.machine()
+    if (information := Path("/proc/cpuinfo")).exists():
+        lines = information.read_text().splitlines()
+        described += "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+    kind = hashlib.sha256(described.encode()).hexdigest()[:12]
+    jax.config.update("jax_compilation_cache_dir", str(folder / kind))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def cores() -> int:

@@ -50,8 +50,9 @@ def train(
 ) -> Iterator[tuple[MetaState, Metrics]]:
     """Meta-trains until `state.step` is `steps`, and hands over state and metrics after every call.
 
-    `for state, metrics in train(...)` is the whole training loop. A state that was handed over is
-    given up to the next call: copy what should outlive it. The one passed in stays whole.
+    `for state, metrics in train(...)` is the whole training loop. While the caller has the results of one
+    call in hand, the device is at the next, so that it never waits; states that were handed over stay
+    whole, and one more call than was asked for may be under way when the caller stops early.
 
     Args:
       learner: what to train.
@@ -75,13 +76,18 @@ def train(
 
 
 def _train(learner, state, draw, data, steps, steps_per_call):
-    call = jax.jit(many_steps(learner, draw), donate_argnums=0)
+    call = jax.jit(many_steps(learner, draw))
     # Data where the state is, on every device of a mesh: copied once, not at every call.
-    state, data = jax.device_put((jax.tree.map(jnp.copy, state), data), state.step.sharding)
+    state, data = jax.device_put((state, data), state.step.sharding)
     done = int(state.step)
-    while done < steps:
-        count = min(steps_per_call, steps - done)
-        state, metrics = call(state, data, count)
+    counts = [min(steps_per_call, steps - start) for start in range(done, steps, steps_per_call)]
+    if not counts:
+        return
+    under_way = call(state, data, counts[0])
+    for count, following in zip(counts, [*counts[1:], None]):
+        state, metrics = under_way
+        if following is not None:
+            under_way = call(state, data, following)
         metrics = jax.tree.map(lambda leaf: np.asarray(leaf).tolist(), metrics)
         if not np.isfinite([metrics["loss"], metrics["grad_norm"]]).all():
             raise FloatingPointError(

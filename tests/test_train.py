@@ -1,6 +1,8 @@
 """The training loop: one compilation, the same numbers however it is cut, and a stop at what is not finite."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,8 @@ from maml_jax.record import Progress, RunDirectory
 from maml_jax.statistics import divergence_rate, interval
 from maml_jax.task_axis import task_mesh
 from maml_jax.train import train
+
+train_module = sys.modules[train.__module__]
 
 
 def draw(data, step):
@@ -65,6 +69,29 @@ def test_data_is_copied_to_the_devices_once():
     next(calls)
     with jax.transfer_guard_device_to_device("disallow"):
         assert len(list(calls)) == 2
+
+
+def test_the_device_is_at_the_next_call_when_a_state_is_handed_over(monkeypatch):
+    """A call is dispatched before the metrics of the one before it are fetched, and what was handed over stays."""
+    events = []
+    jit, asarray = jax.jit, np.asarray
+
+    def watched_jit(fn, **options):
+        compiled = jit(fn, **options)
+        return lambda *args: events.append("call") or compiled(*args)
+
+    monkeypatch.setattr(train_module.jax, "jit", watched_jit)
+    monkeypatch.setattr(
+        train_module,
+        "np",
+        SimpleNamespace(isfinite=np.isfinite, asarray=lambda leaf: events.append("fetch") or asarray(leaf)),
+    )
+    learner, state = setting()
+    states = [state for state, _ in train(learner, state, draw, tasks(4), steps=15, steps_per_call=5)]
+    order = [name for name, before in zip(events, [None, *events]) if name != before]
+    assert order == ["call", "fetch", "call", "fetch"] and events[:2] == ["call", "call"]
+    assert [int(state.step) for state in states] == [5, 10, 15]
+    assert len({float(jax.tree.leaves(state.params)[0].sum()) for state in states}) == 3
 
 
 def test_metrics_of_the_loss_do_not_hide_its_own():
