@@ -32,6 +32,8 @@ def convolution(
     platform: str, operation: str, images: int, channels: int, window: Sequence[int], output: Sequence[int], stride: int
 ) -> str:
     """The implementation of one operation of `maml_jax.convolution`, for the platform that is compiled for."""
+    if math.prod(window) * stride == 1:  # A product of matrices as it is.
+        return "patches"
     if platform != "cpu":
         return "lax"
     large = images * channels * math.prod(window) * math.prod(output) > LARGE_WINDOWS

@@ -32,6 +32,24 @@ class Conv(nn.Module):
         return self.param("kernel", self.kernel_init, (self.size, self.size, x.shape[-1], self.features))
 
 
+class Dense(nn.Module):
+    """A fully connected layer, `[..., C] -> [..., features]`, with the parameters of `nn.Dense`.
+
+    It is a convolution of images of one pixel: a product of matrices whose derivatives, with a kernel
+    for every task, have the same fast forms.
+    """
+
+    features: int
+    use_bias: bool = True
+    kernel_init: Any = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        out = conv(x.reshape(-1, 1, 1, x.shape[-1]), kernel[None, None]).reshape(*x.shape[:-1], self.features)
+        return out + self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else out
+
+
 class PooledConv(Conv):
     """A convolution and 2x2 max-pooling, `[B, H, W, C] -> [B, H / 2, W / 2, features]` at stride 1.
 

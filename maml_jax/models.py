@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 
 from maml_jax.convolution import ImplementationName
-from maml_jax.layers import BatchNorm, Conv, PooledConv
+from maml_jax.layers import BatchNorm, Conv, Dense, PooledConv
 from maml_jax.types import Params
 
 small_normal = nn.initializers.truncated_normal(0.01)  # Cut off at two standard deviations, as TensorFlow's.
@@ -29,9 +29,9 @@ class MLP(nn.Module):
         x = x.reshape(x.shape[0], -1)
         for features in self.hidden:
             # A bias before the normalisation would be taken away again by it.
-            x = nn.Dense(features, use_bias=not self.normalise, kernel_init=small_normal)(x)
+            x = Dense(features, use_bias=not self.normalise, kernel_init=small_normal)(x)
             x = nn.relu(BatchNorm()(x) if self.normalise else x)
-        return nn.Dense(self.outputs, kernel_init=small_normal)(x)
+        return Dense(self.outputs, kernel_init=small_normal)(x)
 
 
 class ConvNet(nn.Module):
@@ -57,8 +57,8 @@ class ConvNet(nn.Module):
                 x = BatchNorm()(Conv(self.filters, stride=2, implementation=self.implementation, name=name)(x))
             x = nn.relu(x)
         if self.pooled:
-            return nn.Dense(self.ways, kernel_init=nn.initializers.xavier_uniform())(x.reshape(x.shape[0], -1))
-        return nn.Dense(self.ways, kernel_init=nn.initializers.normal(1.0))(x.mean((1, 2)))
+            return Dense(self.ways, kernel_init=nn.initializers.xavier_uniform())(x.reshape(x.shape[0], -1))
+        return Dense(self.ways, kernel_init=nn.initializers.normal(1.0))(x.mean((1, 2)))
 
 
 def apply_params(net: nn.Module) -> Callable[[Params, jax.Array], jax.Array]:

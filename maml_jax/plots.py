@@ -76,3 +76,52 @@ def sinusoid_fits(path: Path, panels: Sequence[dict[str, Any]]) -> None:
     grid[0, 0].legend(fontsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def benchmark(path: Path, rows: Sequence[dict[str, Any]], peers: Mapping[str, str]) -> None:
+    """Time of a meta-step by workload, ours and PyTorch's; and time and memory over inner steps where they vary."""
+    rows = [row for row in rows if "ms" in row]
+    swept = len({row["inner_steps"] for row in rows}) > 1
+    figure, panels = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
+    if swept:
+        ours = [row for row in rows if row["kind"] == "ours"]
+        names = dict.fromkeys((row["workload"], row["order"], row["checkpoint"]) for row in ours)
+        for workload, order, checkpoint in names:
+            same = [r for r in ours if (r["workload"], r["order"], r["checkpoint"]) == (workload, order, checkpoint)]
+            label = f"{workload}, first order" if order == 1 else f"{workload}, second order, checkpoint '{checkpoint}'"
+            style = {"label": label, "marker": "o", "markersize": 4, "linestyle": "--" if order == 1 else "-"}
+            steps = [row["inner_steps"] for row in same]
+            panels[0].plot(steps, [row["ms"] for row in same], **style)
+            panels[1].plot(steps, [(row["memory_compiled"] or np.nan) / 1e6 for row in same], **style)
+        for axes, label in zip(panels, ("ms a meta-step", "MB for what is computed in between")):
+            axes.set(xlabel="inner steps", ylabel=label, xscale="log", yscale="log")
+            axes.grid(alpha=0.3)
+        panels[1].legend(fontsize="small")
+    else:
+        workloads = list(dict.fromkeys(row["workload"] for row in rows))
+        for axes, order in zip(panels, (2, 1)):
+            chosen = [row for row in rows if row["order"] == order]
+            kinds = list(dict.fromkeys(_kind(row, peers) for row in chosen))
+            for number, kind in enumerate(kinds):
+                same = [row for row in chosen if _kind(row, peers) == kind]
+                at = [
+                    workloads.index(row["workload"]) + (number - (len(kinds) - 1) / 2) * 0.8 / len(kinds)
+                    for row in same
+                ]
+                bars = axes.bar(at, [row["ms"] for row in same], 0.8 / len(kinds), label=kind)
+                axes.bar_label(bars, fmt="%.3g", fontsize="x-small", rotation=90, padding=2)
+            axes.set(yscale="log", ylabel="ms a meta-step", title="Second order" if order == 2 else "First order")
+            axes.set_xticks(range(len(workloads)), workloads, rotation=20, ha="right")
+            axes.margins(y=0.15)
+        panels[0].legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _kind(row: dict[str, Any], peers: Mapping[str, str]) -> str:
+    if row["kind"] == "peer":
+        return peers[row["peer"]]
+    extras = [f"{key.replace('_', ' ')} {row[key]}" for key in ("tasks_at_once", "implementation") if row[key]]
+    extras += [row["dtype"]] if row["dtype"] != "float32" else []
+    extras += [f"checkpoint {row['checkpoint']}"] if row["checkpoint"] != "none" else []
+    return ", ".join(["maml_jax", *extras])

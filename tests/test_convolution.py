@@ -149,6 +149,30 @@ def test_the_platform_that_a_program_is_for_decides(platform, convolutions):
     assert convolutions == ("feature_group_count = 3" in program)
 
 
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 4, 3)])
+def test_dense_is_flax_dense(shape):
+    import flax.linen as nn
+
+    x = np.random.default_rng(0).standard_normal(shape)
+    params = nn.Dense(5).init(jax.random.key(0), x)["params"]
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(
+        jnp.shape, layers.Dense(5).init(jax.random.key(0), x)["params"]
+    )
+
+    def second(layer):
+        energy = lambda p: jnp.sum(jnp.sin(layer.apply({"params": p}, x)))  # noqa: E731
+        along = lambda p: sum(jnp.sum(g * p[name]) for name, g in jax.grad(energy)(p).items())  # noqa: E731
+        return layer.apply({"params": params}, x), jax.grad(energy)(params), jax.grad(along)(params)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12),
+        second(layers.Dense(5)),
+        second(nn.Dense(5)),
+    )
+    without = layers.Dense(5, use_bias=False).init(jax.random.key(0), x)["params"]
+    assert list(without) == ["kernel"]
+
+
 @pytest.mark.parametrize("size", [6, 7])
 def test_max_pool_is_reduce_window_with_its_derivative(size):
     import flax.linen as nn

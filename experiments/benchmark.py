@@ -1,0 +1,272 @@
+"""What second order costs over first order on this machine, in time, memory and operations, and against PyTorch.
+
+    python -m experiments.benchmark
+    python -m experiments.benchmark --workloads omniglot-5w1s --against torch
+    python -m experiments.benchmark --workloads transformer --checkpoints none step mixed --inner-steps 1 4 16 32
+
+Every variant is measured in a process of its own, the variants in turn, and that several times over, so
+that what the machine does meanwhile falls on all of them. Writes a table, results.json and benchmark.png.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from experiments import command_line, workloads
+from experiments.command_line import cores
+from experiments.measure import Variant
+from experiments.workloads import WORKLOADS, WorkloadName
+from maml_jax import plots, validation
+from maml_jax.convolution import ImplementationName
+from maml_jax.inner import Checkpoint
+from maml_jax.record import RunDirectory
+
+PEERS = ("loop", "func", "higher")
+PEER_NAMES = {"loop": "PyTorch, loop over tasks", "func": "PyTorch, torch.func", "higher": "PyTorch, higher"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every combination of what is given is measured."""
+
+    workloads: tuple[WorkloadName, ...] = WORKLOADS
+    """Models and tasks."""
+    orders: tuple[Literal[1, 2], ...] = (2, 1)
+    """Second and first order."""
+    inner_steps: tuple[int, ...] = ()
+    """Inner steps; default: the paper's for each workload."""
+    checkpoints: tuple[Checkpoint, ...] = ("none",)
+    """What of the inner steps is kept, for second order."""
+    tasks_at_once: tuple[int, ...] = ()
+    """Tasks computed together on a device, 0 for all; default: what suits the backend and the model."""
+    implementations: tuple[ImplementationName, ...] = ()
+    """Implementations of the convolution; default: what suits the backend and the shapes."""
+    dtypes: tuple[Literal["float32", "bfloat16", "float64"], ...] = ("float32",)
+    """Types of parameters and inputs."""
+    devices: tuple[int, ...] = ()
+    """Numbers of devices; default: as many as share the tasks evenly."""
+    against: Literal["torch"] | None = None
+    """Measure the same meta-steps in PyTorch, in turn with ours."""
+    peer_python: Path | None = None
+    """The Python that has PyTorch; default: this one."""
+    rounds: int = 3
+    """How often every variant is measured."""
+    seconds: float = 3.0
+    """How long each time."""
+    workdir: Path | None = None
+    """Where the results go; default: a new directory below runs/."""
+
+    def variants(self) -> list[Variant]:
+        """All combinations, without those that differ in nothing."""
+        product: Any = itertools.product(
+            self.workloads,
+            self.orders,
+            self.inner_steps or (None,),
+            self.checkpoints,
+            [count or "all" for count in self.tasks_at_once] or (None,),
+            self.implementations or (None,),
+            self.dtypes,
+            self.devices or (None,),
+        )
+        found: dict[Variant, None] = {}
+        for values in product:
+            variant = Variant(*values)
+            if variant.order == 1:  # Keeps nothing of the inner steps.
+                variant = dataclasses.replace(variant, checkpoint="none")
+            if variant.workload not in workloads.IMAGES:
+                variant = dataclasses.replace(variant, implementation=None)
+            found[variant] = None
+        return list(found)
+
+    def check(self) -> None:
+        """Raises ValueError, naming the option, what was given and what is allowed."""
+        for name in ("workloads", "orders", "checkpoints", "dtypes"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must name at least one, but got none.")
+        for steps in self.inner_steps:
+            validation.at_least("inner_steps", steps, 1)
+        for count in self.tasks_at_once:
+            validation.at_least("tasks_at_once", count, 0)
+        for count in self.devices:
+            validation.at_least("devices", count, 1)
+        validation.at_least("rounds", self.rounds, 1)
+        validation.positive("seconds", self.seconds)
+        if self.peer_python is not None and self.against is None:
+            raise ValueError(
+                "peer_python says where PyTorch is, but nothing is measured against it: add --against torch."
+            )
+
+
+def prepare(config: Config) -> Config:
+    """Checks the options. Raises ValueError or OSError, saying what is wrong and what to do."""
+    config.check()
+    RunDirectory.check_free(config.workdir)
+    if config.against:
+        python = str(config.peer_python or sys.executable)
+        try:
+            subprocess.run([python, "-c", "import torch"], check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise ValueError(
+                f"{python} has no PyTorch to measure against. Install it, `pip install -e '.[torch]'`, or name a "
+                "Python that has it with --peer-python."
+            ) from error
+    return config
+
+
+def main(config: Config) -> dict:
+    """Runs the benchmark; returns what it writes to `results.json`."""
+    run = RunDirectory(config.workdir, "benchmark")
+    print(f"Writing to {run.path}", flush=True)
+    variants = config.variants()
+    rows: list[dict[str, Any]] = [{"kind": "ours", **dataclasses.asdict(v), "rounds": []} for v in variants]
+    if config.against:
+        settings = dict.fromkeys((v.workload, v.order, v.inner_steps) for v in variants if v.workload != "transformer")
+        for (workload, order, steps), peer in itertools.product(settings, PEERS):
+            row = {"kind": "peer", "peer": peer, "workload": workload, "order": order, "inner_steps": steps}
+            rows.append({**row, "rounds": []})
+    rows.sort(key=lambda row: (config.workloads.index(row["workload"]), -row["order"]))
+
+    with tempfile.TemporaryDirectory() as compiled:
+        for turn in range(config.rounds):
+            for number, row in enumerate(rows):
+                if row.get("error"):
+                    continue
+                outcome = one_round(config, row, compiled)
+                if "error" in outcome:
+                    row["error"] = outcome["error"]
+                else:
+                    row["rounds"].append(outcome)
+                run.log(**{key: value for key, value in row.items() if key != "rounds"} | outcome | {"round": turn})
+                said = outcome.get("error") or f"{np.median(outcome['ms']):.3g} ms"
+                done = turn * len(rows) + number + 1
+                print(f"{done}/{config.rounds * len(rows)}  {title(row)}: {said}", flush=True)
+    results: dict[str, Any] = {
+        "config": dataclasses.asdict(config),
+        "cores": cores(),
+        "rows": [summary(row) for row in rows],
+    }
+    results["ratios"] = ratios(results["rows"])
+    print(table(results))
+    path = run.write_results(results)
+    plots.benchmark(run.path / "benchmark.png", results["rows"], PEER_NAMES)
+    print(f"Wrote {path}, and benchmark.png beside it.")
+    return results
+
+
+def one_round(config: Config, row: dict[str, Any], compiled: str) -> dict[str, Any]:
+    """Measures one row once, in a process of its own: what it printed, or how it failed."""
+    keys = [field.name for field in dataclasses.fields(Variant)] if row["kind"] == "ours" else [
+        "peer", "workload", "order", "inner_steps"]  # fmt: skip
+    given = {key: row[key] for key in keys} | {"seconds": config.seconds}
+    if row["kind"] == "ours":
+        # Compiled anew in the first round, which tells how long that takes.
+        command = [sys.executable, "-m", "experiments.measure", json.dumps({**given, "compiled": compiled})]
+    else:
+        script = Path(__file__).with_name("torch_peers.py")
+        given["threads"] = cores()
+        command = [str(config.peer_python or sys.executable), str(script), json.dumps(given)]
+    root = str(Path(__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"])[-1]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def summary(row: dict[str, Any]) -> dict[str, Any]:
+    """One row with the median of its rounds' medians, and their spread."""
+    row = dict(row)
+    rounds = row.pop("rounds")
+    if not rounds or "error" in row:
+        return row
+    medians = [float(np.median(outcome["ms"])) for outcome in rounds]
+    row |= {"ms": float(np.median(medians)), "ms_least": min(medians), "ms_most": max(medians)}
+    if row["kind"] == "ours":
+        row |= {key: rounds[0][key] for key in ("tasks", "compile_s", "memory_compiled", "gflop", "devices")}
+        row["memory_measured"] = float(np.median([outcome["memory_measured"] for outcome in rounds]))
+        row["limit_gflops"] = float(np.median([outcome["limit_gflops"] for outcome in rounds]))
+        # Each round against the limit of its own process.
+        row["share_of_limit"] = float(
+            np.median([o["gflop"] / np.median(o["ms"]) * 1e3 / o["limit_gflops"] for o in rounds])
+        )
+        row["tasks_per_second"] = 1e3 * row["tasks"] / row["ms"]
+    return row
+
+
+def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Second over first order in time, memory and operations, and the best peer over ours."""
+    found = []
+    for row in (row for row in rows if row["kind"] == "ours" and "ms" in row):
+        ratio: dict[str, Any] = {key: row[key] for key in ("workload", "order", "inner_steps", "checkpoint")}
+        ratio |= {key: row[key] for key in ("tasks_at_once", "implementation", "dtype", "devices")}
+        same = ("workload", "inner_steps", "tasks_at_once", "implementation", "dtype", "devices")
+        first = [o for o in rows if o["kind"] == "ours" and o["order"] == 1 and "ms" in o
+                 and all(o[key] == row[key] for key in same)]  # fmt: skip
+        if row["order"] == 2 and first:
+            ratio["second_over_first"] = {
+                "time": row["ms"] / first[0]["ms"],
+                "operations": row["gflop"] / first[0]["gflop"],
+                "memory": row["memory_compiled"] / first[0]["memory_compiled"] if row["memory_compiled"] else None,
+            }
+        peers = [o for o in rows if o["kind"] == "peer" and "ms" in o
+                 and all(o[key] == row[key] for key in ("workload", "order", "inner_steps"))]  # fmt: skip
+        if peers:
+            best = min(peers, key=lambda peer: peer["ms"])
+            ratio["best_peer"], ratio["best_peer_over_ours"] = best["peer"], best["ms"] / row["ms"]
+        found.append(ratio)
+    return found
+
+
+def title(row: dict[str, Any]) -> str:
+    """What a row measured, in words."""
+    parts = [row["workload"], "second order" if row["order"] == 2 else "first order"]
+    parts += [f"{row['inner_steps']} inner steps"] if row["inner_steps"] else []
+    if row["kind"] == "peer":
+        return ", ".join([*parts, PEER_NAMES[row["peer"]]])
+    parts += [f"checkpoint {row['checkpoint']}"] if row["checkpoint"] != "none" else []
+    parts += [f"{row['tasks_at_once']} at once"] if row["tasks_at_once"] else []
+    parts += [row["implementation"]] if row["implementation"] else []
+    parts += [row["dtype"]] if row["dtype"] != "float32" else []
+    return ", ".join(parts)
+
+
+def table(results: dict) -> str:
+    """Times of a meta-step, memory, share of the machine's limit; then the ratios."""
+    width = max(len(title(row)) for row in results["rows"])
+    head = (
+        f"{'':{width}}   ms a meta-step (least - most)   tasks/s  compile s    MB compiled/measured   GFLOP  of limit"
+    )
+    lines = ["", head]
+    for row in results["rows"]:
+        if "ms" not in row:
+            lines.append(f"{title(row):{width}}   {row.get('error', 'not measured')}")
+            continue
+        line = f"{title(row):{width}}   {row['ms']:9.3f} ({row['ms_least']:.3f} - {row['ms_most']:.3f})"
+        if row["kind"] == "ours":
+            memory = f"{(row['memory_compiled'] or 0) / 1e6:.1f} / {row['memory_measured'] / 1e6:.1f}"
+            line = f"{line:{width + 33}} {row['tasks_per_second']:8.0f} {row['compile_s']:10.1f} {memory:>22}"
+            line += f" {row['gflop']:9.2f} {row['share_of_limit']:8.0%}"
+        lines.append(line)
+    lines.append("")
+    for row, ratio in zip((row for row in results["rows"] if row["kind"] == "ours" and "ms" in row), results["ratios"]):
+        said = []
+        if over := ratio.get("second_over_first"):
+            said.append(f"second over first order: time {over['time']:.2f}, operations {over['operations']:.2f}")
+            said[-1] += f", memory {over['memory']:.2f}" if over["memory"] else ""
+        if "best_peer" in ratio:
+            said.append(f"{ratio['best_peer_over_ours']:.2f} times as fast as {PEER_NAMES[ratio['best_peer']]}")
+        if said:
+            lines.append(f"{title(row)}: {'; '.join(said)}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    command_line.run(Config, prepare, main)

@@ -1,0 +1,113 @@
+"""Measures one variant of one workload in a process of its own, and prints what it found as a line of JSON.
+
+    python -m experiments.measure '{"workload": "sinusoid"}'
+
+The benchmark starts it; see there.
+"""
+
+import dataclasses
+import json
+import resource
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import maml_jax
+from experiments import flops, workloads
+from experiments.command_line import cores
+from maml_jax.inner import Checkpoint
+from maml_jax.task_axis import AtOnce, task_mesh
+
+PRODUCT = 1024  # Rows and columns of the product that stands for the machine's limit.
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One way to compute a meta-step."""
+
+    workload: str
+    order: int = 2
+    inner_steps: int | None = None
+    checkpoint: Checkpoint = "none"
+    tasks_at_once: AtOnce = None
+    implementation: Any = None
+    dtype: str = "float32"
+    devices: int | None = None
+
+
+def measure(variant: Variant, seconds: float) -> dict[str, Any]:
+    """Times of a meta-step in ms, bytes, operations, and the rate of the machine's matrix product."""
+    if variant.dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
+    work = workloads.build(variant.workload, variant.dtype, variant.implementation)
+    count = len(jax.tree.leaves(work.tasks)[0])
+    mesh = task_mesh(count) if variant.devices is None else None
+    if variant.workload == "sinusoid":  # Too small to be divided.
+        mesh = None
+    if variant.devices is not None and variant.devices > 1:
+        mesh = jax.sharding.Mesh(np.array(jax.devices()[: variant.devices]), ("tasks",))
+    options: dict[str, Any] = {"steps": variant.inner_steps or work.inner_steps, "order": variant.order}
+    inner = maml_jax.sgd(work.inner_rate, trainable=work.trainable, checkpoint=variant.checkpoint, **options)
+    learner = maml_jax.maml(work.loss_fn, inner, optax.adam(1e-3), tasks_at_once=variant.tasks_at_once, mesh=mesh)
+    state = learner.init(work.init())
+
+    def many(state: Any, tasks: Any, count: jax.Array) -> Any:
+        return jax.lax.fori_loop(0, count, lambda _, state: learner.step(state, tasks)[0], state)
+
+    operations = flops.count(jax.make_jaxpr(learner.step)(state, work.tasks).jaxpr)
+    if mesh is not None:
+        operations *= mesh.size  # The program of one device.
+    lowered = jax.jit(many, donate_argnums=0).lower(state, work.tasks, 1)
+    start = time.perf_counter()
+    run = lowered.compile()
+    compilation = time.perf_counter() - start
+    memory = run.memory_analysis()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    state = jax.block_until_ready(run(state, work.tasks, 1))
+    start = time.perf_counter()
+    state = jax.block_until_ready(run(state, work.tasks, 1))
+    per_call = max(1, int(0.3 / (time.perf_counter() - start)))
+    times: list[float] = []
+    begin = time.perf_counter()
+    while len(times) < 5 or time.perf_counter() - begin < seconds:
+        start = time.perf_counter()
+        state = jax.block_until_ready(run(state, work.tasks, per_call))
+        times.append(1e3 * (time.perf_counter() - start) / per_call)
+    return {
+        "ms": times,
+        "tasks": count,
+        "compile_s": compilation,
+        "memory_compiled": memory.temp_size_in_bytes if memory else None,
+        "memory_measured": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024,
+        "gflop": operations / 1e9,
+        "limit_gflops": product_rate(variant.dtype),
+        "devices": mesh.size if mesh is not None else 1,
+    }
+
+
+def product_rate(dtype: str) -> float:
+    """The machine's limit: products of large matrices on all devices at once, GFLOP/s."""
+    size, repeats = PRODUCT, 8
+    devices = jax.devices()
+    factors = [jax.device_put(jnp.full((size, size), 1e-3, dtype), device) for device in devices]
+    run = jax.jit(lambda a: jax.lax.fori_loop(0, repeats, lambda _, product: product @ a, a))
+    best = np.inf
+    for _ in range(8):
+        start = time.perf_counter()
+        jax.block_until_ready([run(factor) for factor in factors])
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 * repeats * len(devices) / best / 1e9
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", cores())
+    given = json.loads(sys.argv[1])
+    seconds = given.pop("seconds", 3.0)
+    if folder := given.pop("compiled", None):
+        jax.config.update("jax_compilation_cache_dir", folder)
+    print(json.dumps(measure(Variant(**given), seconds)))

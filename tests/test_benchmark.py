@@ -1,0 +1,99 @@
+"""What the benchmark counts, what it compares, and that it runs from its command line."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_experiments import launch
+
+from experiments import benchmark, flops, workloads
+from maml_jax.convolution import conv
+
+
+def counted(fn, *args):
+    return flops.count(jax.make_jaxpr(fn)(*args).jaxpr)
+
+
+def test_products_and_loops_are_counted():
+    a, b = jnp.ones((3, 4, 5)), jnp.ones((3, 5, 6))
+    assert counted(jnp.matmul, a, b) == 2 * 3 * 4 * 5 * 6
+    looped = lambda a: jax.lax.scan(lambda x, _: (x @ x, None), a, length=7)[0]  # noqa: E731
+    assert counted(looped, jnp.ones((4, 4))) == 7 * 2 * 4**3
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_a_convolution_and_both_of_its_gradients_count_the_same(tasks):
+    x, kernel = jnp.ones((tasks, 2, 8, 6, 3)), jnp.ones((tasks, 3, 3, 3, 5))
+    forward = 2 * tasks * 2 * (4 * 3) * 9 * 3 * 5
+
+    def total(x, kernel):
+        return jax.vmap(lambda x, kernel: conv(x, kernel, stride=2))(x, kernel).sum()
+
+    assert counted(total, x, kernel) == forward
+    assert counted(jax.grad(total, (0, 1)), x, kernel) == 3 * forward
+    library = lambda x, k: jax.lax.conv_general_dilated(  # noqa: E731
+        x, k, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    assert counted(library, x[0], kernel[0]) == forward // tasks
+
+
+def test_combinations_that_differ_in_nothing_are_measured_once():
+    config = benchmark.Config(("sinusoid",), checkpoints=("none", "mixed"), implementations=("patches", "lax"))
+    assert [(v.order, v.checkpoint, v.implementation) for v in config.variants()] == [
+        (2, "none", None), (2, "mixed", None), (1, "none", None),
+    ]  # fmt: skip
+
+
+def test_ratios_compare_like_with_like():
+    ours = {"kind": "ours", "workload": "w", "inner_steps": None, "checkpoint": "none", "tasks_at_once": None,
+            "implementation": None, "dtype": "float32", "devices": 1}  # fmt: skip
+    second = {**ours, "order": 2, "ms": 6.0, "gflop": 4.0, "memory_compiled": 10}
+    first = {**ours, "order": 1, "ms": 2.0, "gflop": 2.0, "memory_compiled": 5}
+    other = {**first, "dtype": "bfloat16", "ms": 1.0}
+    peers = [{"kind": "peer", "peer": peer, "workload": "w", "order": 2, "inner_steps": None, "ms": ms}
+             for peer, ms in (("loop", 30.0), ("func", 18.0), ("higher", 40.0))]  # fmt: skip
+    of_second, of_first, _ = benchmark.ratios([second, *peers, first, other])
+    assert of_second["second_over_first"] == {"time": 3.0, "operations": 2.0, "memory": 2.0}
+    assert (of_second["best_peer"], of_second["best_peer_over_ours"]) == ("func", 3.0)
+    assert "best_peer" not in of_first and "second_over_first" not in of_first
+
+
+@pytest.mark.parametrize("name", workloads.WORKLOADS)
+def test_every_workload_has_a_finite_loss(name):
+    work = workloads.build(name)
+    support = jax.tree.map(lambda leaf: leaf[0], work.tasks.support)
+    shape = jax.eval_shape(lambda: work.loss_fn(work.init(), support))[0]
+    assert shape.shape == () and shape.dtype == jnp.float32
+    if name in ("sinusoid", "transformer"):
+        assert np.isfinite(work.loss_fn(work.init(), support)[0])
+
+
+def test_from_beginning_to_end(tmp_path):
+    options = ("--workloads", "sinusoid", "--inner-steps", "1", "2", "--checkpoints", "none", "mixed")
+    done = launch(
+        "experiments.benchmark", *options, "--rounds", "1", "--seconds", "0.1", "--workdir", "run", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    rows = results["rows"]
+    assert len(rows) == 6 and all(row["ms"] > 0 and 0 < row["share_of_limit"] < 1 for row in rows)
+    assert [r["second_over_first"]["operations"] > 1 for r in results["ratios"] if r["order"] == 2] == [True] * 4
+    assert (tmp_path / "run" / "benchmark.png").stat().st_size > 10_000
+    assert "second over first order: time" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--rounds", "0"], "rounds must be an integer of at least 1, but got 0"),
+        (["--inner-steps", "0"], "inner_steps must be an integer of at least 1, but got 0"),
+        (["--peer-python", "python"], "add --against torch"),
+        (["--against", "torch", "--peer-python", "nowhere/python"], "has no PyTorch"),
+        (["--seconds", "nan"], "seconds must be positive and finite"),
+    ],
+)
+def test_bad_input(options, message):
+    done = launch("experiments.benchmark", *options)
+    assert done.returncode == 2 and message in done.stderr
