@@ -12,8 +12,8 @@ import jax
 LARGE_PARAMS = 1 << 14
 """Parameters beyond which tasks side by side leave a core's caches."""
 
-LARGE_WINDOWS = 1 << 21
-"""Entries of a matrix of windows that a core's caches no longer hold."""
+GROUP_OF_WINDOWS = 1 << 20
+"""Entries of a matrix of windows that a core's caches hold, with what is made of it."""
 
 LARGE_OUTPUT = 1 << 19
 """Entries of a convolution that a core's caches no longer hold, with what is made of it."""
@@ -28,17 +28,14 @@ def tasks_at_once(params: Any) -> int | None:
     return 1 if jax.default_backend() == "cpu" and size > LARGE_PARAMS else None
 
 
-def convolution(
-    platform: str, operation: str, images: int, channels: int, window: Sequence[int], output: Sequence[int], stride: int
-) -> str:
+def convolution(platform: str, operation: str, channels: int, window: Sequence[int], stride: int) -> str:
     """The implementation of one operation of `maml_jax.convolution`, for the platform that is compiled for."""
     if math.prod(window) * stride == 1:  # A product of matrices as it is.
         return "patches"
     if platform != "cpu":
         return "lax"
-    large = images * channels * math.prod(window) * math.prod(output) > LARGE_WINDOWS
     fast_in_xla = operation != "kernel_gradient" and stride == 1 and channels >= FEW_CHANNELS
-    return "direct" if large or fast_in_xla else "patches"
+    return "direct" if fast_in_xla else "patches"
 
 
 def one_image_at_a_time(images: Sequence[int], features: int) -> bool:

@@ -17,6 +17,7 @@ features. Inside, operands have a leading axis `G` of kernels that differ, which
 """
 
 import functools
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -90,7 +91,24 @@ class Implementation(NamedTuple):
     kernel_gradient: Callable[[jax.Array, jax.Array, Geometry], jax.Array]
 
 
-# --- One matrix product with all windows of the images as rows: fast for small images on a CPU.
+# --- Matrix products with the windows of the images as rows, of as many images at a time as stay in a core's
+# caches: fast on a CPU.
+
+
+def _in_groups(fn: Callable[..., jax.Array], geometry: Geometry, channels: int, *operands: jax.Array) -> jax.Array:
+    """`fn` of groups of images, whose results are put one after the other."""
+    count, groups = _groups(len(operands[0]), geometry, channels)
+    if groups == 1:
+        return fn(*operands)
+    out = lax.map(lambda group: fn(*group), tuple(x.reshape(groups, count, *x.shape[1:]) for x in operands))
+    return out.reshape(-1, *out.shape[2:])
+
+
+def _groups(images: int, geometry: Geometry, channels: int) -> tuple[int, int]:
+    """Images in a group, and groups."""
+    row = math.prod((*geometry.output, *geometry.window, channels))
+    count = max(n for n in range(1, images + 1) if images % n == 0 and (n == 1 or n * row <= backend.GROUP_OF_WINDOWS))
+    return count, images // count
 
 
 def _windows(x: jax.Array, geometry: Geometry) -> jax.Array:
@@ -111,7 +129,8 @@ def _windows(x: jax.Array, geometry: Geometry) -> jax.Array:
 
 
 def _patches_conv(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
-    return _windows(x, geometry) @ kernel.reshape(-1, kernel.shape[3])
+    rows = kernel.reshape(-1, kernel.shape[3])
+    return _in_groups(lambda x: _windows(x, geometry) @ rows, geometry, x.shape[3], x)
 
 
 def _from_windows(windows: jax.Array, geometry: Geometry) -> jax.Array:
@@ -145,11 +164,23 @@ def _from_windows(windows: jax.Array, geometry: Geometry) -> jax.Array:
 
 
 def _patches_input_gradient(y: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
-    return _from_windows(y @ kernel.reshape(-1, kernel.shape[3]).T, geometry)
+    columns = kernel.reshape(-1, kernel.shape[3]).T
+    return _in_groups(lambda y: _from_windows(y @ columns, geometry), geometry, kernel.shape[2], y)
 
 
 def _patches_kernel_gradient(x: jax.Array, y: jax.Array, geometry: Geometry) -> jax.Array:
-    rows = _product_with_windows(x, y, geometry)
+    count, groups = _groups(len(x), geometry, x.shape[3])
+    if groups == 1:
+        rows = _product_with_windows(x, y, geometry)
+    else:
+
+        def add_group(total: jax.Array, group: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+            x, y = group
+            return total + _product_with_windows(x, y, geometry), None
+
+        zeros = jnp.zeros((y.shape[3], math.prod(geometry.window) * x.shape[3]), x.dtype)
+        parts = tuple(operand.reshape(groups, count, *operand.shape[1:]) for operand in (x, y))
+        rows, _ = lax.scan(add_group, zeros, parts)
     return rows.T.reshape(*geometry.window, x.shape[3], y.shape[3])
 
 
@@ -182,14 +213,7 @@ def _lax_kernel_gradient(x: jax.Array, y: jax.Array, geometry: Geometry) -> jax.
     return jax.linear_transpose(lambda kernel: _lax_conv(x, kernel, geometry), kernel)(y)[0]
 
 
-# --- XLA's forward convolution alone, and windows of one image after the other: for large images on a CPU,
-# whose windows all together leave its caches.
-
-
-def _direct_conv(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
-    if x.shape[3] >= backend.FEW_CHANNELS:
-        return _lax_conv(x, kernel, geometry)
-    return lax.map(lambda image: _patches_conv(image[None], kernel, geometry)[0], x)
+# --- XLA's forward convolution alone, which is fast on a CPU for stride 1 and enough channels.
 
 
 def _direct_input_gradient(y: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
@@ -209,18 +233,9 @@ def _direct_input_gradient(y: jax.Array, kernel: jax.Array, geometry: Geometry) 
     )
 
 
-def _direct_kernel_gradient(x: jax.Array, y: jax.Array, geometry: Geometry) -> jax.Array:
-    def add_image(total: jax.Array, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        return total + _product_with_windows(pair[0][None], pair[1][None], geometry), None
-
-    zeros = jnp.zeros((y.shape[3], geometry.window[0] * geometry.window[1] * x.shape[3]), x.dtype)
-    rows, _ = lax.scan(add_image, zeros, (x, y))
-    return rows.T.reshape(*geometry.window, x.shape[3], y.shape[3])
-
-
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "patches": Implementation(_patches_conv, _patches_input_gradient, _patches_kernel_gradient),
-    "direct": Implementation(_direct_conv, _direct_input_gradient, _direct_kernel_gradient),
+    "direct": Implementation(_lax_conv, _direct_input_gradient, _patches_kernel_gradient),
     "lax": Implementation(_lax_conv, _lax_input_gradient, _lax_kernel_gradient),
 }
 
@@ -243,9 +258,7 @@ def _primitive(name: str, first: _Merge, second: _Merge) -> Primitive:
         a: jax.Array, b: jax.Array, *, geometry: Geometry, implementation: ImplementationName | None, platform: str
     ) -> jax.Array:
         channels = b.shape[3] if name == "input_gradient" else a.shape[4]
-        chosen = implementation or backend.convolution(
-            platform, name, a.shape[1], channels, geometry.window, geometry.output, geometry.stride
-        )
+        chosen = implementation or backend.convolution(platform, name, channels, geometry.window, geometry.stride)
         one = partial(getattr(IMPLEMENTATIONS[chosen], name), geometry=geometry)
         # Spared the batching where there is one kernel: products of plain matrices run faster.
         return one(a[0], b[0])[None] if len(a) == 1 else jax.vmap(one)(a, b)

@@ -80,6 +80,20 @@ def test_is_a_convolution_at_any_order_and_under_vmap(shape, implementation):
     )
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_in_groups_of_images(shape, monkeypatch):
+    """As few windows at a time as there can be: image by image, the result is the same."""
+    x, kernel = drawn(shape)
+    one = partial(conv, stride=shape[-1], implementation="patches")
+    whole = derivatives(one, x, kernel)
+    monkeypatch.setattr(backend, "GROUP_OF_WINDOWS", 1)
+    program = jax.jit(one).lower(x[0], kernel[0]).as_text()
+    assert "stablehlo.while" in program
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12), derivatives(one, x, kernel), whole
+    )
+
+
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (1, 2)], ids=["images", "kernels", "both"])
 def test_an_axis_of_one_operand_alone_and_axes_that_are_not_in_front(axes):
     pairs = [jnp.stack([operand, -2 * operand]) for operand in drawn(SHAPES[1])]  # Two times three tasks.
