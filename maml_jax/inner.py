@@ -15,6 +15,7 @@ from jax import lax
 
 from maml_jax import validation
 from maml_jax.mixed import mixed_value_and_grad
+from maml_jax.trees import divide, join
 from maml_jax.types import AdaptInfo, Batch, LossFn, Params, Rates
 
 Mask = Any
@@ -248,16 +249,13 @@ def _partition(params: Params, mask: Mask | None) -> tuple[Params, Params]:
         ) from error
     if not any(jax.tree.leaves(mask)):
         raise ValueError("trainable selects no parameter at all, so the inner loop has nothing to adapt.")
-    return (
-        jax.tree.map(lambda keep, leaf: leaf if keep else None, mask, params),
-        jax.tree.map(lambda keep, leaf: None if keep else leaf, mask, params),
-    )
+    return divide(params, mask)
 
 
 def _combine(adapted: Params, fixed: Params) -> Params:
     if fixed is None:
         return adapted
-    return jax.tree.map(lambda a, f: f if a is None else a, adapted, fixed, is_leaf=lambda x: x is None)
+    return join(adapted, fixed)
 
 
 def _append(stacked: Any, last: Any) -> Any:

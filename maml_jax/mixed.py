@@ -7,11 +7,13 @@ gradient is computed once more (MixFlow-MG, Kemaev et al. 2025).
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from maml_jax.trees import divide, join
 from maml_jax.types import Params
 
 ValueAndGrad = Callable[[Params, Any], tuple[tuple[jax.Array, Any], Params]]
@@ -25,45 +27,44 @@ def mixed_value_and_grad(loss_fn: Callable[[Params, Any], tuple[jax.Array, Any]]
     """
 
     def value_and_grad(params: Params, others: Any) -> tuple[tuple[jax.Array, Any], Params]:
-        # What the loss closes over is an argument too: it may depend on what is differentiated.
+        # What the loss closes over is an input too: it may depend on what is differentiated.
         closed, captured = jax.closure_convert(loss_fn, params, others)
-        return exact(closed, params, (others, captured))
 
-    def exact(closed: Callable[..., Any], params: Params, inputs: Any) -> tuple[tuple[jax.Array, Any], Params]:
-        def of(params: Params, inputs: Any) -> tuple[jax.Array, Any]:
+        def loss(params: Params, inputs: Any) -> tuple[jax.Array, Any]:
             others, captured = inputs
             loss, aux = closed(params, others, *captured)
             return loss, jax.lax.stop_gradient(aux)
 
-        @jax.custom_vjp
-        def gradient(params: Params, inputs: Any) -> Any:
-            return jax.value_and_grad(of, has_aux=True)(params, inputs)
-
-        def forward(params: Params, inputs: Any) -> Any:
-            return gradient(params, inputs), (params, inputs)
-
-        def backward(kept: Any, cotangent: Any) -> Any:
-            params, inputs = kept
-            (along_loss, _), direction = cotangent
-            leaves, structure = jax.tree.flatten(inputs)
-            floating = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
-
-            def gradients(params: Params) -> Any:
-                def loss(params: Params, differentiable: list[jax.Array]) -> jax.Array:
-                    given = iter(differentiable)
-                    merged = [next(given) if is_float else leaf for is_float, leaf in zip(floating, leaves)]
-                    return of(params, jax.tree.unflatten(structure, merged))[0]
-
-                differentiable = [leaf for is_float, leaf in zip(floating, leaves) if is_float]
-                return jax.grad(loss, (0, 1))(params, differentiable)
-
-            first, second = jax.jvp(gradients, (params,), (direction,))
-            of_params, of_floats = jax.tree.map(lambda g, h: along_loss * g + h, first, second)
-            given = iter(of_floats)
-            of_inputs = [next(given) if is_float else None for is_float in floating]
-            return of_params, jax.tree.unflatten(structure, of_inputs)
-
-        gradient.defvjp(forward, backward)
-        return gradient(params, inputs)
+        return _value_and_grad(loss, params, (others, captured))
 
     return value_and_grad
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _value_and_grad(loss: Callable[[Params, Any], tuple[jax.Array, Any]], params: Params, inputs: Any) -> Any:
+    return jax.value_and_grad(loss, has_aux=True)(params, inputs)
+
+
+def _forward(loss: Callable[[Params, Any], tuple[jax.Array, Any]], params: Params, inputs: Any) -> Any:
+    return _value_and_grad(loss, params, inputs), (params, inputs)
+
+
+def _backward(loss: Callable[[Params, Any], tuple[jax.Array, Any]], kept: Any, cotangent: Any) -> Any:
+    params, inputs = kept
+    (along_loss, _), direction = cotangent
+    floating, rest = divide(inputs, jax.tree.map(_is_floating, inputs))
+
+    def gradients(params: Params) -> Any:
+        return jax.grad(lambda params, floating: loss(params, join(floating, rest))[0], (0, 1))(params, floating)
+
+    # The row of mixed derivatives for an input, times the direction in the parameters, is the derivative
+    # of that input's gradient along the direction.
+    first, second = jax.jvp(gradients, (params,), (direction,))
+    return jax.tree.map(lambda gradient, along: along_loss * gradient + along, first, second)
+
+
+def _is_floating(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(jnp.result_type(leaf), jnp.floating))
+
+
+_value_and_grad.defvjp(_forward, _backward)
