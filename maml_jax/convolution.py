@@ -71,6 +71,8 @@ class Geometry(NamedTuple):
     image: tuple[int, int]
     window: tuple[int, int]
     stride: int
+    kernels: int = 1
+    """The size of the axis `G`, over which an implementation is mapped."""
 
     @property
     def output(self) -> tuple[int, int]:
@@ -188,10 +190,14 @@ def _product_with_windows(x: jax.Array, y: jax.Array, geometry: Geometry) -> jax
     """The kernel's gradient as `[D, h * w * C]`."""
     windows = _windows(x, geometry)
     windows, y = windows.reshape(-1, windows.shape[3]), y.reshape(-1, y.shape[3])
-    if windows.shape[1] < y.shape[1]:  # Few channels.
+    # CPUs have no fast form of a product that sums over the rows of both operands. So one is turned, behind a
+    # barrier that keeps XLA from taking it back.
+    if windows.shape[1] < y.shape[1]:  # With few channels it is not worth it.
         return (windows.T @ y).T
-    # y turned, behind a barrier that keeps XLA from taking it back: CPUs have no fast form of a product
-    # that sums over the rows of both operands.
+    if geometry.kernels > 1:
+        return (lax.optimization_barrier(windows.T) @ y).T
+    # y is smaller. Its product comes out turned, behind another barrier; of a batch of products, XLA's
+    # compiler for CPUs would make a layout then that it has no code for, and end the process.
     return lax.optimization_barrier(lax.optimization_barrier(y.T) @ windows)
 
 
@@ -259,7 +265,7 @@ def _primitive(name: str, first: _Merge, second: _Merge) -> Primitive:
     ) -> jax.Array:
         channels = b.shape[3] if name == "input_gradient" else a.shape[4]
         chosen = implementation or backend.convolution(platform, name, channels, geometry.window, geometry.stride)
-        one = partial(getattr(IMPLEMENTATIONS[chosen], name), geometry=geometry)
+        one = partial(getattr(IMPLEMENTATIONS[chosen], name), geometry=geometry._replace(kernels=len(a)))
         # Spared the batching where there is one kernel: products of plain matrices run faster.
         return one(a[0], b[0])[None] if len(a) == 1 else jax.vmap(one)(a, b)
 
