@@ -167,8 +167,9 @@ def one_round(config: Config, row: dict[str, Any], compiled: str) -> dict[str, A
         "peer", "workload", "order", "inner_steps"]  # fmt: skip
     given = {key: row[key] for key in keys} | {"seconds": config.seconds}
     if row["kind"] == "ours":
-        # Compiled anew in the first round, which tells how long that takes.
-        command = [sys.executable, "-m", "experiments.measure", json.dumps({**given, "compiled": compiled})]
+        # Compiled anew in the first round, which tells how long that takes; a folder for each row.
+        folder = os.path.join(compiled, title(row))
+        command = [sys.executable, "-m", "experiments.measure", json.dumps({**given, "compiled": folder})]
     else:
         script = Path(__file__).with_name("torch_peers.py")
         given["threads"] = cores()
@@ -177,7 +178,8 @@ def one_round(config: Config, row: dict[str, Any], compiled: str) -> dict[str, A
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"])[-1]}
+        said = [line for line in done.stderr.splitlines() if "Error" in line or "error" in line]
+        return {"error": said[-1] if said else f"ended with status {done.returncode}"}
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -190,8 +192,8 @@ def summary(row: dict[str, Any]) -> dict[str, Any]:
     medians = [float(np.median(outcome["ms"])) for outcome in rounds]
     row |= {"ms": float(np.median(medians)), "ms_least": min(medians), "ms_most": max(medians)}
     if row["kind"] == "ours":
-        row |= {key: rounds[0][key] for key in ("tasks", "compile_s", "memory_compiled", "gflop", "devices")}
-        row["memory_measured"] = float(np.median([outcome["memory_measured"] for outcome in rounds]))
+        row |= {key: rounds[0][key] for key in ("tasks", "compile_s", "memory_compiled", "gflop")}
+        row["devices_used"] = rounds[0]["devices_used"]
         row["limit_gflops"] = float(np.median([outcome["limit_gflops"] for outcome in rounds]))
         # Each round against the limit of its own process.
         row["share_of_limit"] = float(
@@ -216,7 +218,7 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "operations": row["gflop"] / first[0]["gflop"],
                 "memory": row["memory_compiled"] / first[0]["memory_compiled"] if row["memory_compiled"] else None,
             }
-        peers = [o for o in rows if o["kind"] == "peer" and "ms" in o
+        peers = [o for o in rows if o["kind"] == "peer" and "ms" in o and row["dtype"] == "float32"
                  and all(o[key] == row[key] for key in ("workload", "order", "inner_steps"))]  # fmt: skip
         if peers:
             best = min(peers, key=lambda peer: peer["ms"])
@@ -235,15 +237,14 @@ def title(row: dict[str, Any]) -> str:
     parts += [f"{row['tasks_at_once']} at once"] if row["tasks_at_once"] else []
     parts += [row["implementation"]] if row["implementation"] else []
     parts += [row["dtype"]] if row["dtype"] != "float32" else []
+    parts += [f"{row['devices']} devices"] if row["devices"] else []
     return ", ".join(parts)
 
 
 def table(results: dict) -> str:
     """Times of a meta-step, memory, share of the machine's limit; then the ratios."""
     width = max(len(title(row)) for row in results["rows"])
-    head = (
-        f"{'':{width}}   ms a meta-step (least - most)   tasks/s  compile s    MB compiled/measured   GFLOP  of limit"
-    )
+    head = f"{'':{width}}   ms a meta-step (least - most)   tasks/s  compile s      MB a device   GFLOP  of limit"
     lines = ["", head]
     for row in results["rows"]:
         if "ms" not in row:
@@ -251,8 +252,8 @@ def table(results: dict) -> str:
             continue
         line = f"{title(row):{width}}   {row['ms']:9.3f} ({row['ms_least']:.3f} - {row['ms_most']:.3f})"
         if row["kind"] == "ours":
-            memory = f"{(row['memory_compiled'] or 0) / 1e6:.1f} / {row['memory_measured'] / 1e6:.1f}"
-            line = f"{line:{width + 33}} {row['tasks_per_second']:8.0f} {row['compile_s']:10.1f} {memory:>22}"
+            line = f"{line:{width + 33}} {row['tasks_per_second']:8.0f} {row['compile_s']:10.1f}"
+            line += f" {(row['memory_compiled'] or np.nan) / 1e6:15.1f}"
             line += f" {row['gflop']:9.2f} {row['share_of_limit']:8.0%}"
         lines.append(line)
     lines.append("")

@@ -7,7 +7,6 @@ The benchmark starts it; see there.
 
 import dataclasses
 import json
-import resource
 import sys
 import time
 from typing import Any
@@ -49,6 +48,10 @@ def measure(variant: Variant, seconds: float) -> dict[str, Any]:
     mesh = task_mesh(count) if variant.devices is None else None
     if variant.workload == "sinusoid":  # Too small to be divided.
         mesh = None
+    if variant.devices is not None and variant.devices > len(jax.devices()):
+        raise ValueError(
+            f"devices must be at most {len(jax.devices())}, those that there are, but got {variant.devices}."
+        )
     if variant.devices is not None and variant.devices > 1:
         mesh = jax.sharding.Mesh(np.array(jax.devices()[: variant.devices]), ("tasks",))
     options: dict[str, Any] = {"steps": variant.inner_steps or work.inner_steps, "order": variant.order}
@@ -67,7 +70,6 @@ def measure(variant: Variant, seconds: float) -> dict[str, Any]:
     run = lowered.compile()
     compilation = time.perf_counter() - start
     memory = run.memory_analysis()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     state = jax.block_until_ready(run(state, work.tasks, 1))
     start = time.perf_counter()
     state = jax.block_until_ready(run(state, work.tasks, 1))
@@ -78,15 +80,16 @@ def measure(variant: Variant, seconds: float) -> dict[str, Any]:
         start = time.perf_counter()
         state = jax.block_until_ready(run(state, work.tasks, per_call))
         times.append(1e3 * (time.perf_counter() - start) / per_call)
+    if not np.isfinite(float(jnp.abs(jax.tree.leaves(state.params)[0]).max())):
+        raise FloatingPointError("The parameters stopped being finite, so the times say nothing.")
     return {
         "ms": times,
         "tasks": count,
         "compile_s": compilation,
         "memory_compiled": memory.temp_size_in_bytes if memory else None,
-        "memory_measured": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024,
         "gflop": operations / 1e9,
         "limit_gflops": product_rate(variant.dtype),
-        "devices": mesh.size if mesh is not None else 1,
+        "devices_used": mesh.size if mesh is not None else 1,
     }
 
 

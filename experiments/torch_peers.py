@@ -22,8 +22,8 @@ IMAGES = {
     "omniglot-5w5s": (5, 5, 5, 32, 1, 2.0, 28, 1, 64, False),
     "omniglot-20w1s": (20, 1, 1, 16, 5, 2.0, 28, 1, 64, False),
     "omniglot-20w5s": (20, 5, 5, 16, 5, 2.0, 28, 1, 64, False),
-    "miniimagenet-5w1s": (5, 1, 15, 4, 5, 0.01, 84, 3, 32, True),
-    "miniimagenet-5w5s": (5, 5, 15, 4, 5, 0.01, 84, 3, 32, True),
+    "miniimagenet-5w1s": (5, 1, 15, 4, 5, 0.05, 84, 3, 32, True),
+    "miniimagenet-5w5s": (5, 5, 15, 4, 5, 0.05, 84, 3, 32, True),
 }
 
 
@@ -85,9 +85,9 @@ def meta_step(peer, order, steps, net, loss, rate, data):
     def func():
         def of_task(adapted, fixed, x, y, x_query, y_query):
             for _ in range(steps):
-                grads = grad(adapted_loss)(adapted, fixed, x, y)
-                adapted = {name: p - rate * (g if second else g.detach()) for (name, p), g in
-                           zip(adapted.items(), grads.values())}  # fmt: skip
+                with torch.set_grad_enabled(second):
+                    grads = grad(adapted_loss)(adapted, fixed, x, y)
+                adapted = {name: p - rate * grads[name] for name, p in adapted.items()}
             return adapted_loss(adapted, fixed, x_query, y_query)
 
         vmap(of_task, (None, None, 0, 0, 0, 0))(start, fixed, *data).mean().backward()
@@ -101,7 +101,13 @@ def meta_step(peer, order, steps, net, loss, rate, data):
             with context as (model, optimizer):
                 for _ in range(steps):
                     optimizer.step(loss(model(x), y))
-                (loss(model(x_query), y_query) / count).backward()
+                value = loss(model(x_query), y_query) / count
+                if second:
+                    value.backward()
+                    continue
+                # The adapted parameters have no way back to the first ones here.
+                for p, g in zip(net.parameters(), torch.autograd.grad(value, list(model.parameters()))):
+                    p.grad = g if p.grad is None else p.grad + g
 
     body = {"loop": loop, "func": func, "higher": higher}[peer]
 
@@ -120,6 +126,9 @@ def main():
     net, loss, steps, rate, data = workload(given["workload"])
     step = meta_step(given["peer"], given["order"], given["inner_steps"] or steps, net, loss, rate, data)
     step()
+    if given.get("gradient"):  # Of the first step, for comparison.
+        print(json.dumps([float(p.grad.abs().sum()) for p in net.parameters()]))
+        return
     times: list[float] = []
     begin = time.perf_counter()
     while len(times) < 3 or time.perf_counter() - begin < given["seconds"]:

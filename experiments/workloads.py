@@ -45,8 +45,8 @@ IMAGES = {
     "omniglot-5w5s": Images(5, 5, 5, 32, 1, 2.0, 28, 1, 64, False),
     "omniglot-20w1s": Images(20, 1, 1, 16, 5, 2.0, 28, 1, 64, False),
     "omniglot-20w5s": Images(20, 5, 5, 16, 5, 2.0, 28, 1, 64, False),
-    "miniimagenet-5w1s": Images(5, 1, 15, 4, 5, 0.01, 84, 3, 32, True),
-    "miniimagenet-5w5s": Images(5, 5, 15, 4, 5, 0.01, 84, 3, 32, True),
+    "miniimagenet-5w1s": Images(5, 1, 15, 4, 5, 0.05, 84, 3, 32, True),
+    "miniimagenet-5w5s": Images(5, 5, 15, 4, 5, 0.05, 84, 3, 32, True),
 }
 
 

@@ -28,7 +28,7 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from maml_jax import backend
+from maml_jax import backend, validation
 
 ImplementationName = Literal["patches", "direct", "lax"]
 
@@ -58,6 +58,7 @@ def conv(
             f"conv takes images [B, H, W, C] and a kernel [h, w, C, D] with the same C, but got {x.shape} and "
             f"{kernel.shape}."
         )
+    validation.at_least("stride", stride, 1)
     dtype = jnp.promote_types(x.dtype, kernel.dtype)
     geometry = Geometry((x.shape[1], x.shape[2]), (kernel.shape[0], kernel.shape[1]), stride)
     # Of one kernel: vmap fills the axis that is added here.
@@ -108,6 +109,8 @@ def _in_groups(fn: Callable[..., jax.Array], geometry: Geometry, channels: int, 
 
 def _groups(images: int, geometry: Geometry, channels: int) -> tuple[int, int]:
     """Images in a group, and groups."""
+    if math.prod(geometry.window) * geometry.stride == 1 or images == 0:  # Then the images are the windows.
+        return images, 1
     row = math.prod((*geometry.output, *geometry.window, channels))
     count = max(n for n in range(1, images + 1) if images % n == 0 and (n == 1 or n * row <= backend.GROUP_OF_WINDOWS))
     return count, images // count

@@ -25,7 +25,7 @@ Mask = Any
 Checkpoint = Literal["none", "step", "mixed"]
 """What is kept of each inner step for the second-order meta-gradient. 'none': all that it computed. 'step':
 where it began, and it is computed again. 'mixed': where it began, and its derivative is taken forwards
-over the gradient, not backwards (MixFlow-MG, Kemaev et al. 2025): as little memory as first order."""
+over the gradient, not backwards (MixFlow-MG, Kemaev et al. 2025)."""
 
 
 class InnerLearner(NamedTuple):
@@ -70,8 +70,8 @@ def sgd(
       checkpoint: what of the inner steps is kept for the second-order meta-gradient, which is the same:
         'none' keeps everything; 'step' only where each step began, and computes the step again; 'mixed'
         as little, and takes the derivative of the inner gradient forwards (MixFlow-MG, Kemaev et al.
-        2025), with the memory of first order. With 'mixed' nothing is differentiated through the
-        aux of the support loss.
+        2025), with little more memory than first order. With 'mixed' nothing is differentiated through
+        the aux of the support loss. What `step_weights` of `maml` add is kept in any case.
 
     Raises:
       ValueError: for a rate that is not positive and finite, fewer than 1 step, another order, and for
@@ -184,11 +184,11 @@ def inner_loop(
         return (optax.apply_updates(adapted, updates), opt_state), (loss, aux, probed)
 
     if inner.checkpoint == "step":
-        step = jax.checkpoint(step, prevent_cse=False)
-    # One step needs no loop; more stay rolled up, so that compile time does not grow with them.
+        step = jax.checkpoint(step, prevent_cse=steps == 1)
+    # Rolled up, so that compile time does not grow with the steps.
     start = lax.stop_gradient(adapted) if inner.order == 1 else adapted
     carry = (adapted, optimizer.init(start))
-    (adapted, _), (loss, aux, probes) = lax.scan(step, carry, length=steps, unroll=steps == 1)
+    (adapted, _), (loss, aux, probes) = lax.scan(step, carry, length=steps)
     params = _combine(adapted, fixed)
     probes = _append(probes, observe(params))
     return params, AdaptInfo(loss, aux, probes)

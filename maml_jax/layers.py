@@ -69,7 +69,7 @@ class PooledConv(Conv):
             return of_images(x)
         # The convolution of all images is far larger than what is left of it, so it is made, and for
         # the gradient made again, image by image, and never leaves the caches.
-        pooled, each = jax.lax.map(jax.checkpoint(lambda image: of_images(image[None])), x)
+        pooled, each = jax.lax.map(jax.checkpoint(lambda image: of_images(image[None]), prevent_cse=False), x)
         return pooled[:, 0], together(each)
 
 
@@ -121,7 +121,9 @@ def max_pool(x: jax.Array) -> jax.Array:
     rows, columns = x.shape[1] // 2, x.shape[2] // 2
     x = x[:, : 2 * rows, : 2 * columns].reshape(len(x), rows, 2, columns, 2, -1)
     a, b, c, d = (jax.lax.stop_gradient(x)[:, :, i, :, j] for i in (0, 1) for j in (0, 1))
-    upper = jnp.maximum(a, b) >= jnp.maximum(c, d)
-    winner = jnp.where(upper, jnp.where(a >= b, 0, 1), jnp.where(c >= d, 2, 3)).astype(jnp.int8)
+    # What is not a number wins, so that it shows.
+    upper = (jnp.maximum(a, b) >= jnp.maximum(c, d)) | jnp.isnan(a) | jnp.isnan(b)
+    first, third = (a >= b) | jnp.isnan(a), (c >= d) | jnp.isnan(c)
+    winner = jnp.where(upper, jnp.where(first, 0, 1), jnp.where(third, 2, 3)).astype(jnp.int8)
     place = jnp.arange(4, dtype=jnp.int8).reshape(2, 1, 2, 1)
     return jnp.where(winner[:, :, None, :, None] == place, x, 0).sum((2, 4))

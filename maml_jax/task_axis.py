@@ -56,7 +56,7 @@ class TaskAxis(NamedTuple):
         if size % devices or (size // devices) % (at_once or 1):
             raise ValueError(
                 f"A meta-batch of {size} tasks cannot be divided among {devices} device(s) in groups of "
-                f"tasks_at_once={at_once}: the devices' shares must be equal, and made of whole groups."
+                f"tasks_at_once={self.at_once!r}: the devices' shares must be equal, and made of whole groups."
             )
         if self.mesh is None:
             total, stacked = _sum(fn, at_once, shared, tasks)

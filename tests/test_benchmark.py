@@ -54,7 +54,9 @@ def test_ratios_compare_like_with_like():
     other = {**first, "dtype": "bfloat16", "ms": 1.0}
     peers = [{"kind": "peer", "peer": peer, "workload": "w", "order": 2, "inner_steps": None, "ms": ms}
              for peer, ms in (("loop", 30.0), ("func", 18.0), ("higher", 40.0))]  # fmt: skip
-    of_second, of_first, _ = benchmark.ratios([second, *peers, first, other])
+    low = {**second, "dtype": "bfloat16"}
+    of_second, of_first, _, of_low = benchmark.ratios([second, *peers, first, other, low])
+    assert "best_peer" not in of_low and of_low["second_over_first"]["time"] == 6.0
     assert of_second["second_over_first"] == {"time": 3.0, "operations": 2.0, "memory": 2.0}
     assert (of_second["best_peer"], of_second["best_peer_over_ours"]) == ("func", 3.0)
     assert "best_peer" not in of_first and "second_over_first" not in of_first
@@ -68,6 +70,19 @@ def test_every_workload_has_a_finite_loss(name):
     assert shape.shape == () and shape.dtype == jnp.float32
     if name in ("sinusoid", "transformer"):
         assert np.isfinite(work.loss_fn(work.init(), support)[0])
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_peers_take_the_same_step(order):
+    """All three ways to write it in PyTorch give the same meta-gradient (where PyTorch is installed)."""
+    pytest.importorskip("torch")
+    pytest.importorskip("higher")
+    given = {"workload": "omniglot-5w1s", "order": order, "gradient": True, "inner_steps": 2}
+    sums = []
+    for peer in benchmark.PEERS:
+        done = launch("experiments.torch_peers", json.dumps({**given, "peer": peer}))
+        sums.append(json.loads(done.stdout))
+    np.testing.assert_allclose(sums[1:], [sums[0], sums[0]], rtol=1e-3)
 
 
 def test_from_beginning_to_end(tmp_path):

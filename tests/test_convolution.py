@@ -149,6 +149,12 @@ def test_an_unknown_implementation_is_refused():
         conv(jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 1)), implementation="fft")
 
 
+@pytest.mark.parametrize("stride", [0, -1, 1.5])
+def test_bad_strides_are_refused(stride):
+    with pytest.raises(ValueError, match=f"stride must be an integer of at least 1, but got {stride}"):
+        conv(jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 1)), stride=stride)
+
+
 def test_shapes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"the same C, but got \(1, 4, 4, 1\) and \(3, 3, 2, 1\)"):
         conv(jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 2, 1)))
@@ -195,6 +201,13 @@ def test_max_pool_is_reduce_window_with_its_derivative(size):
     ours = jax.value_and_grad(lambda x: jnp.sum(jnp.sin(layers.max_pool(x))))(x)
     flax = jax.value_and_grad(lambda x: jnp.sum(jnp.sin(nn.max_pool(x, (2, 2), (2, 2)))))(x)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-14), ours, flax)
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_max_pool_shows_what_is_not_a_number(place):
+    x = np.arange(4.0).reshape(1, 2, 2, 1)
+    x.ravel()[place] = np.nan
+    assert np.isnan(layers.max_pool(x)).all()
 
 
 def test_max_pool_takes_one_of_equals():
