@@ -38,6 +38,8 @@ def conv(
 ) -> jax.Array:
     """Two-dimensional convolution with 'SAME' padding (and no bias), differentiable at any order.
 
+    In a `jax.shard_map` of one's own it needs `check_vma=False`, as `maml` has it with a mesh.
+
     Args:
       x: images `[B, H, W, C]`.
       kernel: `[h, w, C, D]`.
@@ -112,7 +114,8 @@ def _groups(images: int, geometry: Geometry, channels: int) -> tuple[int, int]:
     if math.prod(geometry.window) * geometry.stride == 1 or images == 0:  # Then the images are the windows.
         return images, 1
     row = math.prod((*geometry.output, *geometry.window, channels))
-    count = max(n for n in range(1, images + 1) if images % n == 0 and (n == 1 or n * row <= backend.GROUP_OF_WINDOWS))
+    largest = max(1, backend.GROUP_OF_WINDOWS // (row * geometry.kernels))
+    count = max(n for n in range(1, min(images, largest) + 1) if images % n == 0)
     return count, images // count
 
 
@@ -183,9 +186,10 @@ def _patches_kernel_gradient(x: jax.Array, y: jax.Array, geometry: Geometry) -> 
             x, y = group
             return total + _product_with_windows(x, y, geometry), None
 
-        zeros = jnp.zeros((y.shape[3], math.prod(geometry.window) * x.shape[3]), x.dtype)
+        wide = jnp.promote_types(x.dtype, jnp.float32)  # Or many small parts would be lost in a large sum.
+        zeros = jnp.zeros((y.shape[3], math.prod(geometry.window) * x.shape[3]), wide)
         parts = tuple(operand.reshape(groups, count, *operand.shape[1:]) for operand in (x, y))
-        rows, _ = lax.scan(add_group, zeros, parts)
+        rows = lax.scan(add_group, zeros, parts)[0].astype(x.dtype)
     return rows.T.reshape(*geometry.window, x.shape[3], y.shape[3])
 
 

@@ -144,6 +144,14 @@ def test_keeps_low_precision(implementation):
     assert out.dtype == jnp.bfloat16 and out[0, 2, 2, 0] == 18
 
 
+def test_many_groups_keep_low_precision(monkeypatch):
+    """A sum over 400 groups of bfloat16 that adds up in float32: 400 parts of 1 do not stop growing at 256."""
+    monkeypatch.setattr(backend, "GROUP_OF_WINDOWS", 1)
+    x, kernel = jnp.ones((400, 2, 2, 1), jnp.bfloat16), jnp.ones((1, 1, 1, 1), jnp.bfloat16)
+    gradient = jax.grad(lambda kernel: conv(x, kernel, stride=2).astype(jnp.float32).sum())(kernel)
+    assert gradient.dtype == jnp.bfloat16 and gradient.item() == 400
+
+
 def test_an_unknown_implementation_is_refused():
     with pytest.raises(ValueError, match="patches, direct, lax, but got 'fft'"):
         conv(jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 1)), implementation="fft")
