@@ -88,7 +88,8 @@ def test_in_groups_of_images(shape, monkeypatch):
     whole = derivatives(one, x, kernel)
     monkeypatch.setattr(backend, "GROUP_OF_WINDOWS", 1)
     program = jax.jit(one).lower(x[0], kernel[0]).as_text()
-    assert "stablehlo.while" in program
+    images_are_windows = shape[4] == shape[5] == 1
+    assert ("stablehlo.while" in program) != images_are_windows
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12), derivatives(one, x, kernel), whole
     )
