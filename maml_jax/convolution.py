@@ -111,7 +111,7 @@ def _in_groups(fn: Callable[..., jax.Array], geometry: Geometry, channels: int, 
 
 def _groups(images: int, geometry: Geometry, channels: int) -> tuple[int, int]:
     """Images in a group, and groups."""
-    if math.prod(geometry.window) * geometry.stride == 1 or images == 0:  # Then the images are the windows.
+    if math.prod(geometry.window) * geometry.stride == 1:  # Then the images are the windows.
         return images, 1
     row = math.prod((*geometry.output, *geometry.window, channels))
     largest = max(1, backend.GROUP_OF_WINDOWS // (row * geometry.kernels))

@@ -70,8 +70,8 @@ def sgd(
       checkpoint: what of the inner steps is kept for the second-order meta-gradient, which is the same:
         'none' keeps everything; 'step' only where each step began, and computes the step again; 'mixed'
         as little, and takes the derivative of the inner gradient forwards (MixFlow-MG, Kemaev et al.
-        2025), with little more memory than first order. With 'mixed' nothing is differentiated through
-        the aux of the support loss. What `step_weights` of `maml` add is kept in any case.
+        2025), with the memory of one step and a copy of the parameters for each. With 'mixed' nothing is
+        differentiated through the aux of the support loss. What `step_weights` of `maml` add is kept in any case.
 
     Raises:
       ValueError: for a rate that is not positive and finite, fewer than 1 step, another order, and for
