@@ -240,6 +240,7 @@ def main(prepared: Prepared) -> dict:
         if metrics["step"] % validate_every == 0 or metrics["step"] == config.steps:
             accuracy = evaluate(state, val_tasks, setting.inner_steps).aux["accuracy"]
             metrics["val_accuracy"] = float(accuracy[:, -1].mean())
+            run.write_state(state)
         run.log(**metrics)
         history.append(metrics)
         progress.update(metrics["step"], loss=metrics["loss"], accuracy=metrics["accuracy"])

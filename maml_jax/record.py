@@ -58,6 +58,12 @@ class RunDirectory:
 
         return self._replace("params.msgpack", serialization.to_bytes(params))
 
+    def write_state(self, state: Any) -> Path:
+        """Writes `state.msgpack`, all that training needs to go on: `flax.serialization.from_bytes(state, data)`."""
+        from flax import serialization
+
+        return self._replace("state.msgpack", serialization.to_bytes(state))
+
     def _replace(self, name: str, content: bytes) -> Path:
         target, part = self.path / name, self.path / f".{name}.part"
         part.write_bytes(content)
