@@ -20,7 +20,7 @@ import optax
 import maml_jax
 from experiments import command_line
 from maml_jax import losses, models, plots, validation
-from maml_jax.models import all_but_offsets
+from maml_jax.models import all_but_norms
 from maml_jax.record import Progress, RunDirectory
 from maml_jax.statistics import interval
 from maml_jax.task_axis import task_mesh
@@ -211,7 +211,7 @@ def main(prepared: Prepared) -> dict:
     build = partial(
         maml_jax.maml,
         loss_fn,
-        maml_jax.sgd(setting.inner_rate, steps=setting.inner_steps, order=config.order, trainable=all_but_offsets),
+        maml_jax.sgd(setting.inner_rate, steps=setting.inner_steps, order=config.order, trainable=all_but_norms),
         optax.adam(config.outer_rate),
         tasks_at_once=config.tasks_at_once,
         mesh=task_mesh(setting.tasks),
@@ -276,7 +276,7 @@ def main(prepared: Prepared) -> dict:
 def network(setting: Setting) -> nn.Module:
     """The net of the paper's section 5.2."""
     if setting.net == "mlp":
-        return models.MLP((256, 128, 64, 64), setting.ways, normalise=True)
+        return models.MLP((256, 128, 64, 64), setting.ways, "batch")
     return models.ConvNet(setting.ways)
 
 

@@ -105,7 +105,7 @@ def build(name: str, dtype: str = "float32", implementation: ImplementationName 
         trainable = None
     else:
         setting = IMAGES[name]
-        net = models.ConvNet(setting.ways, setting.filters, setting.pooled, implementation)
+        net = models.ConvNet(setting.ways, setting.filters, setting.pooled, implementation=implementation)
 
         def images(per_class: int) -> Any:
             labels = np.tile(np.arange(setting.ways, dtype=np.int32).repeat(per_class), (setting.tasks, 1))
@@ -116,7 +116,7 @@ def build(name: str, dtype: str = "float32", implementation: ImplementationName 
             setting.inner_rate,
             setting.inner_steps,
         )
-        loss, trainable = losses.cross_entropy, models.all_but_offsets
+        loss, trainable = losses.cross_entropy, models.all_but_norms
 
     tasks = cast(tasks)
     example = tasks.support[0][0]

@@ -28,8 +28,20 @@ where it began, and it is computed again. 'mixed': where it began, and its deriv
 over the gradient, not backwards (MixFlow-MG, Kemaev et al. 2025)."""
 
 
+Start = Callable[[Params, Batch], Params]
+"""`(params, support) -> params` of the same structure and shapes, such as a head made from prototypes (`heads`)."""
+
+AtStep = Callable[[Params, jax.Array], Params]
+"""`(params, step) -> params` as the loss takes them, such as one of several copies (`per_step`)."""
+
+LearnRates = Literal["parameter", "layer", "layer_step"]
+"""One learned rate for every single 'parameter' (Meta-SGD, Li et al. 2017), for every array of parameters,
+here called 'layer', or for every array and inner step (MAML++, Antoniou et al. 2019)."""
+
+
 class InnerLearner(NamedTuple):
-    """How one task is learned, as a value. Build it with `sgd`, `unrolled` or `no_adaptation`."""
+    """How one task is learned, as a value. Build it with `sgd`, `unrolled`, `curvature.meta_curvature` or
+    `no_adaptation`."""
 
     optimizer: Callable[[Rates], optax.GradientTransformation]
     """The optimizer of the inner loop, given the meta-learned rates."""
@@ -43,6 +55,10 @@ class InnerLearner(NamedTuple):
     """Which parameters the inner loop adapts; None means all."""
     checkpoint: Checkpoint = "none"
     """What of the inner steps is kept for the meta-gradient."""
+    start: Start | None = None
+    """Where a task starts from, given the parameters and its support set; None: from the parameters as they are."""
+    at_step: AtStep | None = None
+    """What the loss is given of the parameters after so many steps; None: all, as they are."""
 
 
 def sgd(
@@ -50,9 +66,11 @@ def sgd(
     *,
     steps: int,
     order: Literal[1, 2] = 2,
-    learn_rates: bool = False,
+    learn_rates: LearnRates | None = None,
     trainable: Mask | None = None,
     checkpoint: Checkpoint = "none",
+    start: Start | None = None,
+    at_step: AtStep | None = None,
 ) -> InnerLearner:
     """Gradient descent, the inner update of MAML (Finn et al. 2017, section 2.2).
 
@@ -62,8 +80,8 @@ def sgd(
       steps: inner steps in meta-training, at least 1.
       order: 2 for the exact meta-gradient, 1 for the first-order approximation (FOMAML), which drops
         the derivative of the inner gradients.
-      learn_rates: meta-learn one rate for every single parameter, starting from `learning_rate`
-        (Meta-SGD, Li et al. 2017).
+      learn_rates: meta-learn rates, starting from `learning_rate`, one for every 'parameter' (Meta-SGD),
+        'layer', or 'layer_step' (MAML++; steps beyond those of training take the last step's).
       trainable: which parameters are adapted, as a pytree of bools or a function from the parameters
         to one. The others stay as they are in the inner loop, and are still meta-learned
         (ANIL, Raghu et al. 2020, adapts only the head).
@@ -72,32 +90,42 @@ def sgd(
         as little, and takes the derivative of the inner gradient forwards (MixFlow-MG, Kemaev et al.
         2025), with the memory of one step and a copy of the parameters for each. With 'mixed' nothing is
         differentiated through the aux of the support loss. What `step_weights` of `maml` add is kept in any case.
+      start: where a task starts from, given parameters and support set, such as `heads.shared`.
+      at_step: what the loss is given of the parameters at each inner step, such as `per_step.choose`.
 
     Raises:
       ValueError: for a rate that is not positive and finite, fewer than 1 step, another order, and for
         a checkpoint with order 1, which keeps nothing of the inner steps anyway.
     """
     validation.positive("learning_rate", learning_rate)
+    options: dict[str, Any] = {
+        "order": order,
+        "trainable": trainable,
+        "checkpoint": checkpoint,
+        "start": start,
+        "at_step": at_step,
+    }
     if not learn_rates:
-        return unrolled(optax.sgd(learning_rate), steps=steps, order=order, trainable=trainable, checkpoint=checkpoint)
-
-    def scaled_by(rates: Rates) -> optax.GradientTransformation:
-        return optax.stateless(lambda grads, _: jax.tree.map(lambda rate, g: -rate * g, rates, grads))
+        return unrolled(optax.sgd(learning_rate), steps=steps, **options)
+    validation.one_of("learn_rates", learn_rates, get_args(LearnRates))
 
     def init_rates(adapted: Params) -> Rates:
-        return jax.tree.map(lambda leaf: jnp.full_like(leaf, learning_rate), adapted)
+        shape = {"parameter": None, "layer": (), "layer_step": (steps,)}[learn_rates]
+        return jax.tree.map(lambda leaf: jnp.full_like(leaf, learning_rate, shape=shape), adapted)
 
-    return _inner_learner(scaled_by, init_rates, steps, order, trainable, checkpoint)
+    def scaled_by(rates: Rates) -> optax.GradientTransformation:
+        def update(grads, step, params=None):
+            now = rates
+            if learn_rates == "layer_step":
+                now = jax.tree.map(lambda rate: rate[jnp.minimum(step, len(rate) - 1)], rates)
+            return jax.tree.map(lambda rate, g: -rate * g, now, grads), step + 1
+
+        return optax.GradientTransformation(lambda params: jnp.zeros([], jnp.int32), update)
+
+    return inner_learner(scaled_by, init_rates, steps=steps, **options)
 
 
-def unrolled(
-    optimizer: optax.GradientTransformation,
-    *,
-    steps: int,
-    order: Literal[1, 2] = 2,
-    trainable: Mask | None = None,
-    checkpoint: Checkpoint = "none",
-) -> InnerLearner:
+def unrolled(optimizer: optax.GradientTransformation, *, steps: int, **options: Any) -> InnerLearner:
     """Any optax optimizer as the inner update, differentiated through.
 
     Its state starts anew for every task. Adam needs `eps_root > 0` here: at a gradient of zero the
@@ -105,17 +133,34 @@ def unrolled(
 
     Args:
       optimizer: an optax transformation, learning rate included.
-      steps, order, trainable, checkpoint: as in `sgd`.
+      steps, options: as in `sgd`, all but `learn_rates`.
 
     Raises:
       TypeError: if `optimizer` is not an optax transformation.
       ValueError: for fewer than 1 step, another order, and a checkpoint with order 1.
     """
     validation.transformation("optimizer", optimizer)
-    return _inner_learner(lambda _: optimizer, lambda _: (), steps, order, trainable, checkpoint)
+    return inner_learner(lambda _: optimizer, lambda _: (), steps=steps, **options)
 
 
-def _inner_learner(optimizer, init_rates, steps, order, trainable, checkpoint) -> InnerLearner:
+def inner_learner(
+    optimizer: Callable[[Rates], optax.GradientTransformation],
+    init_rates: Callable[[Params], Rates],
+    *,
+    steps: int,
+    order: Literal[1, 2] = 2,
+    trainable: Mask | None = None,
+    checkpoint: Checkpoint = "none",
+    start: Start | None = None,
+    at_step: AtStep | None = None,
+) -> InnerLearner:
+    """An `InnerLearner` of an optimizer that is itself meta-learned: the general form of `sgd` and `unrolled`.
+
+    Args:
+      optimizer: the optax transformation, given the meta-learned rates.
+      init_rates: the rates before meta-training, given the adapted part of the parameters.
+      others: as in `sgd`.
+    """
     validation.at_least("steps", steps, 1)
     validation.one_of("order", order, (1, 2))
     validation.one_of("checkpoint", checkpoint, get_args(Checkpoint))
@@ -123,7 +168,7 @@ def _inner_learner(optimizer, init_rates, steps, order, trainable, checkpoint) -
         raise ValueError(
             f"checkpoint={checkpoint!r} is for order 2: with order 1 nothing of the inner steps is kept. Leave it out."
         )
-    return InnerLearner(optimizer, init_rates, steps, order, trainable, checkpoint)
+    return InnerLearner(optimizer, init_rates, steps, order, trainable, checkpoint, start, at_step)
 
 
 def no_adaptation() -> InnerLearner:
@@ -156,31 +201,37 @@ def inner_loop(
       probe: called with the parameters before the first step and after each one, for evaluation.
 
     Returns:
-      The adapted parameters, in the structure of `params`, and an `AdaptInfo`.
+      The adapted parameters, as the loss is given them after the last step, and an `AdaptInfo`.
     """
     steps = inner.steps if steps is None else steps
-    adapted, fixed = _partition(params, inner.trainable)
+    if inner.start is not None:
+        params = _started(inner.start, params, batch)
+    adapted, fixed = partition(params, inner.trainable)
     optimizer = inner.optimizer(rates)
     observe = probe or (lambda _: None)
 
+    def seen(adapted: Params, fixed: Params, index: Any) -> Params:
+        params = combine(adapted, fixed)
+        return params if inner.at_step is None else inner.at_step(params, index)
+
     def support_loss(adapted: Params, others: Any) -> tuple[jax.Array, Any]:
-        fixed, batch = others
-        return loss_fn(_combine(adapted, fixed), batch)
+        fixed, batch, index = others
+        return loss_fn(seen(adapted, fixed, index), batch)
 
     value_and_grad = jax.value_and_grad(support_loss, has_aux=True)
     if inner.checkpoint == "mixed" and inner.order == 2:
         value_and_grad = mixed_value_and_grad(support_loss)
 
-    def step(carry, _):
+    def step(carry, index):
         adapted, opt_state = carry
-        probed = observe(_combine(adapted, fixed))
-        (loss, aux), grads = value_and_grad(adapted, (fixed, batch))
-        seen = adapted
+        probed = observe(seen(adapted, fixed, index))
+        (loss, aux), grads = value_and_grad(adapted, (fixed, batch, index))
+        at = adapted
         if inner.order == 1:
             # The update becomes a constant shift, so that the meta-gradient is the gradient at the
             # adapted parameters. Learned rates still get theirs: the update multiplies by them.
-            grads, seen = lax.stop_gradient((grads, seen))
-        updates, opt_state = optimizer.update(grads, opt_state, seen)
+            grads, at = lax.stop_gradient((grads, at))
+        updates, opt_state = optimizer.update(grads, opt_state, at)
         return (optax.apply_updates(adapted, updates), opt_state), (loss, aux, probed)
 
     if inner.checkpoint == "step":
@@ -188,10 +239,23 @@ def inner_loop(
     # Rolled up, so that compile time does not grow with the steps.
     start = lax.stop_gradient(adapted) if inner.order == 1 else adapted
     carry = (adapted, optimizer.init(start))
-    (adapted, _), (loss, aux, probes) = lax.scan(step, carry, length=steps)
-    params = _combine(adapted, fixed)
+    indices = None if inner.at_step is None else jnp.arange(steps)
+    (adapted, _), (loss, aux, probes) = lax.scan(step, carry, indices, length=steps)
+    params = seen(adapted, fixed, steps)
     probes = _append(probes, observe(params))
     return params, AdaptInfo(loss, aux, probes)
+
+
+def _started(start: Start, params: Params, batch: Batch) -> Params:
+    """`start(params, batch)`, checked to keep the form of the parameters."""
+    started = start(params, batch)
+    forms = [jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), tree) for tree in (started, params)]
+    if forms[0] != forms[1]:
+        raise ValueError(
+            f"start must return parameters of the same structure, shapes and types as it is given, {forms[1]}, but "
+            f"returned {forms[0]}."
+        )
+    return started
 
 
 def adapt(
@@ -230,11 +294,15 @@ def adapt(
 
 def adapted_part(inner: InnerLearner, params: Params) -> Params:
     """The leaves of `params` that the inner loop adapts, in the same structure with None for the rest."""
-    return _partition(params, inner.trainable)[0]
+    return partition(params, inner.trainable)[0]
 
 
-def _partition(params: Params, mask: Mask | None) -> tuple[Params, Params]:
-    """Splits leaves into adapted and fixed; each half keeps the structure, with None for what it lacks."""
+def partition(params: Params, mask: Mask | None) -> tuple[Params, Params]:
+    """Splits leaves into adapted and fixed; each half keeps the structure, with None for what it lacks.
+
+    Raises:
+      ValueError: for a mask that does not fit the parameters, or that selects none.
+    """
     if mask is None:
         return params, None
     # A module of equinox is a tree and callable at once.
@@ -252,7 +320,8 @@ def _partition(params: Params, mask: Mask | None) -> tuple[Params, Params]:
     return divide(params, mask)
 
 
-def _combine(adapted: Params, fixed: Params) -> Params:
+def combine(adapted: Params, fixed: Params) -> Params:
+    """What `partition` has split."""
     if fixed is None:
         return adapted
     return join(adapted, fixed)

@@ -1,6 +1,6 @@
 """Linen layers of the paper's networks, with derivatives that are exact at any order."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from maml_jax import backend
 from maml_jax.convolution import ImplementationName, conv
+from maml_jax.normalisation import Moments, of_each
 
 
 class Conv(nn.Module):
@@ -53,60 +54,25 @@ class Dense(nn.Module):
 class PooledConv(Conv):
     """A convolution and 2x2 max-pooling, `[B, H, W, C] -> [B, H / 2, W / 2, features]` at stride 1.
 
-    Returns the pooled images, and the `Moments` of what was pooled: a normalisation that comes before
-    the pooling can then be applied after it. It grows with its input, so the maximum stays where it is.
+    Returns the pooled images, and the `Moments` `[B, features]` of each image before pooling: a
+    normalisation that comes before the pooling can then be applied after it. It grows with its input,
+    so the maximum stays where it is.
     """
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, "Moments"]:  # type: ignore[override]
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, Moments]:  # type: ignore[override]
         kernel = self.kernel(x)
 
         def of_images(x: jax.Array) -> tuple[jax.Array, Moments]:
             y = conv(x, kernel, stride=self.stride, implementation=self.implementation)
-            return max_pool(y), moments(y)
+            return max_pool(y), of_each(y)
 
         if not backend.one_image_at_a_time(x.shape[:3], self.features):
             return of_images(x)
         # The convolution of all images is far larger than what is left of it, so it is made, and for
         # the gradient made again, image by image, and never leaves the caches.
-        pooled, each = jax.lax.map(jax.checkpoint(lambda image: of_images(image[None]), prevent_cse=False), x)
-        return pooled[:, 0], together(each)
-
-
-class Moments(NamedTuple):
-    """Mean and variance, `[C]`."""
-
-    mean: jax.Array
-    variance: jax.Array
-
-
-def moments(x: jax.Array) -> Moments:
-    """Over all axes but the last."""
-    axes = tuple(range(x.ndim - 1))
-    mean = x.mean(axes)
-    return Moments(mean, jnp.square(x - mean).mean(axes))
-
-
-def together(each: Moments) -> Moments:
-    """Of several parts of one size, `[parts, C]`, the moments of the whole: the law of total variance."""
-    mean, between = moments(each.mean)
-    return Moments(mean, each.variance.mean(0) + between)
-
-
-class BatchNorm(nn.Module):
-    """Normalisation by the statistics of the batch at hand, with an offset and no scale.
-
-    As in the paper's code: in training and at test alike, so that the examples of a batch see each
-    other (transductive). Statistics are over all axes but the last, unless they are given.
-    """
-
-    epsilon: float = 1e-3
-
-    @nn.compact
-    def __call__(self, x: jax.Array, statistics: Moments | None = None) -> jax.Array:
-        offset = self.param("offset", nn.initializers.zeros, (x.shape[-1],))
-        mean, variance = statistics or moments(x)
-        return (x - mean) * jax.lax.rsqrt(variance + self.epsilon) + offset
+        made = jax.lax.map(jax.checkpoint(lambda image: of_images(image[None]), prevent_cse=False), x)
+        return jax.tree.map(lambda leaf: leaf[:, 0], made)
 
 
 def max_pool(x: jax.Array) -> jax.Array:

@@ -6,23 +6,41 @@ examples divided by K, N times this mean, and states its inner rates in those un
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from maml_jax.types import Batch, LossFn, Params
+from maml_jax.types import Batch, LossFn, Params, Task
 
-Apply = Callable[[Params, jax.Array], jax.Array]
+Apply = Callable[..., jax.Array]
+"""`(params, inputs) -> outputs`, or `(params, inputs, context) -> outputs` for batches that are `InContext`."""
+
+
+class InContext(NamedTuple):
+    """A batch that is seen beside another, as queries beside the support set: what some normalisations need."""
+
+    inputs: jax.Array
+    """`[B, ...]`"""
+    targets: jax.Array
+    """`[B, ...]`"""
+    context: jax.Array
+    """`[B', ...]`: the inputs of the other."""
+
+
+def in_context(tasks: Task) -> Task:
+    """A task, or a batch of tasks, whose queries are seen beside the support set."""
+    inputs, targets = tasks.query
+    return tasks._replace(query=InContext(inputs, targets, tasks.support[0]))
 
 
 def mean_squared_error(apply: Apply) -> LossFn:
     """Regression loss (paper, equation 2, as a mean). Batches are `(inputs [B, ...], targets [B, D])`; aux is `{}`."""
 
     def loss_fn(params: Params, batch: Batch) -> tuple[jax.Array, dict[str, Any]]:
-        inputs, targets = batch
-        return jnp.mean(jnp.square(apply(params, inputs) - targets)), {}
+        inputs, targets, *context = batch
+        return jnp.mean(jnp.square(apply(params, inputs, *context) - targets)), {}
 
     return loss_fn
 
@@ -35,8 +53,8 @@ def cross_entropy(apply: Apply) -> LossFn:
     """
 
     def loss_fn(params: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        inputs, labels = batch
-        logits = apply(params, inputs)
+        inputs, labels, *context = batch
+        logits = apply(params, inputs, *context)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
         return loss, {"accuracy": jnp.mean((jnp.argmax(logits, -1) == labels).astype(logits.dtype))}
 
@@ -44,7 +62,7 @@ def cross_entropy(apply: Apply) -> LossFn:
 
 
 def one_by_one(loss_fn: LossFn) -> LossFn:
-    """The mean of `loss_fn` over the examples of a batch, each given alone.
+    """The mean of `loss_fn` over the examples of a batch, each given alone, or alone beside the same context.
 
     Where a model normalises with the statistics of the batch at hand, examples of one batch see each
     other; as `query_loss_fn` of `maml`, this shows what is left of the accuracy when they do not
@@ -53,7 +71,10 @@ def one_by_one(loss_fn: LossFn) -> LossFn:
 
     def alone(params: Params, batch: Batch) -> tuple[jax.Array, Any]:
         singles = jax.tree.map(lambda leaf: leaf[:, None], batch)
-        return jax.tree.map(lambda leaf: leaf.mean(0), jax.vmap(loss_fn, (None, 0))(params, singles))
+        axes: Any = 0
+        if isinstance(batch, InContext):
+            singles, axes = singles._replace(context=batch.context), InContext(0, 0, None)  # type: ignore[arg-type]
+        return jax.tree.map(lambda leaf: leaf.mean(0), jax.vmap(loss_fn, (None, axes))(params, singles))
 
     return alone
 

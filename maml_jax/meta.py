@@ -1,4 +1,8 @@
-"""MAML: meta-learns the parameters from which the inner loop starts (Finn et al. 2017, algorithm 1)."""
+"""MAML: meta-learns the parameters from which the inner loop starts (Finn et al. 2017, algorithm 1).
+
+What sets an algorithm apart is the gradient that one task gives; `meta_learner` makes the rest of it,
+the same for all.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -33,13 +37,19 @@ class MetaLearner(NamedTuple):
     adapt: Callable[..., tuple[Params, AdaptInfo]]
 
 
+TaskGradient = Callable[[tuple[Params, Rates], jax.Array, Task], tuple[Any, Any]]
+"""`((params, rates), meta-step, task) -> ((loss, gradient of (params, rates)), (aux, AdaptInfo))`, of one task."""
+
+StepWeights = Sequence[float] | Callable[[jax.Array], jax.Array]
+
+
 def maml(
     loss_fn: LossFn,
     inner: InnerLearner,
     outer: optax.GradientTransformation,
     *,
     query_loss_fn: LossFn | None = None,
-    step_weights: Sequence[float] | None = None,
+    step_weights: StepWeights | None = None,
     tasks_at_once: AtOnce = None,
     mesh: Mesh | None = None,
 ) -> MetaLearner:
@@ -52,8 +62,10 @@ def maml(
         the inner learner has learned rates.
       query_loss_fn: the loss of the query set where it differs from `loss_fn`.
       step_weights: `S + 1` weights of the query loss before the first and after each inner step, whose
-        weighted sum is minimised (the multi-step loss of MAML++, Antoniou et al. 2019, section 4).
-        None: the query loss after the last step alone.
+        weighted sum is minimised (the multi-step loss of MAML++, Antoniou et al. 2019, section 4), or a
+        function from the meta-step to them, such as
+        `schedules.multi_step_weights`. None: the query loss after the
+        last step alone.
       tasks_at_once: how many tasks are computed together, the others after them: 1 has the least
         memory, 'all' the least overhead. None takes what suits the backend and the number of
         parameters. Results agree up to rounding.
@@ -63,14 +75,37 @@ def maml(
       A `MetaLearner`. Its functions raise ValueError or TypeError, while they are traced, for tasks
       whose leaves disagree in their leading axis and for a loss that does not return `(scalar, aux)`.
     """
-    if not isinstance(inner, InnerLearner):
-        raise TypeError(f"inner must come from maml_jax.sgd or maml_jax.unrolled, but got {inner!r}.")
-    validation.transformation("outer", outer)
-    if step_weights is not None:
+    validation.inner("inner", inner, InnerLearner)
+    if step_weights is not None and not callable(step_weights):
         validation.weights("step_weights", step_weights, inner.steps + 1)
-    over_tasks = task_axis(tasks_at_once, mesh)
     support_loss = validation.checked_loss(loss_fn)
     query_loss = validation.checked_loss(query_loss_fn or loss_fn)
+
+    def gradient(meta_params: tuple[Params, Rates], step: jax.Array, task: Task) -> tuple[Any, Any]:
+        weights = step_weights(step) if callable(step_weights) else step_weights
+        loss = partial(task_loss, support_loss, query_loss, inner, step_weights=weights)
+        (loss, info), grads = jax.value_and_grad(loss, has_aux=True)(meta_params, task)
+        return (loss, grads), info
+
+    return meta_learner(gradient, support_loss, query_loss, inner, outer, tasks_at_once=tasks_at_once, mesh=mesh)
+
+
+def meta_learner(
+    gradient: TaskGradient,
+    support_loss: LossFn,
+    query_loss: LossFn,
+    inner: InnerLearner,
+    outer: optax.GradientTransformation,
+    *,
+    tasks_at_once: AtOnce = None,
+    mesh: Mesh | None = None,
+) -> MetaLearner:
+    """The algorithm that follows the mean over tasks of `gradient`; the other arguments are those of `maml`.
+
+    Evaluation and adaptation go through the inner loop alone, and so do not depend on `gradient`.
+    """
+    validation.transformation("outer", outer)
+    over_tasks = task_axis(tasks_at_once, mesh)
 
     def init(params: Params) -> MetaState:
         validation.floating_params(params)
@@ -78,14 +113,13 @@ def maml(
         rates = inner.init_rates(adapted_part(inner, params))
         return over_tasks.replicate(MetaState(jnp.zeros([], jnp.int32), params, rates, outer.init((params, rates))))
 
-    def gradient(meta_params: tuple[Params, Rates], task: Task) -> tuple[Any, Any]:
-        loss = partial(task_loss, support_loss, query_loss, inner, step_weights=step_weights)
-        (loss, info), grads = jax.value_and_grad(loss, has_aux=True)(meta_params, task)
-        return (loss, grads), info
+    def of_task(shared: tuple[tuple[Params, Rates], jax.Array], task: Task) -> tuple[Any, Any]:
+        meta_params, step = shared
+        return gradient(meta_params, step, task)
 
     def step(state: MetaState, tasks: Task) -> tuple[MetaState, MetaInfo]:
         meta_params = (state.params, state.rates)
-        (loss, grads), (aux, info) = over_tasks.mean(gradient, meta_params, tasks)
+        (loss, grads), (aux, info) = over_tasks.mean(of_task, (meta_params, state.step), tasks)
         updates, opt_state = outer.update(grads, state.opt_state, meta_params)
         params, rates = optax.apply_updates(meta_params, updates)
         return (
@@ -121,7 +155,7 @@ def task_loss(
     meta_params: tuple[Params, Rates],
     task: Task,
     *,
-    step_weights: Sequence[float] | None = None,
+    step_weights: Sequence[float] | jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
     """One task's share of the meta-objective: the query loss after adaptation (paper, equation 1).
 

@@ -59,6 +59,12 @@ def transformation(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be an optax transformation, such as optax.adam(1e-3), but got {value!r}.")
 
 
+def inner(name: str, value: Any, kind: type) -> None:
+    """Raises TypeError unless `value` is an inner learner."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must come from maml_jax.sgd or maml_jax.unrolled, but got {value!r}.")
+
+
 def checked_loss(loss_fn: LossFn) -> LossFn:
     """Wraps a user's loss so that a wrong return value is explained where it happens.
 

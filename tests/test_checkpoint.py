@@ -33,7 +33,7 @@ def last_leaf(params):
 
 INNER = {
     "sgd": lambda keep: maml_jax.sgd(0.3, steps=5, checkpoint=keep),
-    "Meta-SGD": lambda keep: maml_jax.sgd(0.3, steps=3, learn_rates=True, checkpoint=keep),
+    "Meta-SGD": lambda keep: maml_jax.sgd(0.3, steps=3, learn_rates="parameter", checkpoint=keep),
     "ANIL": lambda keep: maml_jax.sgd(0.3, steps=3, trainable=last_leaf, checkpoint=keep),
     "Adam": lambda keep: maml_jax.unrolled(optax.adam(0.05, eps_root=1e-8), steps=3, checkpoint=keep),
 }

@@ -147,7 +147,7 @@ def image_tasks(size, channels, ways=3, shots=2, queries=2, count=2):
 
 NETS = {
     "sinusoid MLP": (models.MLP((40, 40), 1), 0.01),
-    "Omniglot MLP": (models.MLP((32, 16), 3, normalise=True), 0.5),
+    "Omniglot MLP": (models.MLP((32, 16), 3, "batch"), 0.5),
     "strided": (models.ConvNet(3, 8), 0.5),
     "pooled": (models.ConvNet(3, 6, pooled=True), 0.1),
 }
@@ -165,7 +165,7 @@ def test_directional_differences_on_the_papers_nets(name, steps):
         loss_fn = losses.cross_entropy(models.apply_params(net))
     # Not the paper's tiny initial weights, with which the MLP is all but linear.
     params = drawn_params(net, batch.support[0][0])
-    learner = maml_jax.sgd(rate, steps=steps, trainable=models.all_but_offsets)
+    learner = maml_jax.sgd(rate, steps=steps, trainable=models.all_but_norms)
     assert_exact(loss_fn, learner, params, batch)
 
 
@@ -174,12 +174,12 @@ def test_offsets_are_meta_learned_but_not_adapted():
     batch = image_tasks(28, 1)
     loss_fn = losses.cross_entropy(models.apply_params(net))
     params = drawn_params(net, batch.support[0][0])
-    learner = maml_jax.sgd(0.5, steps=2, trainable=models.all_but_offsets)
+    learner = maml_jax.sgd(0.5, steps=2, trainable=models.all_but_norms)
     adapted, _ = inner.inner_loop(learner, loss_fn, params, (), jax.tree.map(lambda leaf: leaf[0], batch.support))
-    assert jnp.array_equal(adapted["BatchNorm_1"]["offset"], params["BatchNorm_1"]["offset"])
+    assert jnp.array_equal(adapted["Norm_1"]["offset"], params["Norm_1"]["offset"])
     assert not jnp.array_equal(adapted["Conv_1"]["kernel"], params["Conv_1"]["kernel"])
     gradient, _ = meta_gradient(loss_fn, learner, params, batch)
-    assert jnp.abs(gradient["BatchNorm_1"]["offset"]).max() > 0
+    assert jnp.abs(gradient["Norm_1"]["offset"]).max() > 0
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -187,7 +187,7 @@ def test_learned_rates_start_as_sgd_and_get_the_right_gradient(order):
     """Meta-SGD: d/d(rates) is minus the inner gradient times the query gradient at the adapted parameters."""
     loss_fn, params = ZOO["dict"]()
     batch = tasks(2)
-    learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.3, steps=1, order=order, learn_rates=True), optax.sgd(1.0))
+    learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.3, steps=1, order=order, learn_rates="parameter"), optax.sgd(1.0))
     state = learner.init(params)
     after, _ = jax.jit(learner.step)(state, batch)
     got = jax.tree.map(jnp.subtract, state.rates, after.rates)
@@ -290,7 +290,7 @@ def test_learned_rates_and_a_mask_for_every_library(name):
     leaves, structure = jax.tree.flatten(params)
     mask = jax.tree.unflatten(structure, [False] * (len(leaves) - 1) + [True])
     learner = maml_jax.maml(
-        loss_fn, maml_jax.sgd(0.3, steps=2, learn_rates=True, trainable=mask), optax.sgd(1.0), tasks_at_once=1
+        loss_fn, maml_jax.sgd(0.3, steps=2, learn_rates="parameter", trainable=mask), optax.sgd(1.0), tasks_at_once=1
     )
     state = learner.init(params)
     assert [leaf.shape for leaf in jax.tree.leaves(state.rates)] == [leaves[-1].shape]

@@ -16,7 +16,7 @@ def initial(net, *shape):
     ("net", "shape", "size"),
     [  # Without the biases that a normalisation follows: they change nothing.
         (models.MLP((40, 40), 1), (1, 1), 80 + 1640 + 41),
-        (models.MLP((256, 128, 64, 64), 5, normalise=True), (1, 28, 28, 1), 784 * 256 + 256 * 128 + 128 * 64
+        (models.MLP((256, 128, 64, 64), 5, "batch"), (1, 28, 28, 1), 784 * 256 + 256 * 128 + 128 * 64
          + 64 * 64 + (256 + 128 + 64 + 64) + 64 * 5 + 5),
         (models.ConvNet(5), (1, 28, 28, 1), 9 * 64 + 3 * 9 * 64 * 64 + 4 * 64 + 64 * 5 + 5),
         (models.ConvNet(5, 32, pooled=True), (1, 84, 84, 3), 9 * 3 * 32 + 3 * 9 * 32 * 32 + 4 * 32 + 800 * 5 + 5),
@@ -36,21 +36,21 @@ def test_initial_distributions():
     limit = np.sqrt(6 / (9 * 64 + 9 * 64))  # Xavier, uniform.
     kernel = np.asarray(strided["Conv_1"]["kernel"])
     assert np.abs(kernel).max() <= limit and np.isclose(kernel.std(), limit / np.sqrt(3), rtol=0.02)
-    assert np.isclose(np.asarray(strided["Dense_0"]["kernel"]).std(), 1, rtol=0.15)
-    head = np.asarray(pooled["Dense_0"]["kernel"])
+    assert np.isclose(np.asarray(strided["head"]["kernel"]).std(), 1, rtol=0.15)
+    head = np.asarray(pooled["head"]["kernel"])
     assert np.isclose(head.std(), np.sqrt(2 / (800 + 5)), rtol=0.05)
     first = np.asarray(mlp["Dense_0"]["kernel"])
     # A normal of .01 cut at two standard deviations, as TensorFlow's truncated_normal: its deviation is .0088.
     assert np.abs(first).max() <= 0.02 and np.isclose(first.std(), 0.0088, rtol=0.02)
     for params in (strided, pooled, mlp):
-        assert not np.any(params["Dense_0"]["bias"])
+        assert not np.any(params["head"]["bias"])
 
 
-def test_the_mask_leaves_out_offsets_only():
+def test_the_mask_leaves_out_norms_only():
     params = jax.eval_shape(models.ConvNet(5).init, jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
-    mask = models.all_but_offsets(params)
-    assert mask["BatchNorm_0"] == {"offset": False}
-    assert mask["Conv_0"] == {"kernel": True} and mask["Dense_0"] == {"kernel": True, "bias": True}
+    mask = models.all_but_norms(params)
+    assert mask["Norm_0"] == {"offset": False}
+    assert mask["Conv_0"] == {"kernel": True} and mask["head"] == {"kernel": True, "bias": True}
 
 
 def test_rate_for_mean_loss_makes_the_papers_update():

@@ -1,0 +1,51 @@
+"""Reptile: moves the parameters towards where adaptation took them, with no derivative of it (Nichol et al. 2018)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from maml_jax import validation
+from maml_jax.inner import InnerLearner, inner_loop
+from maml_jax.meta import MetaLearner, meta_learner
+from maml_jax.task_axis import AtOnce
+from maml_jax.types import LossFn, Params, Rates, Task
+
+
+def reptile(
+    loss_fn: LossFn,
+    inner: InnerLearner,
+    outer: optax.GradientTransformation,
+    *,
+    query_loss_fn: LossFn | None = None,
+    tasks_at_once: AtOnce = None,
+    mesh: Mesh | None = None,
+) -> MetaLearner:
+    """Reptile with batches of tasks (Nichol et al. 2018, algorithm 2).
+
+    The gradient of a task is where it started minus where it arrived, so `optax.sgd(e)` as `outer` moves
+    the parameters by the fraction e towards the mean of the adapted ones. Only the support set is
+    learned from; the query set is there for the metrics. With a single inner step it is joint training.
+
+    Args: as those of `maml`.
+
+    Raises:
+      TypeError, ValueError: as `maml`, and for an inner learner with learned rates, of which Reptile has no gradient.
+    """
+    validation.inner("inner", inner, InnerLearner)
+    support_loss = validation.checked_loss(loss_fn)
+    query_loss = validation.checked_loss(query_loss_fn or loss_fn)
+
+    def gradient(meta_params: tuple[Params, Rates], step: jax.Array, task: Task) -> tuple[Any, Any]:
+        params, rates = meta_params
+        if jax.tree.leaves(rates):
+            raise ValueError(
+                "Reptile has no gradient for learned rates of the inner loop: give an inner learner with none."
+            )
+        adapted, info = inner_loop(inner, support_loss, params, rates, task.support)
+        loss, aux = query_loss(adapted, task.query)
+        return (loss, (jax.tree.map(jnp.subtract, params, adapted), rates)), (aux, info)
+
+    return meta_learner(gradient, support_loss, query_loss, inner, outer, tasks_at_once=tasks_at_once, mesh=mesh)

@@ -1,0 +1,98 @@
+"""Each normalisation takes its statistics from what its name says, and nothing else reaches an example."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from model_zoo import drawn_params
+
+from maml_jax import losses, models
+from maml_jax.normalisation import NEEDS_CONTEXT, Norm
+
+X = np.random.default_rng(0).standard_normal((6, 5, 4, 32)) * 3 + 1
+SUPPORT = 4  # Of the six.
+
+
+def normalised(kind, x=X, support=None, **params):
+    variables = {"params": {"offset": jnp.arange(32.0), **params}}
+    return Norm(kind).apply(variables, x, support) - jnp.arange(32.0)
+
+
+def by(mean, variance):
+    return (X - mean) / np.sqrt(variance + 1e-3)
+
+
+def over(axes, x=X):
+    return x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
+
+
+GROUPS = X.reshape(6, 5, 4, 2, 16)
+EXPECTED = {
+    "batch": by(*over((0, 1, 2))),
+    "support": by(*over((0, 1, 2), X[:SUPPORT])),
+    "instance": by(*over((1, 2))),
+    "layer": by(*over((1, 2, 3))),
+    "group": by(*(leaf.repeat(16, -1).reshape(6, 1, 1, 32) for leaf in over((1, 2, 4), GROUPS))),
+}
+
+
+@pytest.mark.parametrize("kind", EXPECTED)
+def test_statistics_are_what_the_name_says(kind, x64):
+    np.testing.assert_allclose(normalised(kind, support=SUPPORT), EXPECTED[kind], rtol=1e-9, atol=1e-12)
+    params = Norm(kind).init(jax.random.key(0), X)["params"]
+    assert jax.tree.map(jnp.shape, params) == {"offset": (32,)}
+
+
+def test_tasknorm_mixes_support_and_example_in_a_learned_share(x64):
+    """Bronskill et al. 2020, equation 7, and its limits."""
+    scale, shift = 0.3, -0.7
+    share = 1 / (1 + np.exp(-(scale * SUPPORT + shift)))
+    (mean_s, var_s), (mean_e, var_e) = over((0, 1, 2), X[:SUPPORT]), over((1, 2))
+    mean = share * mean_s + (1 - share) * mean_e
+    variance = share * (var_s + (mean_s - mean) ** 2) + (1 - share) * (var_e + (mean_e - mean) ** 2)
+    got = normalised("tasknorm", support=SUPPORT, share_scale=scale, share_shift=shift)
+    np.testing.assert_allclose(got, by(mean, variance), rtol=1e-9, atol=1e-12)
+    for shift, kind in ((40.0, "support"), (-40.0, "instance")):
+        got = normalised("tasknorm", support=SUPPORT, share_scale=0.0, share_shift=shift)
+        np.testing.assert_allclose(got, EXPECTED[kind], rtol=1e-9, atol=1e-12)
+
+
+NETS = {
+    "strided": lambda kind: (models.ConvNet(3, 16, normalisation=kind), (12, 12, 1)),
+    "pooled": lambda kind: (models.ConvNet(3, 16, True, kind), (16, 16, 2)),
+    "no convolutions": lambda kind: (models.MLP((16, 16), 3, kind), (6,)),
+}
+
+
+@pytest.mark.parametrize(
+    ("net", "kind"),
+    [("strided", "batch"), ("strided", "layer"), ("strided", "tasknorm"), ("pooled", "tasknorm"), ("pooled", "batch"),
+     ("no convolutions", "support")],
+)  # fmt: skip
+def test_queries_see_each_other_only_in_the_batch_at_hand(net, kind, x64):
+    net, shape = NETS[net](kind)
+    random = np.random.default_rng(1)
+    support, queries = random.standard_normal((3, *shape)), random.standard_normal((4, *shape))
+    params = drawn_params(net, queries[:1])
+    apply = jax.jit(models.apply_params(net))
+    together = apply(params, queries, support)
+    alone = jnp.concatenate([apply(params, query[None], support) for query in queries])
+    assert np.allclose(together, alone, rtol=1e-9) == (kind != "batch")
+    # And the support set is seen where it is to be.
+    other = apply(params, queries, support + random.standard_normal(support.shape))
+    assert np.allclose(together, other, rtol=1e-9) == (kind not in NEEDS_CONTEXT)
+    # The support set itself is normalised as in the inner loop, by what it is.
+    np.testing.assert_allclose(apply(params, support, support), apply(params, support), rtol=1e-9)
+
+
+def test_one_by_one_keeps_the_context(x64):
+    net, shape = NETS["no convolutions"]("support")
+    random = np.random.default_rng(2)
+    support, queries = random.standard_normal((3, *shape)), random.standard_normal((4, *shape))
+    params = drawn_params(net, queries[:1])
+    loss_fn = losses.cross_entropy(models.apply_params(net))
+    batch = losses.InContext(queries, jnp.array([0, 1, 2, 0]), support)
+    expected, got = jax.jit(lambda p: (loss_fn(p, batch), losses.one_by_one(loss_fn)(p, batch)))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), got, expected)
+    plain = loss_fn(params, batch[:2])[0]
+    assert abs(plain - expected[0]) > 1e-6
