@@ -198,14 +198,14 @@ def prepare(config: Config) -> Prepared:
     splits = omniglot.split(config.split, data.names)
     shape = episodes.EpisodeShape(setting.ways, setting.shots, setting.queries, config.rotations)
     for part in splits:
-        shape.check(episodes.ImageClasses(data.images[part]))
+        shape.check(classes(data, part), [data.names[index] for index in part])
     return Prepared(config, setting, data, splits, shape)
 
 
 def main(prepared: Prepared) -> dict:
     """Runs the experiment; returns what it writes to `results.json`."""
     config, setting, data, splits, shape = prepared
-    train_classes, val_classes, test_classes = (episodes.ImageClasses(data.images[part]) for part in splits)
+    train_classes, val_classes, test_classes = (classes(data, part) for part in splits)
     net = network(setting)
     loss_fn = losses.cross_entropy(models.apply_params(net))
     build = partial(
@@ -271,6 +271,11 @@ def main(prepared: Prepared) -> dict:
     plots.omniglot(run.path / "curves.png", history, results)
     print(f"Wrote {path}, and curves.png and params.msgpack beside it.")
     return results
+
+
+def classes(data: omniglot.Omniglot, part: np.ndarray) -> episodes.ImageClasses:
+    """The characters of a split, with ink as 1 and paper as 0 in the episodes."""
+    return episodes.equal_classes(255 - data.images[part])
 
 
 def network(setting: Setting) -> nn.Module:
