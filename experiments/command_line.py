@@ -11,7 +11,7 @@ from typing import NoReturn, TypeVar
 import jax
 import tyro
 
-from maml_jax.tasks.omniglot import DataError
+from maml_jax.tasks.cache import DataError
 
 Config = TypeVar("Config")
 Prepared = TypeVar("Prepared")

@@ -61,20 +61,27 @@ def cross_entropy(apply: Apply) -> LossFn:
     return loss_fn
 
 
-def one_by_one(loss_fn: LossFn) -> LossFn:
-    """The mean of `loss_fn` over the examples of a batch, each given alone, or alone beside the same context.
+def log_probabilities(apply: Apply) -> LossFn:
+    """`cross_entropy`, with the log probabilities `[B, N]` as aux: for evaluation."""
+
+    def loss_fn(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        inputs, labels, *context = batch
+        logits = apply(params, inputs, *context)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        return loss, jax.nn.log_softmax(logits)
+
+    return loss_fn
+
+
+def one_by_one(apply: Apply) -> Apply:
+    """The same model, given each of its inputs alone, or alone beside the context.
 
     Where a model normalises with the statistics of the batch at hand, examples of one batch see each
-    other; as `query_loss_fn` of `maml`, this shows what is left of the accuracy when they do not
-    (Bronskill et al. 2020, table 1).
+    other; this shows what is left of the accuracy when they do not (Bronskill et al. 2020, table 1).
     """
 
-    def alone(params: Params, batch: Batch) -> tuple[jax.Array, Any]:
-        singles = jax.tree.map(lambda leaf: leaf[:, None], batch)
-        axes: Any = 0
-        if isinstance(batch, InContext):
-            singles, axes = singles._replace(context=batch.context), InContext(0, 0, None)  # type: ignore[arg-type]
-        return jax.tree.map(lambda leaf: leaf.mean(0), jax.vmap(loss_fn, (None, axes))(params, singles))
+    def alone(params: Params, inputs: jax.Array, *context: jax.Array) -> jax.Array:
+        return jax.vmap(lambda single: apply(params, single[None], *context)[0])(inputs)
 
     return alone
 

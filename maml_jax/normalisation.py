@@ -4,7 +4,7 @@ In few-shot learning this decides what a query may know of the other queries, an
 (Bronskill et al. 2020). All kinds are made of the moments of each image.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import flax.linen as nn
 import jax
@@ -16,6 +16,8 @@ the queries of a task see each other (transductive). 'support': of the support s
 'tasknorm': of the support set and of the example itself, in a learned mixture (TaskNorm-I, Bronskill et
 al. 2020, equation 7). 'instance', 'layer', 'group': of the example itself, over a channel, all channels,
 or groups of 16. With all but 'batch', the queries of a task are independent of each other."""
+
+NORMALISATIONS: tuple[Normalisation, ...] = get_args(Normalisation)
 
 NEEDS_CONTEXT = ("support", "tasknorm")
 """Those that have to see the support set beside the queries."""

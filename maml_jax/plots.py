@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 
-def omniglot(path: Path, history: Sequence[dict[str, Any]], results: dict[str, Any]) -> None:
+def few_shot(path: Path, history: Sequence[dict[str, Any]], results: dict[str, Any]) -> None:
     """Accuracy over training (left), and over inner steps on the test tasks (right)."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     steps = np.array([row["step"] for row in history])
@@ -20,8 +20,8 @@ def omniglot(path: Path, history: Sequence[dict[str, Any]], results: dict[str, A
     validated = [(row["step"], 100 * row["val_accuracy"]) for row in history if "val_accuracy" in row]
     left.plot(*zip(*validated), "o-", markersize=3, label="validation tasks")
     left.set(xlabel="meta-steps", ylabel="accuracy (%)", title="Training")
-    for way, label in (("together", "queries together"), ("alone", "queries one by one")):
-        mean, half_width = (np.asarray(results[way][key]) for key in ("accuracy", "half_width"))
+    for label, found in results["test"].items():
+        mean, half_width = np.asarray(found["accuracy"]), np.asarray(found["half_width"])
         right.errorbar(range(len(mean)), mean, half_width, marker="o", markersize=3, capsize=2, label=label)
     if results["published"]:
         right.axhline(results["published"][0], color="grey", linestyle="--", label="published")

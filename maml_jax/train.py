@@ -1,6 +1,8 @@
 """Meta-training as a loop: many meta-steps per device call, with tasks drawn inside the call."""
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -58,7 +60,9 @@ def train(
       learner: what to train.
       state: where to start, `learner.init(params)` or an earlier run's.
       draw: `(data, step) -> tasks`.
-      data: what `draw` draws from, kept on the device.
+      data: what `draw` draws from, kept on the device; or, where that is too small, a function `(first step, count)
+        -> data of a call` of `count` meta-steps, such as `host.chooser` makes, that runs in a thread, one
+        call ahead of the device. All calls ask for as many steps, though the last may take fewer.
       steps: meta-steps in all, counting those that `state` has behind it.
       steps_per_call: meta-steps per device call; the last call may be shorter.
 
@@ -76,18 +80,23 @@ def train(
 
 
 def _train(learner, state, draw, data, steps, steps_per_call):
-    call = jax.jit(many_steps(learner, draw))
-    # Data where the state is, on every device of a mesh: copied once, not at every call.
-    state, data = jax.device_put((state, data), state.step.sharding)
-    done = int(state.step)
-    counts = [min(steps_per_call, steps - start) for start in range(done, steps, steps_per_call)]
-    if not counts:
+    # Data where the state is, on every device of a mesh.
+    state = jax.device_put(state, state.step.sharding)
+    starts = range(int(state.step), steps, steps_per_call)
+    if not starts:
         return
-    under_way = call(state, data, counts[0])
+    with contextlib.closing(_data_of_calls(data, starts, state.step.sharding)) as data_of_calls:
+        yield from _calls(jax.jit(many_steps(learner, draw)), state, data_of_calls, starts)
+
+
+def _calls(call, state, data_of_calls, starts):
+    done = starts.start
+    counts = [min(starts.step, starts.stop - start) for start in starts]
+    under_way = call(state, next(data_of_calls), counts[0])
     for count, following in zip(counts, [*counts[1:], None]):
         state, metrics = under_way
         if following is not None:
-            under_way = call(state, data, following)
+            under_way = call(state, next(data_of_calls), following)
         metrics = jax.tree.map(lambda leaf: np.asarray(leaf).tolist(), metrics)
         if not np.isfinite([metrics["loss"], metrics["grad_norm"]]).all():
             raise FloatingPointError(
@@ -97,6 +106,29 @@ def _train(learner, state, draw, data, steps, steps_per_call):
             )
         done += count
         yield state, {"step": done, **metrics}
+
+
+def _data_of_calls(data: Any, starts: range, sharding: Any) -> Generator[Any]:
+    """The data of each call, on the devices. The thread in which a function makes them ends with the iterator."""
+    if not callable(data):
+        data = jax.device_put(data, sharding)  # Once, not at every call.
+        for _ in starts:
+            yield data
+        return
+
+    # The last call's as many as the others', so that one compilation serves all.
+    count = min(starts.step, starts.stop - starts.start)
+
+    def made(start: int) -> Any:
+        return jax.device_put(data(start, count), sharding)
+
+    with ThreadPoolExecutor(1, "data of the next call") as thread:
+        ahead = thread.submit(made, starts[0])
+        for following in [*starts[1:], None]:
+            ready = ahead.result()
+            if following is not None:
+                ahead = thread.submit(made, following)
+            yield ready
 
 
 def _metrics(info: MetaInfo) -> Metrics:

@@ -15,7 +15,8 @@ def test_import_is_light_and_touches_no_device():
     # With a platform that does not exist, the first touch of a device fails.
     code = (
         "import os, sys; os.environ['JAX_PLATFORMS'] = 'nonexistent'; import maml_jax, maml_jax.losses, "
-        "maml_jax.tasks.sinusoid, maml_jax.tasks.episodes, maml_jax.tasks.omniglot, maml_jax.convolution, "
+        "maml_jax.tasks.sinusoid, maml_jax.tasks.episodes, maml_jax.tasks.omniglot, maml_jax.tasks.images, "
+        "maml_jax.convolution, "
         "maml_jax.train, maml_jax.task_axis; "
         f"print([m for m in {HEAVY} if m in sys.modules])"
     )
@@ -32,10 +33,11 @@ def test_models_and_plots_bring_no_tensorflow():
 
 LAYERS = [  # Each may import only from those before it.
     {"types", "trees", "backend"},
-    {"validation", "mixed"},
+    {"validation", "mixed", "tasks.cache"},
     {"inner", "task_axis", "convolution", "losses", "statistics", "tasks.sinusoid", "tasks.episodes", "tasks.omniglot"},
-    {"meta", "normalisation", "curvature", "per_step", "tasks.download"},
-    {"layers", "reptile", "implicit", "schedules"},
+    {"tasks.published", "tasks.pickles"},
+    {"meta", "normalisation", "curvature", "per_step", "tasks.download", "tasks.image_sources", "tasks.host"},
+    {"layers", "reptile", "implicit", "schedules", "tasks.images", "evaluation", "saved"},
     {"check", "models", "train", "record", "plots"},
     {"heads"},
 ]

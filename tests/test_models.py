@@ -76,10 +76,10 @@ def test_losses_have_their_values():
 
 
 def test_one_by_one_hides_examples_from_each_other():
-    def spread(params, batch):
-        return jnp.mean(jnp.abs(batch - batch.mean(0))) + params, {"size": jnp.float32(batch.shape[0])}
+    def centred(params, inputs, context=None):
+        return inputs - (inputs if context is None else context).mean(0) + params
 
-    batch = jnp.array([[0.0], [2.0]])
-    assert spread(1.0, batch)[0] == 2.0
-    loss, aux = losses.one_by_one(spread)(1.0, batch)
-    assert loss == 1.0 and aux["size"] == 1.0
+    inputs, context = jnp.array([[0.0], [2.0]]), jnp.array([[3.0]])
+    np.testing.assert_array_equal(centred(1.0, inputs), [[0.0], [2.0]])
+    np.testing.assert_array_equal(losses.one_by_one(centred)(1.0, inputs), [[1.0], [1.0]])
+    np.testing.assert_array_equal(losses.one_by_one(centred)(1.0, inputs, context), [[-2.0], [0.0]])

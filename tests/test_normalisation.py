@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from model_zoo import drawn_params
 
-from maml_jax import losses, models
+from maml_jax import Task, losses, models
 from maml_jax.normalisation import NEEDS_CONTEXT, Norm
 
 X = np.random.default_rng(0).standard_normal((6, 5, 4, 32)) * 3 + 1
@@ -85,14 +85,18 @@ def test_queries_see_each_other_only_in_the_batch_at_hand(net, kind, x64):
     np.testing.assert_allclose(apply(params, support, support), apply(params, support), rtol=1e-9)
 
 
-def test_one_by_one_keeps_the_context(x64):
+def test_queries_in_context_reach_the_net(x64):
     net, shape = NETS["no convolutions"]("support")
     random = np.random.default_rng(2)
-    support, queries = random.standard_normal((3, *shape)), random.standard_normal((4, *shape))
-    params = drawn_params(net, queries[:1])
-    loss_fn = losses.cross_entropy(models.apply_params(net))
-    batch = losses.InContext(queries, jnp.array([0, 1, 2, 0]), support)
-    expected, got = jax.jit(lambda p: (loss_fn(p, batch), losses.one_by_one(loss_fn)(p, batch)))(params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), got, expected)
-    plain = loss_fn(params, batch[:2])[0]
-    assert abs(plain - expected[0]) > 1e-6
+    task = Task(
+        (random.standard_normal((3, *shape)), jnp.arange(3)),
+        (random.standard_normal((4, *shape)), jnp.array([0, 1, 2, 0])),
+    )
+    params = drawn_params(net, task.query[0])
+    apply = models.apply_params(net)
+    logits = apply(params, task.query[0], task.support[0])
+    query = losses.in_context(task).query
+    for loss_fn in (losses.cross_entropy(apply), losses.cross_entropy(losses.one_by_one(apply))):
+        loss = jax.jit(loss_fn)(params, query)[0]
+        np.testing.assert_allclose(loss, -jax.nn.log_softmax(logits)[jnp.arange(4), task.query[1]].mean(), rtol=1e-9)
+    assert abs(losses.cross_entropy(apply)(params, task.query)[0] - loss) > 1e-6

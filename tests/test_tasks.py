@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from maml_jax.tasks import sinusoid
-from maml_jax.tasks.episodes import EpisodeShape, ImageClasses, draw_episodes
+from maml_jax.tasks.episodes import EpisodeShape, draw_episodes, equal_classes
 
 CLASSES, EXAMPLES = 12, 20
 
@@ -17,12 +17,12 @@ def data():
     images = np.full((CLASSES, EXAMPLES, 4, 4), 255, np.uint8)
     images[:, :, 0, 0] = np.arange(CLASSES)[:, None]
     images[:, :, 0, 1] = 100 + np.arange(EXAMPLES)
-    return ImageClasses(images)
+    return equal_classes(images)
 
 
 def read(images):
     """From drawn images `[..., 4, 4, 1]`: class, example and quarter turns."""
-    pixels = np.rint(255 * (1 - np.asarray(images)[..., 0])).astype(int)
+    pixels = np.rint(255 * np.asarray(images)[..., 0]).astype(int)
     turns = np.empty(pixels.shape[:-2], int)
     upright = np.empty_like(pixels)
     for index in np.ndindex(turns.shape):
@@ -71,7 +71,7 @@ def test_episodes_are_a_pure_function_of_the_key(data):
 
 def test_every_class_and_example_is_equally_likely(data):
     tasks = draw_episodes(jax.random.key(1), data, 3000, EpisodeShape(4, 1, 1))
-    pixels = np.rint(255 * (1 - np.asarray(tasks.support[0])[..., 0])).astype(int)
+    pixels = np.rint(255 * np.asarray(tasks.support[0])[..., 0]).astype(int)
     for values, kinds in ((pixels[..., 0, 0], CLASSES), (pixels[..., 0, 1] - 100, EXAMPLES)):
         counts = np.bincount(values.ravel(), minlength=kinds)
         expected = values.size / kinds

@@ -9,7 +9,7 @@ import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
-from maml_jax.tasks.omniglot import DataError
+from maml_jax.tasks.cache import DataError
 
 
 class Archive(NamedTuple):

@@ -1,13 +1,19 @@
-"""Few-shot classification episodes, drawn on the device from images that are held there.
+"""Few-shot classification episodes, drawn from images that are held on the device or in host memory.
 
-A batch of episodes is a pure function of (seed, split, step): there is no iterator to keep, the host
-does nothing, and drawing can be part of the jitted meta-step.
+A batch of episodes is a pure function of (seed, split, step): there is no iterator to keep, and drawing can
+be part of the jitted meta-step. It has two parts: `choose` says which images and which way up, `put_together`
+makes episodes of their pixels. Where the pixels are gathered in between is all that differs between images
+on the device (`draw_episodes`) and on the host (`host`).
 """
 
-from typing import Literal, NamedTuple
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from maml_jax import validation
 from maml_jax.types import Task
@@ -19,12 +25,37 @@ code. 'classes': each of the four turns of a class is a class of its own, four t
 ROTATIONS = ("random", "classes", "none")
 
 
-class ImageClasses(NamedTuple):
-    """Images of the classes of one split. Pass it to jitted functions as an argument: closed over, XLA
-    would fold 25 MB of constants."""
+@partial(jax.tree_util.register_dataclass, data_fields=["images"], meta_fields=["counts"])
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageClasses:
+    """Images of the classes of one split, which may differ in size. Pass it to jitted functions as an argument:
+    closed over, XLA would fold megabytes of constants.
 
-    images: jax.Array
-    """uint8 `[classes, examples, H, W]` or `[classes, examples, H, W, C]`."""
+    The counts are known while tracing, so that impossible episodes are refused there; only the images are traced.
+    """
+
+    images: Any
+    """uint8 `[n, H, W]` or `[n, H, W, C]`, NumPy's or JAX's: class after class. Episodes give them over 255."""
+    counts: tuple[int, ...]
+    """Images of each class, which stand together; they sum to `n`."""
+
+    @property
+    def first(self) -> np.ndarray:
+        """int32 `[classes]`: where in `images` each class begins."""
+        return _first(self.counts)
+
+    def select(self, classes: Sequence[int] | np.ndarray) -> "ImageClasses":
+        """The classes with these indices, in this order; their images are copied."""
+        first = self.first
+        rows = [np.arange(first[index], first[index] + self.counts[index]) for index in classes]
+        counts = tuple(self.counts[index] for index in classes)
+        return ImageClasses(self.images[np.concatenate([np.array([], np.int32), *rows])], counts)
+
+
+def equal_classes(images: Any) -> ImageClasses:
+    """`ImageClasses` from uint8 `[classes, examples, H, W]` or `[classes, examples, H, W, C]`."""
+    classes, examples = images.shape[:2]
+    return ImageClasses(images.reshape(classes * examples, *images.shape[2:]), (examples,) * classes)
 
 
 class EpisodeShape(NamedTuple):
@@ -38,20 +69,36 @@ class EpisodeShape(NamedTuple):
     """Query examples per class."""
     rotations: Rotations = "none"
 
-    def check(self, data: ImageClasses) -> None:
-        """Raises ValueError if `data` does not have the classes or the examples for such episodes."""
+    def check(self, data: ImageClasses, names: Sequence[str] | None = None) -> None:
+        """Raises ValueError if `data` does not have the classes or the images for such episodes.
+
+        With the `names` of the classes, the class that has too few images is told by its name.
+        """
         for name in ("ways", "shots", "queries"):
             validation.at_least(name, getattr(self, name), 1)
         validation.one_of("rotations", self.rotations, ROTATIONS)
-        classes, examples = data.images.shape[:2]
-        classes *= 4 if self.rotations == "classes" else 1
+        classes = len(data.counts) * (4 if self.rotations == "classes" else 1)
         if self.ways > classes:
             raise ValueError(f"ways must be at most the number of classes, {classes}, but got {self.ways}.")
-        if self.shots + self.queries > examples:
+        least, needed = min(data.counts), self.shots + self.queries  # At least one class: ways is at least 1.
+        if needed > least:
+            smallest = data.counts.index(least)
+            more = sum(count < needed for count in data.counts) - 1
             raise ValueError(
-                f"shots + queries must be at most {examples}, the number of examples of a class, but got "
-                f"{self.shots} + {self.queries}."
+                f"shots + queries must be at most {least}, the images of class "
+                f"{smallest if names is None else names[smallest]}, but got {self.shots} + {self.queries}: expected at "
+                f"least {needed} images in every class, found {least} in this one"
+                + (f", and too few in {more} more." if more else ".")
             )
+
+
+class Choice(NamedTuple):
+    """Which images make a batch of episodes, and which way up."""
+
+    images: jax.Array
+    """int32 `[T, N, K+Q]`: indices into the images, support first."""
+    turns: jax.Array
+    """int32 `[T, N]`: quarter turns of each class; all 0 where `rotations` is 'none'."""
 
 
 def draw_episodes(key: jax.Array, data: ImageClasses, tasks: int, shape: EpisodeShape) -> Task:
@@ -64,43 +111,67 @@ def draw_episodes(key: jax.Array, data: ImageClasses, tasks: int, shape: Episode
       shape: ways N, shots K, queries Q and rotations.
 
     Returns:
-      Tasks of `(images [T, N*K, H, W, C] in [0, 1], labels [T, N*K])` and the same with N*Q. Paper is
-      0 and ink is 1 (the bytes are inverted). Examples of a class stand together, labels 0 to N-1.
+      Tasks of `(images [T, N*K, H, W, C] in [0, 1], labels [T, N*K])` and the same with N*Q. Examples of a
+      class stand together, labels 0 to N-1.
 
     Raises:
       ValueError: while tracing, if the data does not have that many classes or examples.
     """
     shape.check(data)
-    images = jnp.asarray(data.images)
-    return jax.vmap(lambda key: _draw_episode(key, images, shape))(jax.random.split(key, tasks))
+    choice = choose(key, data.counts, tasks, shape)
+    return put_together(jnp.asarray(data.images)[choice.images], choice.turns, shape)
 
 
-def _draw_episode(key: jax.Array, images: jax.Array, shape: EpisodeShape) -> Task:
+def choose(key: jax.Array, counts: tuple[int, ...], tasks: int, shape: EpisodeShape) -> Choice:
+    """Chooses the images of `tasks` episodes from classes of these `counts`; see `draw_episodes`."""
+    return jax.vmap(lambda key: _choose(key, counts, shape))(jax.random.split(key, tasks))
+
+
+def put_together(pixels: jax.Array, turns: jax.Array, shape: EpisodeShape) -> Task:
+    """Episodes of chosen pixels, uint8 `[T, N, K+Q, H, W]` or `[T, N, K+Q, H, W, C]`; see `draw_episodes`."""
     ways, shots, queries, rotations = shape
-    class_key, example_key, turn_key = jax.random.split(key, 3)
-    classes, examples = images.shape[:2]
-    if rotations == "classes":
-        chosen = _distinct(class_key, 4 * classes, ways)
-        chosen, turns = chosen // 4, chosen % 4
-    else:
-        chosen = _distinct(class_key, classes, ways)
-        turns = jax.random.randint(turn_key, (ways,), 0, 4)
-    drawn = jax.vmap(lambda key: _distinct(key, examples, shots + queries))(jax.random.split(example_key, ways))
-    picked = images[chosen[:, None], drawn]
-    picked = picked if images.ndim == 5 else picked[..., None]
-    picked = picked if rotations == "none" else jax.vmap(_turn)(picked, turns)
-    pixels = 1 - picked.astype(jnp.float32) / 255
+    pixels = pixels if pixels.ndim == 6 else pixels[..., None]
+    pixels = pixels if rotations == "none" else jax.vmap(jax.vmap(_turn))(pixels, turns)
+    pixels = pixels.astype(jnp.float32) / 255
+    tasks, size = pixels.shape[0], pixels.shape[3:]
     labels = jnp.arange(ways, dtype=jnp.int32)
 
-    def part(of: slice, per_class: int):
-        return pixels[:, of].reshape(-1, *pixels.shape[2:]), jnp.repeat(labels, per_class)
+    def part(of: slice, per_class: int) -> tuple[jax.Array, jax.Array]:
+        repeated = jnp.broadcast_to(jnp.repeat(labels, per_class), (tasks, ways * per_class))
+        return pixels[:, :, of].reshape(tasks, ways * per_class, *size), repeated
 
     return Task(part(slice(shots), shots), part(slice(shots, None), queries))
 
 
-def _distinct(key: jax.Array, population: int, count: int) -> jax.Array:
-    """`count` different indices below `population` in random order: where the largest of random numbers stand."""
-    return jax.lax.top_k(jax.random.uniform(key, (population,)), count)[1]
+def _choose(key: jax.Array, counts: tuple[int, ...], shape: EpisodeShape) -> Choice:
+    ways, shots, queries, rotations = shape
+    class_key, example_key, turn_key = jax.random.split(key, 3)
+    if rotations == "classes":
+        chosen = _distinct(class_key, 4 * len(counts), ways)
+        chosen, turns = chosen // 4, chosen % 4
+    else:
+        chosen = _distinct(class_key, len(counts), ways)
+        turns = jax.random.randint(turn_key, (ways,), 0, 4) if rotations == "random" else jnp.zeros(ways, jnp.int32)
+    first = jnp.asarray(_first(counts))[chosen]
+    drawn = jax.vmap(lambda key, count: _distinct(key, max(counts), shots + queries, count))(
+        jax.random.split(example_key, ways), jnp.asarray(counts, jnp.int32)[chosen]
+    )
+    return Choice(first[:, None] + drawn, turns)
+
+
+def _first(counts: tuple[int, ...]) -> np.ndarray:
+    return np.cumsum([0, *counts], dtype=np.int32)[:-1]
+
+
+def _distinct(key: jax.Array, population: int, count: int, below: jax.Array | None = None) -> jax.Array:
+    """`count` different indices below `population` in random order: where the largest of random numbers stand.
+
+    With `below`, all are below that as well: the others lose to every random number.
+    """
+    scores = jax.random.uniform(key, (population,))
+    if below is not None:
+        scores = jnp.where(jnp.arange(population) < below, scores, -1)
+    return jax.lax.top_k(scores, count)[1]
 
 
 def _turn(images: jax.Array, quarters: jax.Array) -> jax.Array:

@@ -10,8 +10,6 @@ import contextlib
 import hashlib
 import io
 import json
-import os
-import tempfile
 import zipfile
 import zlib
 from collections import Counter
@@ -22,6 +20,8 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 
 from maml_jax import validation
+from maml_jax.tasks import cache
+from maml_jax.tasks.cache import DataError
 
 CHARACTERS, DRAWINGS, SOURCE_SIZE, SIZE = 1623, 20, 105, 28
 CONTENT_SHA256 = "c68135ce5f7c56d758e906dd0294a0833e06fb133ab0bb24f33936f21c9fdfd3"
@@ -58,10 +58,6 @@ HOW = (
 )
 
 
-class DataError(Exception):
-    """The data cannot be used; the message names the file or folder and says what to do."""
-
-
 def load(data_dir: str | Path, cache_dir: str | Path | None = None, *, resampling: Resampling = "lanczos") -> Omniglot:
     """Reads Omniglot at 28x28, from the cache or else from `data_dir`, which takes some 15 s once.
 
@@ -72,7 +68,7 @@ def load(data_dir: str | Path, cache_dir: str | Path | None = None, *, resamplin
       data_dir: a prepared TFDS directory (`omniglot/3.0.0`), the two official archives, one archive
         with the members of both, or the folders `images_background` and `images_evaluation`; or a
         folder that holds one of these.
-      cache_dir: where the 25 MB of the result are kept; None takes `default_cache_dir()`.
+      cache_dir: where the 25 MB of the result are kept; None takes `cache.default_folder()`.
       resampling: the filter from 105x105 to 28x28.
 
     Raises:
@@ -81,17 +77,13 @@ def load(data_dir: str | Path, cache_dir: str | Path | None = None, *, resamplin
     """
     validation.one_of("resampling", resampling, get_args(Resampling))
     source = find_source(data_dir)
-    cache = Path(cache_dir or default_cache_dir()) / f"omniglot-{SIZE}-{resampling}.npz"
-    cached = _read_cache(cache)
-    if cached is None:
-        cached = _resized(read_drawings(source), resampling)
-        _write_cache(cache, cached)
-    return cached
-
-
-def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/maml_jax`, or `~/.cache/maml_jax`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maml_jax"
+    path = Path(cache_dir or cache.default_folder()) / f"omniglot-{SIZE}-{resampling}.npz"
+    cached = cache.read(path, _digest_of_arrays)
+    if cached is not None:
+        return Omniglot(cached["images"], tuple(cached["names"].tolist()))
+    data = _resized(read_drawings(source), resampling)
+    cache.write(path, {"images": data.images, "names": np.array(data.names), "sha256": np.array(digest(data))})
+    return data
 
 
 def split(name: SplitName, names: Iterable[str]) -> Splits:
@@ -265,42 +257,10 @@ def _resized(drawings: Drawings, resampling: Resampling) -> Omniglot:
     return Omniglot(images, tuple(drawings))
 
 
-# The cache
-
-
 def digest(data: Omniglot) -> str:
     """SHA-256 of the names and the 28x28 images."""
     return hashlib.sha256("\n".join(data.names).encode() + data.images.tobytes()).hexdigest()
 
 
-def _read_cache(path: Path) -> Omniglot | None:
-    """The cached data, or None if there is none or it is damaged, so that it is built again."""
-    try:
-        with open(path, "rb") as file, np.load(file) as arrays:
-            data = Omniglot(arrays["images"], tuple(arrays["names"].tolist()))
-            whole = str(arrays["sha256"]) == digest(data)
-    except FileNotFoundError:
-        return None
-    except PermissionError:
-        raise
-    except Exception as error:  # A flipped bit can surface as nearly anything in the readers of ZIP and NPY.
-        print(f"The cache {path} is damaged ({error}) and is built again.")
-        return None
-    if not whole:
-        print(f"The cache {path} does not match its checksum and is built again.")
-        return None
-    return data
-
-
-def _write_cache(path: Path, data: Omniglot) -> None:
-    """Writes beside the target and renames, so that no reader ever sees a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.stem, suffix=".tmp", delete=False) as file:
-        try:
-            np.savez(file, images=data.images, names=np.array(data.names), sha256=np.array(digest(data)))
-            file.close()
-            os.chmod(file.name, 0o644)  # Temporary files are private, but a cache may be shared.
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+def _digest_of_arrays(arrays: cache.Arrays) -> str:
+    return digest(Omniglot(arrays["images"], tuple(arrays["names"].tolist())))

@@ -1,0 +1,189 @@
+"""The family of algorithms by name, each a value built from the parts of the library."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import maml_jax
+from maml_jax import heads, losses, models, per_step, schedules
+from maml_jax.curvature import meta_curvature
+from maml_jax.evaluation import Predictor
+from maml_jax.implicit import imaml, regularised
+from maml_jax.inner import InnerLearner
+from maml_jax.losses import Apply
+from maml_jax.reptile import reptile
+from maml_jax.tasks import episodes
+from maml_jax.tasks.episodes import ImageClasses
+from maml_jax.types import Batch, LossFn, Params, Task
+
+MethodName = Literal[
+    "maml",
+    "anil",
+    "boil",
+    "meta-sgd",
+    "meta-curvature",
+    "maml++",
+    "shared-head",
+    "prototypes",
+    "reptile",
+    "imaml",
+    "pretrained",
+]
+METHODS: tuple[MethodName, ...] = get_args(MethodName)
+FIXED_ORDER = ("reptile", "imaml", "pretrained")
+"""Those in which nothing is differentiated through the inner steps, whatever the order."""
+
+STRENGTH, CG_STEPS = 0.5, 5  # Of iMAML; the paper's are 2 and 5, for a loss of other units.
+
+
+class Training(NamedTuple):
+    """What a method needs to know of the training that it is for."""
+
+    method: MethodName
+    order: Literal[1, 2]
+    inner_rate: float
+    inner_steps: int
+    outer_rate: float
+    clip: float | None
+    """Bound of each entry of the meta-gradient."""
+    steps: int
+    """Meta-steps in all, over which what is annealed is annealed."""
+
+
+class Method(NamedTuple):
+    """An algorithm for few-shot classification."""
+
+    inner: InnerLearner
+    """How a task is learned, in training and at test."""
+    learner: Callable[..., maml_jax.MetaLearner]
+    """`(loss_fn, **options of maml) -> MetaLearner`."""
+    start: Callable[[Params], Params] = lambda params: params
+    """From the net's own initial parameters to those that training starts with."""
+    finish: Callable[[Params], Params] = lambda params: params
+    """From trained parameters to those that tasks are learned from."""
+
+
+def inner_steps_of(method: MethodName, recipe: int) -> int:
+    """Inner steps in training where none are given: the paper's recipe, unless the method cannot do with so few."""
+    least = {"maml++": 5, "reptile": 5, "imaml": 16}
+    return max(recipe, least.get(method, 1))
+
+
+def build(training: Training, net_apply: Apply, features: Apply, ways: int) -> Method:
+    """The method of that name.
+
+    Args:
+      training: the method and its numbers.
+      net_apply: `(params, inputs, ...) -> logits`, the net that is trained.
+      features: the same up to the last layer.
+      ways: classes of a task.
+    """
+    name, rate, steps, order = training.method, training.inner_rate, training.inner_steps, training.order
+    outer = _outer(training)
+    loss_fn = losses.cross_entropy(net_apply)
+    options: dict[str, Any] = {"steps": steps, "order": order, "trainable": models.all_but_norms}
+
+    def by_maml(inner: InnerLearner, **extra: Any) -> Method:
+        def learner(**others: Any) -> maml_jax.MetaLearner:
+            return maml_jax.maml(loss_fn, inner, outer, **extra, **others)
+
+        return Method(inner, learner)
+
+    if name == "anil":
+        return by_maml(maml_jax.sgd(rate, **options | {"trainable": models.head_only}))
+    if name == "boil":
+        return by_maml(maml_jax.sgd(rate, **options | {"trainable": models.body_only}))
+    if name == "meta-sgd":
+        return by_maml(maml_jax.sgd(rate, learn_rates="parameter", **options))
+    if name == "meta-curvature":
+        return by_maml(meta_curvature(rate, **options))
+    if name == "shared-head":
+        return by_maml(maml_jax.sgd(rate, start=heads.shared(), **options))
+    if name == "prototypes":
+        return by_maml(maml_jax.sgd(rate, start=heads.prototypes(features), **options))
+    if name == "maml++":
+        return _maml_plus_plus(training, loss_fn, outer, options)
+    if name == "reptile":
+        inner = maml_jax.sgd(rate, **options)
+        return Method(inner, lambda **others: reptile(loss_fn, inner, outer, **others))
+    if name == "imaml":
+        inner = maml_jax.sgd(rate, **options)
+
+        def implicit(**others: Any) -> maml_jax.MetaLearner:
+            return imaml(loss_fn, inner, outer, strength=STRENGTH, cg_steps=CG_STEPS, **others)
+
+        return Method(regularised(inner, STRENGTH), implicit)
+    if name == "pretrained":
+
+        def joint(**others: Any) -> maml_jax.MetaLearner:
+            return maml_jax.maml(loss_fn, maml_jax.no_adaptation(), outer, **others)
+
+        return Method(maml_jax.sgd(rate, **options), joint, finish=lambda params: _other_head(params, ways))
+    return by_maml(maml_jax.sgd(rate, **options))
+
+
+def _maml_plus_plus(
+    training: Training, loss_fn: LossFn, outer: optax.GradientTransformation, options: dict[str, Any]
+) -> Method:
+    """All six parts of Antoniou et al. (2019): rates and normalisation by step, the multi-step loss, first order in
+    the first half, a falling outer rate, and (in `evaluate`, of the best checkpoints) an ensemble."""
+    steps = training.inner_steps
+    inner = maml_jax.sgd(
+        training.inner_rate, learn_rates="layer_step", at_step=per_step.choose(models.norms_only), **options
+    )
+
+    def learner(**others: Any) -> maml_jax.MetaLearner:
+        weights = schedules.multi_step_weights(steps, until=max(1, training.steps // 10))
+        both = [
+            maml_jax.maml(loss_fn, inner._replace(order=order), outer, step_weights=weights, **others)
+            for order in (1, training.order)
+        ]
+        return schedules.in_turn(*both, after=max(1, training.steps // 2)) if training.order == 2 else both[0]
+
+    return Method(inner, learner, lambda params: per_step.copies(params, models.norms_only(params), steps))
+
+
+def _outer(training: Training) -> optax.GradientTransformation:
+    if training.method == "reptile":
+        # Half of the way to the adapted parameters at first, then ever less (Nichol et al. 2018, section 6.1).
+        return optax.sgd(optax.linear_schedule(0.5, 0.0, training.steps))
+    rate: Any = training.outer_rate
+    if training.method == "maml++":
+        rate = optax.cosine_decay_schedule(training.outer_rate, training.steps, alpha=0.01)
+    return optax.chain(optax.identity() if training.clip is None else optax.clip(training.clip), optax.adam(rate))
+
+
+def _other_head(params: Params, ways: int) -> Params:
+    """The body of a net that knows other classes, and a head of zeros."""
+    head = {name: jnp.zeros((*leaf.shape[:-1], ways), leaf.dtype) for name, leaf in params[models.HEAD].items()}
+    return {**params, models.HEAD: head}
+
+
+def nearest_neighbour(features: Apply, params: Params) -> Predictor:
+    """The baseline that learns nothing of a task: each query has the class of the support image whose features
+    are nearest, in Euclidean distance."""
+
+    def one(task: Task) -> tuple[jax.Array, jax.Array]:
+        inputs, labels = task.support
+        support = features(params, inputs)
+        query = features(params, *task.query[:1], *task.query[2:])
+        distances = jnp.square(query[:, None] - support).sum(-1)
+        predicted = labels[distances.argmin(-1)]
+        ways = jnp.arange(len(params[models.HEAD]["bias"]))
+        return jnp.log(predicted[:, None] == ways)[None], jnp.zeros(1)
+
+    return jax.jit(jax.vmap(one))
+
+
+def joint_tasks(data: ImageClasses, choice: episodes.Choice, tasks: Task) -> Task:
+    """Tasks whose labels number all classes of the data, for joint training on these."""
+    class_of = jnp.searchsorted(jnp.asarray(data.first), choice.images, side="right") - 1
+    shots = tasks.support[1].shape[1] // choice.images.shape[1]
+
+    def labelled(batch: Batch, of: slice) -> Batch:
+        return batch[0], class_of[..., of].reshape(batch[1].shape)
+
+    return Task(labelled(tasks.support, slice(shots)), labelled(tasks.query, slice(shots, None)))

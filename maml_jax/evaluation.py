@@ -1,0 +1,164 @@
+"""Evaluation of few-shot classifiers: what was measured, how, and how certain it is, as a value that prints itself."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from maml_jax.statistics import Interval, interval
+from maml_jax.types import Task
+
+
+class Protocol(NamedTuple):
+    """All that an accuracy depends on beside the parameters. Accuracies compare only where all of it is said."""
+
+    data: str
+    """Name of the data set."""
+    split: str
+    """Of its classes, such as 'test'."""
+    classes: int
+    """In the split."""
+    split_sha256: str
+    """Content hash of the data of the split."""
+    tasks: int
+    """Tasks evaluated on."""
+    seed: int
+    """Of the tasks."""
+    ways: int
+    shots: int
+    queries: int
+    """Per class."""
+    rotations: str
+    """Of the classes of a task, see `episodes.Rotations`."""
+    inner_steps: int
+    """The most that were taken; accuracies are from 0 to this."""
+    inner_rate: float | None
+    """Step size for the mean loss; None where rates are learned or nothing is adapted."""
+    normalisation: str
+    """Of the net, see `normalisation.Normalisation`; 'none'."""
+    queries_seen: str
+    """'together' in one batch, or 'one by one'."""
+    models: int = 1
+    """How many are averaged, in their predicted probabilities."""
+
+    def __str__(self) -> str:
+        rate = "" if self.inner_rate is None else f" of {self.inner_rate:g}"
+        models = "" if self.models == 1 else f", ensemble of {self.models}"
+        return (
+            f"{self.data}, {self.split} split ({self.classes} classes, sha256 {self.split_sha256[:12]}): {self.tasks} "
+            f"tasks (seed {self.seed}) of {self.ways} ways, {self.shots} shots, {self.queries} queries per class, "
+            f"rotations {self.rotations}; 0 to {self.inner_steps} inner steps{rate}; normalisation "
+            f"{self.normalisation}, queries {self.queries_seen}{models}"
+        )
+
+    def same_tasks(self, other: "Protocol") -> bool:
+        """Whether both were evaluated on the same tasks, one by one."""
+        fields = ("split_sha256", "tasks", "seed", "ways", "shots", "queries", "rotations")
+        return all(getattr(self, field) == getattr(other, field) for field in fields)
+
+
+class Results(NamedTuple):
+    """What an evaluation found, task by task."""
+
+    protocol: Protocol
+    accuracy: np.ndarray
+    """`[T, S + 1]`: fraction of a task's queries that are classified right, after 0 to S inner steps."""
+    diverged: np.ndarray
+    """`[T, S + 1]` of bools: whether the support loss is above that before adaptation, or not finite."""
+
+    def interval(self) -> Interval:
+        """Mean accuracy in per cent, and the half width of its 95% interval over the tasks: `[S + 1]` each."""
+        return interval(100 * self.accuracy)
+
+    def __str__(self) -> str:
+        mean, half_width = self.interval()
+        rows = zip(mean, half_width, 100 * self.diverged.mean(0))
+        lines = [f"{step:11d}   {m:8.2f} +-{h:5.2f}   {d:8.1f}%" for step, (m, h, d) in enumerate(rows)]
+        return "\n".join([str(self.protocol), "", "inner steps   accuracy (%)       diverged", *lines])
+
+    def summary(self) -> dict[str, Any]:
+        """As plain values for JSON; the accuracies task by task are not in it."""
+        mean, half_width = self.interval()
+        return {
+            "protocol": self.protocol._asdict(),
+            "accuracy": mean,
+            "half_width": half_width,
+            "divergence_rate": self.diverged.mean(0),
+        }
+
+
+Predictor = Callable[[Task], tuple[jax.Array, jax.Array]]
+"""`tasks -> (log probabilities [T, S + 1, Q, N], support losses [T, S + 1])`."""
+
+
+def evaluate(predictors: Iterable[Predictor], groups: Callable[[], Iterable[Task]], protocol: Protocol) -> Results:
+    """Evaluates one model, or several whose predicted probabilities are averaged.
+
+    Args:
+      predictors: one for each model.
+      groups: called for each model, gives the same tasks in groups that fit into memory.
+      protocol: what is told of it.
+
+    Raises:
+      ValueError: if the tasks are not as many as the protocol says.
+    """
+    probabilities, diverged, labels = [], [], []
+    for number, predict in enumerate(predictors):
+        for place, tasks in enumerate(groups()):
+            log_probabilities, support_loss = map(np.asarray, predict(tasks))
+            found = np.exp(log_probabilities.astype(np.float64))
+            worse = ~(support_loss <= support_loss[:, :1])
+            if number == 0:
+                labels.append(np.asarray(tasks.query[1]))
+                probabilities.append(found)
+                diverged.append(worse)
+            else:
+                probabilities[place] += found
+                diverged[place] |= worse
+    # What is not a number is never right.
+    total = np.nan_to_num(np.concatenate(probabilities), nan=-1.0)
+    predicted = np.where(total.max(-1) < 0, -1, total.argmax(-1))
+    accuracy = (predicted == np.concatenate(labels)[:, None]).mean(-1)
+    if len(accuracy) != protocol.tasks:
+        raise ValueError(f"The protocol says {protocol.tasks} tasks, but {len(accuracy)} were given.")
+    return Results(protocol, accuracy, np.concatenate(diverged))
+
+
+class Difference(NamedTuple):
+    """Of two accuracies on the same tasks, in per cent."""
+
+    mean: float
+    low: float
+    """Lower end of the 95% interval."""
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.2f} ({self.low:+.2f} to {self.high:+.2f})"
+
+
+def difference(first: Results, second: Results, *, steps: tuple[int, int], samples: int = 10_000) -> Difference:
+    """How much better the first is, with a paired bootstrap over the tasks.
+
+    Tasks are drawn again with replacement, both results of a task together: what is hard in a task falls on
+    both sides, so that the interval is narrower than those of the two accuracies suggest.
+
+    Args:
+      steps: inner steps of the first and of the second at which they are compared.
+      samples: bootstrap samples.
+
+    Raises:
+      ValueError: if the two were not evaluated on the same tasks.
+    """
+    if not first.protocol.same_tasks(second.protocol):
+        raise ValueError(
+            "A paired difference needs the same tasks on both sides, but got\n"
+            f"  {first.protocol}\nand\n  {second.protocol}"
+        )
+    pairs = 100 * (first.accuracy[:, steps[0]] - second.accuracy[:, steps[1]])
+    random = np.random.default_rng(0)
+    means = np.concatenate(
+        [pairs[random.integers(0, len(pairs), (100, len(pairs)))].mean(1) for _ in range(-(-samples // 100))]
+    )
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Difference(float(pairs.mean()), float(low), float(high))

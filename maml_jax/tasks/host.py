@@ -1,0 +1,96 @@
+"""Episodes for training from images that stay in host memory, where the device's is too small for them.
+
+Only the chosen pixels of a call's meta-steps, as uint8, go to the device, one call ahead of it. Which images those
+are comes from the same function and keys as on the device, so the episodes are the same, bit for bit.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maml_jax import validation
+from maml_jax.tasks.episodes import EpisodeShape, ImageClasses, choose, draw_episodes, put_together
+from maml_jax.types import Task
+
+Place = Literal["auto", "device", "host"]
+"""'auto': on the device if they fit there."""
+PLACES = ("auto", "device", "host")
+
+SHARE = 0.5
+"""Of the device's free memory that images may take: the rest is for training."""
+
+
+class ChosenPixels(NamedTuple):
+    """What the episodes of `M` meta-steps are put together from."""
+
+    first_step: np.ndarray
+    """int32 scalar."""
+    pixels: np.ndarray
+    """uint8 `[M, T, N, K+Q, H, W]` or `[M, T, N, K+Q, H, W, C]`."""
+    turns: np.ndarray
+    """int32 `[M, T, N]`."""
+
+
+def training_episodes(
+    key: jax.Array, classes: ImageClasses, tasks: int, shape: EpisodeShape, place: Place = "auto"
+) -> tuple[Callable[[Any, jax.Array], Task], Any]:
+    """`draw` and `data` for `train.train`: at each meta-step `tasks` new episodes.
+
+    Args:
+      key: a PRNG key; the number of the meta-step is folded in.
+      classes: the classes to draw from, NumPy's arrays.
+      tasks: `T`.
+      shape: what an episode is.
+      place: where the images are held.
+
+    Raises:
+      ValueError: if `classes` cannot make such episodes, or for an unknown `place`.
+    """
+    validation.one_of("place", place, PLACES)
+    shape.check(classes)
+    if place == "device" or (place == "auto" and fits_on_device(classes.images.nbytes)):
+
+        def draw(classes: ImageClasses, step: jax.Array) -> Task:
+            return draw_episodes(jax.random.fold_in(key, step), classes, tasks, shape)
+
+        return draw, classes
+
+    def draw_chosen(chosen: ChosenPixels, step: jax.Array) -> Task:
+        index = step - chosen.first_step
+        return put_together(chosen.pixels[index], chosen.turns[index], shape)
+
+    return draw_chosen, chooser(key, classes, tasks, shape)
+
+
+def chooser(
+    key: jax.Array, classes: ImageClasses, tasks: int, shape: EpisodeShape
+) -> Callable[[int, int], ChosenPixels]:
+    """`(first step, count) -> ChosenPixels` of `count` meta-steps; arguments as in `training_episodes`."""
+    # On the CPU: behind the call that the device is at, the choice would wait for that to end.
+    key = jax.device_put(key, jax.local_devices(backend="cpu")[0])
+
+    @partial(jax.jit, static_argnums=2)
+    def chosen(key: jax.Array, first_step: int, count: int) -> Any:
+        def one_step(step: jax.Array) -> Any:
+            return choose(jax.random.fold_in(key, step), classes.counts, tasks, shape)
+
+        return jax.vmap(one_step)(first_step + jnp.arange(count))
+
+    def pixels_of(first_step: int, count: int) -> ChosenPixels:
+        images, turns = jax.tree.map(np.asarray, chosen(key, first_step, count))
+        return ChosenPixels(np.int32(first_step), classes.images[images], turns)  # type: ignore[arg-type]
+
+    return pixels_of
+
+
+def fits_on_device(size: int, device: jax.Device | None = None) -> bool:
+    """Whether `size` bytes of images take at most `SHARE` of the free memory of `device`, by default the first.
+
+    True where a device does not tell its memory, as CPUs do not: theirs is the host's.
+    """
+    memory = (device or jax.local_devices()[0]).memory_stats()
+    return memory is None or size <= SHARE * (memory["bytes_limit"] - memory["bytes_in_use"])
