@@ -303,8 +303,7 @@ def main(prepared: Prepared) -> dict:
     draw = drawn_from(prepared, train_key)
     val_tasks = fixed_tasks(val_key, data.val, prepared.val_tasks, shape)
 
-    def validated(state: MetaState, steps: int = setting.inner_steps) -> Results:
-        return evaluate(prepared, model, [state], val_tasks, "val", prepared.val_tasks, config.seed, steps)
+    val_protocol = protocol(prepared, "val", prepared.val_tasks, config.seed)
 
     name = run_name(prepared)
     run = RunDirectory(config.workdir, name)
@@ -323,7 +322,8 @@ def main(prepared: Prepared) -> dict:
     ):
         if row["step"] % validate_every == 0 or row["step"] == config.steps:
             finished = state._replace(params=model.method.finish(state.params))
-            row["val_accuracy"] = float(validated(finished).accuracy[:, -1].mean())
+            judged = evaluate(prepared, [(model, finished)], val_tasks, val_protocol, steps=setting.inner_steps)
+            row["val_accuracy"] = float(judged.accuracy[:, -1].mean())
             best.add(finished, row)
         run.log(**row)
         history.append(row)
@@ -331,14 +331,14 @@ def main(prepared: Prepared) -> dict:
 
     selected = best.load(state._replace(params=model.method.finish(state.params)))
     test_tasks = fixed_tasks(test_key, data.test, config.test_tasks, shape)
-    found = {}
+    test_protocol, found = protocol(prepared, "test", config.test_tasks, config.seed), {}
     # With other normalisations the queries of a task are independent of each other.
     for seen in get_args(QueriesSeen) if config.normalisation == "batch" else ("together",):
         found[f"queries {seen}"] = evaluate(
-            prepared, model, [selected], test_tasks, "test", config.test_tasks, config.seed, TEST_STEPS, seen
+            prepared, [(model, selected)], test_tasks, test_protocol, steps=TEST_STEPS, seen=seen
         )
     if config.method == "pretrained":
-        found["nearest neighbour"] = nearest(prepared, model, selected, test_tasks)
+        found["nearest neighbour"] = nearest(model, selected, test_tasks, test_protocol)
     for label, each in found.items():
         print(f"{label}: {each}", end="\n\n")
     results = {
@@ -385,29 +385,36 @@ def image_shape(data: DataSet) -> tuple[int, ...]:
 
 def evaluate(
     prepared: Prepared,
-    model: Classifier,
-    states: list[MetaState],
+    models: list[tuple[Classifier, MetaState]],
     groups: Callable[[], Iterable[Task]],
-    split: Split,
-    tasks: int,
-    seed: int,
+    told: Protocol,
+    *,
     steps: int,
     seen: QueriesSeen = "together",
 ) -> Results:
-    """Accuracy of one state, or of several averaged, with the protocol told in full."""
-    told = protocol(prepared, split, tasks, seed)._replace(
+    """Accuracy of one model, or of several averaged, after 0 to `steps` inner steps.
+
+    Args:
+      prepared: of the (first) model.
+      models: each with its parameters.
+      groups: the tasks, from `fixed_tasks`.
+      told: `protocol` of these tasks; what is adapted and how is added here.
+      steps: inner steps.
+      seen: whether the queries of a task are one batch.
+    """
+    learned = bool(jax.tree.leaves(models[0][1].rates))
+    told = told._replace(
         inner_steps=steps,
-        inner_rate=None if jax.tree.leaves(states[0].rates) else prepared.setting.inner_rate,
+        inner_rate=None if learned else prepared.setting.inner_rate,
         queries_seen=seen,
-        models=len(states),
+        models=len(models),
     )
-    return evaluation.evaluate([model.predictor(state, steps, seen) for state in states], groups, told)
+    return evaluation.evaluate([model.predictor(state, steps, seen) for model, state in models], groups, told)
 
 
-def nearest(prepared: Prepared, model: Classifier, state: MetaState, groups: Callable[[], Iterable[Task]]) -> Results:
+def nearest(model: Classifier, state: MetaState, groups: Callable[[], Iterable[Task]], told: Protocol) -> Results:
     """Accuracy of the nearest neighbour in the features of a state."""
     predict = methods.nearest_neighbour(models.apply_params(model.net, head=False), state.params)
-    told = protocol(prepared, "test", prepared.config.test_tasks, prepared.config.seed)
     return evaluation.evaluate([lambda tasks: predict(model.tasks(tasks))], groups, told)
 
 

@@ -20,17 +20,31 @@ def few_shot(path: Path, history: Sequence[dict[str, Any]], results: dict[str, A
     validated = [(row["step"], 100 * row["val_accuracy"]) for row in history if "val_accuracy" in row]
     left.plot(*zip(*validated), "o-", markersize=3, label="validation tasks")
     left.set(xlabel="meta-steps", ylabel="accuracy (%)", title="Training")
-    for label, found in results["test"].items():
-        mean, half_width = np.asarray(found["accuracy"]), np.asarray(found["half_width"])
-        right.errorbar(range(len(mean)), mean, half_width, marker="o", markersize=3, capsize=2, label=label)
+    _over_inner_steps(right, results["test"])
     if results["published"]:
         right.axhline(results["published"][0], color="grey", linestyle="--", label="published")
-    right.set(xlabel="inner steps", ylabel="accuracy (%)", title="Test tasks, 95% intervals")
     for axes in (left, right):
         axes.legend()
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def inner_steps(path: Path, found: Mapping[str, dict[str, Any]]) -> None:
+    """Accuracy over inner steps of several evaluations, each a summary of `evaluation.Results`, by label."""
+    figure, axes = plt.subplots(figsize=(6, 4.5), layout="constrained")
+    _over_inner_steps(axes, found)
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _over_inner_steps(axes: Any, found: Mapping[str, dict[str, Any]]) -> None:
+    for label, summary in found.items():
+        mean, half_width = np.asarray(summary["accuracy"]), np.asarray(summary["half_width"])
+        axes.errorbar(range(len(mean)), mean, half_width, marker="o", markersize=3, capsize=2, label=label)
+    axes.set(xlabel="inner steps", ylabel="accuracy (%)", title="Test tasks, 95% intervals")
 
 
 def _smoothed(steps: np.ndarray, values: np.ndarray, points: int = 200) -> tuple[np.ndarray, np.ndarray]:
