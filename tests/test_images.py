@@ -6,6 +6,7 @@ import json
 import pickle
 import resource
 import struct
+import warnings
 import zipfile
 import zlib
 from collections import OrderedDict
@@ -218,13 +219,13 @@ class TestCache:
         load(source, kept, size=64)
 
 
-def bomb():
-    """A PNG of a few bytes that says it has 20,000 x 20,000 pixels."""
+def bomb(side=20_000):
+    """A PNG of a few bytes that says it has that many rows and columns."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 
 
@@ -281,6 +282,14 @@ def test_bad_data_is_told_exactly(case, tmp_path):
         load(source, tmp_path / "cache", size=8)
     assert str(source) in str(error.value)
     assert not (tmp_path / "cache").exists()
+
+
+def test_where_pillow_would_only_warn_is_refused_too(tmp_path):
+    source = write(tmp_path / "data", changed(image=bomb(10_000)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(DataError, match=r"cat1.png .* is refused: .*decompression bomb"):
+            load(source, tmp_path, size=8)
 
 
 def test_sources_that_cannot_be_read(tmp_path, monkeypatch):

@@ -105,7 +105,7 @@ class TestClassesOfDifferentSizes:
         return ImageClasses(np.array(numbers, np.uint8)[:, None, :], self.COUNTS)
 
     def test_every_image_of_a_class_is_equally_likely_and_no_other_drawn(self, data):
-        tasks = draw_episodes(jax.random.key(0), data, 2000, EpisodeShape(3, 1, 3))
+        tasks = jax.jit(draw_episodes, static_argnums=(2, 3))(jax.random.key(0), data, 2000, EpisodeShape(3, 1, 3))
         pixels = np.concatenate([np.asarray(x[0]).reshape(2000, 3, -1, 2) for x in tasks], 2)
         pixels = np.rint(255 * pixels).astype(int)
         assert (pixels[..., 0] == pixels[..., :1, 0]).all()  # Four images of one class
@@ -142,7 +142,8 @@ RECORDED = [
 def test_the_same_seed_draws_what_it_always_drew():
     """So that results of earlier versions can be repeated: first images and turns of three draws."""
     for rotations, images, turns in RECORDED:
-        choice = choose(jax.random.key(3), (20,) * 12, 7, EpisodeShape(5, 2, 3, rotations))
+        shape = EpisodeShape(5, 2, 3, rotations)
+        choice = jax.jit(choose, static_argnums=(1, 2, 3))(jax.random.key(3), (20,) * 12, 7, shape)
         assert choice.images.shape == (7, 5, 5) and choice.turns.shape == (7, 5)
         assert choice.images[6, :, 3].tolist() == images and choice.turns[6].tolist() == turns
 
