@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import pickle
+import re
 import resource
 import struct
 import warnings
@@ -12,6 +13,7 @@ import zlib
 from collections import OrderedDict
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -112,6 +114,20 @@ def test_caltech_as_archive_and_as_folders(shared_data, tmp_path):
     first = sorted(name for name, label in some["train"].items() if label == data.names["train"][0])[0]
     with Image.open(io.BytesIO(content[first])) as image:  # Of 84x84 already, and so as it is.
         np.testing.assert_array_equal(data.train.images[0], np.asarray(image.convert("RGB")))
+
+
+def test_the_readme_tells_how(tmp_path, monkeypatch, capsys):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (block,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "images.load" in block)
+    write(tmp_path / "data/birds", {f"{label}/{n}.png": png(n) for label in OTHERS[:10] for n in range(16)})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    scope = {"jax": jax}
+    exec(block, scope)
+    assert "'classes': 6, 'images': 96" in capsys.readouterr().out and callable(scope["draw"])
+    (tmp_path / "data/birds/kind03/7.png").unlink()
+    with pytest.raises(DataError, match=r"Class kind03 .* expected at least 16, found 15"):
+        exec(block, scope)
 
 
 @pytest.mark.parametrize(
