@@ -61,7 +61,7 @@ def train(
       state: where to start, `learner.init(params)` or an earlier run's.
       draw: `(data, step) -> tasks`.
       data: what `draw` draws from, kept on the device; or, where that is too small, a function `(first step, count)
-        -> data of a call` of `count` meta-steps, such as `host.chooser` makes, that runs in a thread, one
+        -> data of a call` of `count` meta-steps, such as `host.by_step` gives, that runs in a thread, one
         call ahead of the device. All calls ask for as many steps, though the last may take fewer.
       steps: meta-steps in all, counting those that `state` has behind it.
       steps_per_call: meta-steps per device call; the last call may be shorter.
@@ -116,11 +116,9 @@ def _data_of_calls(data: Any, starts: range, sharding: Any) -> Generator[Any]:
             yield data
         return
 
-    # The last call's as many as the others', so that one compilation serves all.
-    count = min(starts.step, starts.stop - starts.start)
-
     def made(start: int) -> Any:
-        return jax.device_put(data(start, count), sharding)
+        # As many for the last call as for the others, so that one compilation serves all.
+        return jax.device_put(data(start, starts.step), sharding)
 
     with ThreadPoolExecutor(1, "data of the next call") as thread:
         ahead = thread.submit(made, starts[0])
