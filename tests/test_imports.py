@@ -16,7 +16,7 @@ def test_import_is_light_and_touches_no_device():
     code = (
         "import os, sys; os.environ['JAX_PLATFORMS'] = 'nonexistent'; import maml_jax, maml_jax.losses, "
         "maml_jax.tasks.sinusoid, maml_jax.tasks.episodes, maml_jax.tasks.omniglot, maml_jax.convolution, "
-        "maml_jax.train, maml_jax.task_axis; "
+        "maml_jax.train, maml_jax.task_axis, maml_jax.checkpoint, maml_jax.signals, maml_jax.workdir; "
         f"print([m for m in {HEAVY} if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -31,11 +31,22 @@ def test_models_and_plots_bring_no_tensorflow():
 
 
 LAYERS = [  # Each may import only from those before it.
-    {"types", "trees", "backend"},
-    {"validation", "mixed"},
-    {"inner", "task_axis", "convolution", "losses", "statistics", "tasks.sinusoid", "tasks.episodes", "tasks.omniglot"},
-    {"meta", "layers", "tasks.download"},
+    {"types", "trees", "backend", "workdir"},
+    {"validation", "mixed", "signals"},
+    {
+        "inner",
+        "task_axis",
+        "convolution",
+        "losses",
+        "statistics",
+        "tasks.sinusoid",
+        "tasks.episodes",
+        "tasks.omniglot",
+        "checkpoint",
+    },
+    {"meta", "layers", "checkpoint", "tasks.download"},
     {"check", "models", "train", "record", "plots"},
+    {"resumable"},
 ]
 
 
