@@ -22,10 +22,10 @@ from experiments import command_line
 from maml_jax import losses, models, plots, validation
 from maml_jax.models import all_but_offsets
 from maml_jax.record import Progress, RunDirectory
+from maml_jax.resumable import Validate, resumable_train
 from maml_jax.statistics import interval
 from maml_jax.task_axis import task_mesh
 from maml_jax.tasks import download, episodes, omniglot
-from maml_jax.train import train
 
 Net = Literal["conv", "mlp"]
 
@@ -51,6 +51,10 @@ PUBLISHED = {
 TEST_STEPS = 10  # Inner steps shown at test, 0 to 10.
 VAL_TASKS = 160
 STEPS_PER_CALL = 20
+SAVE_EVERY = 500
+
+# What may differ when a run goes on: the images' content is checked wherever they are.
+HARMLESS = ("steps", "test_tasks", "data_dir", "download", "cache_dir", "workdir")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +195,7 @@ def prepare(config: Config) -> Prepared:
       ValueError, DataError, OSError: saying what is wrong and what to do.
     """
     setting = config.resolve()
-    RunDirectory.check_free(config.workdir)
+    RunDirectory.check(config.workdir, recorded(config, setting), harmless=HARMLESS)
     if config.download:
         download.omniglot(config.data_dir)
     data = omniglot.load(config.data_dir, config.cache_dir, resampling=config.resampling)
@@ -200,6 +204,11 @@ def prepare(config: Config) -> Prepared:
     for part in splits:
         shape.check(episodes.ImageClasses(data.images[part]))
     return Prepared(config, setting, data, splits, shape)
+
+
+def recorded(config: Config, setting: Setting) -> dict:
+    """What a run that goes on is compared with: every option, those that follow from others too."""
+    return dataclasses.asdict(config) | dataclasses.asdict(setting)
 
 
 def main(prepared: Prepared) -> dict:
@@ -229,21 +238,28 @@ def main(prepared: Prepared) -> dict:
         return episodes.draw_episodes(jax.random.fold_in(train_key, step), classes, setting.tasks, shape)
 
     name = f"omniglot-{setting.ways}way-{setting.shots}shot" + ("-mlp" if setting.net == "mlp" else "")
-    run = RunDirectory(config.workdir, f"{name}-order{config.order}-seed{config.seed}")
+    run = RunDirectory(
+        config.workdir,
+        f"{name}-order{config.order}-seed{config.seed}",
+        recorded(config, setting),
+        harmless=HARMLESS,
+    )
     print(f"{setting}\nWriting to {run.path}", flush=True)
+
+    def val_accuracy(state: maml_jax.MetaState) -> dict:
+        accuracy = evaluate(state, val_tasks, setting.inner_steps).aux["accuracy"]
+        return {"val_accuracy": float(accuracy[:, -1].mean())}
 
     # The progress of ten to a hundred validations, between calls.
     validate_every = STEPS_PER_CALL * max(1, min(1000, config.steps // 10) // STEPS_PER_CALL)
     progress = Progress(config.steps, name)
-    history = []
-    for state, metrics in train(learner, state, draw, train_classes, steps=config.steps, steps_per_call=STEPS_PER_CALL):
-        if metrics["step"] % validate_every == 0 or metrics["step"] == config.steps:
-            accuracy = evaluate(state, val_tasks, setting.inner_steps).aux["accuracy"]
-            metrics["val_accuracy"] = float(accuracy[:, -1].mean())
-            run.write_state(state)
-        run.log(**metrics)
-        history.append(metrics)
-        progress.update(metrics["step"], loss=metrics["loss"], accuracy=metrics["accuracy"])
+    for state, row in resumable_train(
+        learner, state, draw, train_classes, steps=config.steps, steps_per_call=STEPS_PER_CALL, run=run,
+        save_every=SAVE_EVERY, validate=Validate(validate_every, val_accuracy, lambda row: row["val_accuracy"]),
+        rates={"inner": setting.inner_rate, "outer": config.outer_rate},
+    ):  # fmt: skip
+        progress.update(row["step"], loss=row["loss"], accuracy=row["accuracy"])
+    history = run.rows()
 
     results = {
         "config": dataclasses.asdict(config),
