@@ -21,7 +21,7 @@ from experiments import command_line, few_shot, miniimagenet, omniglot
 from experiments.few_shot import Classifier, Prepared, QueriesSeen, Split
 from maml_jax import evaluation, plots, saved, validation
 from maml_jax.normalisation import Normalisation
-from maml_jax.record import _plain, provenance
+from maml_jax.record import plain, provenance
 from maml_jax.types import MetaState
 
 EXPERIMENTS: dict[str, ModuleType] = {"omniglot": omniglot, "miniimagenet": miniimagenet}
@@ -135,7 +135,7 @@ def main(prepared: tuple[Config, list[Model]]) -> dict[str, Any]:
             rows[label]["first_minus_this"] = difference._asdict()
             print(f"The first minus this after {step} inner steps, paired over the tasks: {difference}", end="\n\n")
     if config.output is not None:
-        config.output.write_text(json.dumps(_plain({"made_by": provenance(), "test": rows}), indent=1))
+        config.output.write_text(json.dumps(plain({"made_by": provenance(), "test": rows}), indent=1))
         plots.inner_steps(config.output.with_suffix(".png"), rows)
     return rows
 

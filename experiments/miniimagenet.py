@@ -14,7 +14,6 @@ from typing import Literal
 from experiments import command_line, few_shot
 from experiments.few_shot import DataSet, Prepared, Recipe, Setting
 from maml_jax import losses
-from maml_jax.record import RunDirectory
 from maml_jax.tasks import images
 from maml_jax.tasks.image_sources import Division
 
@@ -62,7 +61,7 @@ def prepare(config: Config) -> Prepared:
       ValueError, DataError, OSError: saying what is wrong and what to do.
     """
     config, setting = settle(config)
-    RunDirectory.check_free(config.workdir)
+    few_shot.check_workdir(config, setting)
     found = images.load(
         config.data_dir,
         config.cache_dir,

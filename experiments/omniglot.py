@@ -13,7 +13,6 @@ from typing import Literal, get_args
 from experiments import command_line, few_shot
 from experiments.few_shot import DataSet, Net, Prepared, Recipe, Setting
 from maml_jax import losses, validation
-from maml_jax.record import RunDirectory
 from maml_jax.tasks import download, episodes, omniglot
 
 Preset = Literal["5w1s", "5w5s", "20w1s", "20w5s", "5w1s-mlp", "5w5s-mlp"]
@@ -90,7 +89,7 @@ def prepare(config: Config) -> Prepared:
       ValueError, DataError, OSError: saying what is wrong and what to do.
     """
     config, setting = settle(config)
-    RunDirectory.check_free(config.workdir)
+    few_shot.check_workdir(config, setting)
     if config.download:
         download.omniglot(config.data_dir)
     images = omniglot.load(config.data_dir, config.cache_dir, resampling=config.resampling)

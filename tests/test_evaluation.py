@@ -121,9 +121,9 @@ def test_every_method_gets_better_on_real_characters(method, characters, monkeyp
         found = few_shot.evaluate(prepared, [(model, finished)], tasks, told, steps=inner_steps)
         return found.accuracy[:, -1]
 
-    draw = few_shot.drawn_from(prepared, jax.random.key(2))
+    draw, data = few_shot.drawn_from(prepared, jax.random.key(2))
     train = jax.jit(many_steps(learner, draw))
-    after, metrics = train(state, characters.train, steps)
+    after, metrics = train(state, data, steps)
     assert np.isfinite(metrics["loss"])
     better = accuracy(after) - accuracy(state)
     assert better.mean() > 3 * better.std() / np.sqrt(200), (better.mean(), better.std())
