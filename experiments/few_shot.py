@@ -186,6 +186,8 @@ class Prepared(NamedTuple):
     data: DataSet
     published: tuple[float, float] | None
     """Accuracy of this setting elsewhere and the half width of its interval, in per cent."""
+    published_steps: int
+    """Inner steps at test of what is published."""
     val_tasks: int
 
     @property
@@ -351,6 +353,11 @@ def main(prepared: Prepared) -> dict:
         found["nearest neighbour"] = nearest(model, selected, test_tasks, test_protocol)
     for label, each in found.items():
         print(f"{label}: {each}", end="\n\n")
+    if prepared.published:
+        mean, half_width = prepared.published
+        print(
+            f"published: {mean:.2f} +-{half_width:.2f}, queries together, after {prepared.published_steps} inner steps"
+        )
     results = {
         "config": dataclasses.asdict(config),
         "setting": dataclasses.asdict(setting),
