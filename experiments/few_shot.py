@@ -127,6 +127,8 @@ def resolve(config: Config, recipe: Callable[[int, int], Recipe]) -> Setting:
             f"normalisation {config.normalisation!r} needs axes of space, which the net without convolutions does not "
             "have: give 'batch', 'support', 'layer' or 'group'."
         )
+    if config.normalisation == "running" and config.method == "pretrained":
+        raise ValueError("normalisation 'running' gathers statistics over inner steps, and pretrained takes none.")
     if config.order == 1 and config.method in methods.FIXED_ORDER:
         raise ValueError(f"order 1 is for methods that differentiate the inner loop, and {config.method} does not.")
     found = recipe(ways, shots)
