@@ -143,8 +143,9 @@ def inner_loop(
     *,
     steps: int | None = None,
     probe: Callable[[Params], Any] | None = None,
+    batch_per_step: bool = False,
 ) -> tuple[Params, AdaptInfo]:
-    """Adapts `params` to one task: the inner loop of every algorithm here (paper, algorithm 1, lines 5-6).
+    """Adapts `params` to one task: the inner loop of every algorithm here (paper, algorithms 1 and 3, lines 5-6).
 
     Args:
       inner: what to do in each step.
@@ -154,6 +155,8 @@ def inner_loop(
       batch: the support set of one task, with no task axis.
       steps: number of steps, 0 or more; None takes `inner.steps`.
       probe: called with the parameters before the first step and after each one, for evaluation.
+      batch_per_step: every leaf of `batch` has a leading axis `[steps]`, a batch of its own for each step, such
+        as the episodes sampled before it in reinforcement learning.
 
     Returns:
       The adapted parameters, in the structure of `params`, and an `AdaptInfo`.
@@ -171,10 +174,10 @@ def inner_loop(
     if inner.checkpoint == "mixed" and inner.order == 2:
         value_and_grad = mixed_value_and_grad(support_loss)
 
-    def step(carry, _):
+    def step(carry, own_batch):
         adapted, opt_state = carry
         probed = observe(_combine(adapted, fixed))
-        (loss, aux), grads = value_and_grad(adapted, (fixed, batch))
+        (loss, aux), grads = value_and_grad(adapted, (fixed, own_batch if batch_per_step else batch))
         seen = adapted
         if inner.order == 1:
             # The update becomes a constant shift, so that the meta-gradient is the gradient at the
@@ -188,7 +191,8 @@ def inner_loop(
     # Rolled up, so that compile time does not grow with the steps.
     start = lax.stop_gradient(adapted) if inner.order == 1 else adapted
     carry = (adapted, optimizer.init(start))
-    (adapted, _), (loss, aux, probes) = lax.scan(step, carry, length=steps)
+    batches = batch if batch_per_step else None
+    (adapted, _), (loss, aux, probes) = lax.scan(step, carry, batches, length=steps)
     params = _combine(adapted, fixed)
     probes = _append(probes, observe(params))
     return params, AdaptInfo(loss, aux, probes)

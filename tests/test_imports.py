@@ -36,6 +36,13 @@ LAYERS = [  # Each may import only from those before it.
     {"inner", "task_axis", "convolution", "losses", "statistics", "tasks.sinusoid", "tasks.episodes", "tasks.omniglot"},
     {"meta", "layers", "tasks.download"},
     {"check", "models", "train", "record", "plots"},
+    {"rl.environment", "rl.policy", "rl.baseline"},
+    {"rl.navigation", "rl.rollout"},
+    {"rl.advantage"},
+    {"rl.losses"},
+    {"rl.objective"},
+    {"rl.outer"},
+    {"rl.trust_region", "rl.meta_rl"},
 ]
 
 
