@@ -36,7 +36,7 @@ LAYERS = [  # Each may import only from those before it.
     {"inner", "task_axis", "convolution", "losses", "statistics", "tasks.sinusoid", "tasks.episodes", "tasks.omniglot"},
     {"meta", "layers", "tasks.download"},
     {"check", "models", "train", "record", "plots"},
-    {"rl.environment", "rl.policy", "rl.baseline"},
+    {"rl.environment", "rl.policy", "rl.baseline", "rl.plots"},
     {"rl.navigation", "rl.rollout"},
     {"rl.advantage"},
     {"rl.losses"},

@@ -110,10 +110,10 @@ def maml_rl(
 
     def collect(meta_params: tuple[Params, Rates], trial: Trials, steps: int) -> tuple[Params, Task]:
         """Adapts to one task in `steps` inner steps, and returns the episodes of each of them and after the last."""
-        *keys, last = jax.random.split(trial.key, steps + 1)
-        own = Trials(jnp.array(keys, trial.key.dtype), jnp.broadcast_to(trial.task, (steps, *trial.task.shape)))
+        keys = jax.random.split(trial.key, steps + 1)
+        own = Trials(keys[:-1], jnp.broadcast_to(trial.task, (steps, *trial.task.shape)))
         params, info = inner_loop(inner, sampled_loss, *meta_params, own, steps=steps, batch_per_step=True)
-        return params, Task(info.aux, sample(params, Trials(last, trial.task)))
+        return params, Task(info.aux, sample(params, Trials(keys[-1], trial.task)))
 
     def step(state: MetaState, trials: Trials) -> tuple[MetaState, MetaInfo]:
         if sampling_term and len(trials.task) < 2:

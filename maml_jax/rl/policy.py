@@ -1,7 +1,7 @@
 """Gaussian policies: a mean from a network, and a standard deviation that is the same everywhere."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -75,5 +75,5 @@ def gaussian_mlp(observations: int, actions: int, hidden: Sequence[int] = (100, 
     net = GaussianMLP(tuple(hidden), actions)
     return Policy(
         init=lambda key: net.init(key, jnp.zeros((1, observations)))["params"],
-        apply=lambda params, observation: net.apply({"params": params}, observation),  # type: ignore[arg-type]
+        apply=lambda params, observation: cast(Gaussian, net.apply({"params": params}, observation)),
     )
