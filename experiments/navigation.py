@@ -25,7 +25,7 @@ def problem() -> reinforcement.Problem:
         episodes=20,
         inner_rate=0.1,
         kl_limit=0.01,
-        test_rates=(0.5,),
+        test_rates=(0.05, 0.1, 0.2, 0.5),
         test_episodes=40,
         paper={
             "maml": (-40.4, -11.7, -3.3, -3.2),
