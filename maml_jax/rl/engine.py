@@ -18,9 +18,9 @@ START = 1.0
 class Seen(NamedTuple):
     """What the engine returns; everything is NaN where the simulation went wrong."""
 
-    state: jax.Array
+    state: Any
     """`[..., nq + nv]`: positions and velocities."""
-    sensors: jax.Array
+    sensors: Any
     """`[..., sensors]`: of the model, at that state; `[..., 0]` if it has none."""
 
 
