@@ -112,5 +112,10 @@ def main(prepared: reinforcement.Prepared) -> dict:
     return results
 
 
-if __name__ == "__main__":
+def launch() -> None:
+    """The command line."""
     command_line.run(Config, prepare, main)
+
+
+if __name__ == "__main__":
+    launch()

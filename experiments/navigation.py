@@ -50,5 +50,10 @@ def main(prepared: reinforcement.Prepared) -> dict:
     return results
 
 
-if __name__ == "__main__":
+def launch() -> None:
+    """The command line."""
     command_line.run(reinforcement.Config, partial(reinforcement.prepare, problem=problem()), main)
+
+
+if __name__ == "__main__":
+    launch()

@@ -173,9 +173,9 @@ def test_masked_episodes_are_those_of_their_own_lengths(x64):
         sampled = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, action.shape), POLICY.apply(params, observation))
         episodes = Episodes(observation, action, sampled, jnp.asarray(reward), jnp.asarray(mask), jnp.zeros(4))
         seen = experience(episodes, discount, smoothing)
-        return jax.value_and_grad(lambda p: inner_loss(POLICY, name)(p, seen)[0])(params), seen
+        return jax.value_and_grad(lambda p: inner_loss(POLICY, name)(p, seen), has_aux=True)(params), seen
 
-    (loss, gradient), seen = loss_and_gradient(observation, action, "logp")
+    ((loss, _), gradient), seen = loss_and_gradient(observation, action, "logp")
     # One after the other, with the lengths that they have.
     design = np.asarray(features(jnp.asarray(observation)))
     design = np.concatenate([design[i, :n] for i, n in enumerate(lengths)])

@@ -60,7 +60,7 @@ def experience(episodes: Episodes, discount: float, gae_lambda: float) -> Experi
     What comes after the horizon counts as 0, as in the authors' code.
     """
     mask, reward = episodes.mask, episodes.reward
-    value = mask * linear_baseline(episodes.observation, discounted_sums(reward, discount), mask)
+    value = linear_baseline(episodes.observation, discounted_sums(reward, discount), mask)
     following = jnp.pad(value[:, 1:], ((0, 0), (0, 1)))
     advantage = discounted_sums(mask * (reward + discount * following - value), discount * gae_lambda)
     centred = mask * (advantage - episodes.mean(advantage))

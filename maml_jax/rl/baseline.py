@@ -17,7 +17,7 @@ def features(observation: jax.Array) -> jax.Array:
 
 
 def linear_baseline(observation: jax.Array, returns: jax.Array, mask: jax.Array) -> jax.Array:
-    """Fits returns `[E, H]` by ridge regression over the steps that happened, and predicts them, `[E, H]`.
+    """Fits returns `[E, H]` by ridge regression over the steps that happened, and predicts them; 0 for the others.
 
     Columns are scaled to unit length first: of the cheetah's observations some depend on others, and
     without the scaling the float32 factorisation does not exist. The ridge is relative to that length.

@@ -86,7 +86,7 @@ def conjugate_gradient(
 
     Returns:
       `x` after `steps` steps, or once the square of the residual is below `tolerance`, and the quadratic
-      form `x' product(x)`, which the residual gives for nothing.
+      form `x' product(x)`: that is `x' target`, as `x` and the residual are orthogonal.
     """
     vdot, add_scaled = optax.tree.vdot, optax.tree.add_scale
 
@@ -99,8 +99,8 @@ def conjugate_gradient(
         return count + 1, x, residual, add_scaled(residual, following / square, search), following
 
     start = (jnp.zeros([], int), optax.tree.zeros_like(target), target, target, vdot(target, target))
-    _, x, residual, _, _ = lax.while_loop(lambda carry: (carry[0] < steps) & (carry[4] > tolerance), step, start)
-    return x, vdot(x, target) - vdot(x, residual)
+    _, x, *_ = lax.while_loop(lambda carry: (carry[0] < steps) & (carry[4] > tolerance), step, start)
+    return x, vdot(x, target)
 
 
 def line_search(
