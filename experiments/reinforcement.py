@@ -5,6 +5,7 @@ taken on new episodes (section 5.3, and the numbers behind its figures in the au
 """
 
 import dataclasses
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -157,6 +158,8 @@ class Trained(NamedTuple):
     environment: Environment
     policy: Policy
     state: maml_jax.MetaState
+    cpu_seconds: float | None = None
+    """Of a meta-iteration, over all cores and without the first, which compiles; None if there was no second."""
 
 
 def prepare(config: Config, problem: Problem) -> Prepared:
@@ -198,10 +201,15 @@ def meta_train(prepared: Prepared, method: MethodName, seed: int, log: Callable[
         return draw_trials(environment, jax.random.fold_in(key, step), setting.tasks)
 
     progress = Progress(setting.steps, f"{method} (seed {seed})")
+    cpu_seconds = None
     for state, metrics in train(learner, state, draw, trial_key, steps=setting.steps, steps_per_call=1):
         log({"method": method, "seed": seed, **metrics})
         progress.update(metrics["step"], before=metrics.get("return_before", np.nan), after=metrics["return"])
-    return Trained(environment, policy, state)
+        if metrics["step"] == 1:
+            compiled_at = time.process_time()
+        else:
+            cpu_seconds = (time.process_time() - compiled_at) / (metrics["step"] - 1)
+    return Trained(environment, policy, state, cpu_seconds)
 
 
 def tester(trained: Trained, rate: float, episodes: int) -> maml_jax.MetaLearner:
@@ -226,7 +234,7 @@ def evaluate(prepared: Prepared, method: MethodName, trained: Trained) -> dict[s
         return float(test(trained.state, rate, tuning_key).aux.total[:, -1].mean())
 
     rates = setting.test_rates
-    rate = rates[0] if len(rates) == 1 or steps == 0 else max(rates, key=last_return)
+    rate = rates[0] if len(rates) == 1 or not steps else max(rates, key=last_return)
     evaluation = test(trained.state, rate, test_key)
     mean, half_width = interval(np.asarray(evaluation.aux.total))
     return {
@@ -236,6 +244,7 @@ def evaluate(prepared: Prepared, method: MethodName, trained: Trained) -> dict[s
         "improved": (np.diff(evaluation.aux.total, axis=1)[:, :1] > 0).mean(0),
         "length": np.asarray(evaluation.aux.length).mean(0),
         "broken": float(evaluation.aux.broken.sum()),
+        "cpu_seconds": trained.cpu_seconds,
     }
 
 
@@ -291,13 +300,17 @@ def run(prepared: Prepared) -> tuple[RunDirectory, dict[str, Any], list[dict[str
 def table(results: dict[str, Any]) -> str:
     """Returns of every method and seed, with the mean over seeds and the paper's numbers."""
     title = f"{'':<18}seed  rate" + "".join(f"{f'{step} steps':>18}" for step in range(TEST_STEPS + 1))
-    lines = [results["protocol"], "", title + "   better after 1"]
+    lines = [results["protocol"], "", title + "   better after 1   cpu seconds a meta-iteration"]
     for method in dict.fromkeys(row["method"] for row in results["rows"]):
         mine = [row for row in results["rows"] if row["method"] == method]
         for row in mine:
             cells = "".join(f"{mean:10.2f} +-{half:6.2f}" for mean, half in zip(row["return"], row["half_width"]))
-            rate, better = (f"{row['rate']:g}", f"{row['improved'][0]:17.0%}") if row["rate"] else ("", "")
-            lines.append(f"{method.replace('_', ' '):<18}{row['seed']:>4} {rate:>5} {cells}{better}")
+            cells = f"{cells:<{18 * (TEST_STEPS + 1)}}"
+            rate, better = (f"{row['rate']:g}", f"{row['improved'][0]:.0%}") if row["rate"] else ("", "")
+            cost = "" if row["cpu_seconds"] is None else f"{row['cpu_seconds']:.2f}"
+            lines.append(
+                f"{method.replace('_', ' '):<18}{row['seed']:>4} {rate:>5} {cells}{better:>17}{cost:>32}".rstrip()
+            )
         if len(mine) > 1:
             means = np.mean([row["return"] for row in mine], 0)
             lines.append(f"{'  mean of seeds':<29}" + "".join(f"{mean:10.2f}        " for mean in means))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import maml_jax
 
-HEAVY = ("tensorflow", "tensorflow_datasets", "orbax", "matplotlib", "PIL", "flax", "tyro")
+HEAVY = ("tensorflow", "tensorflow_datasets", "orbax", "matplotlib", "PIL", "flax", "tyro", "mujoco")
 ROOT = Path(maml_jax.__file__).parent
 
 
