@@ -88,7 +88,8 @@ def test_each_inner_step_is_gradient_descent_on_its_own_episodes(x64, adapting):
     for one, two in zip(*map(jax.tree.leaves, (adapted, params))):
         np.testing.assert_allclose(one, two, atol=1e-12)
     drawn = (seen.episodes.action - seen.episodes.sampled.mean) / jnp.exp(seen.episodes.sampled.log_std)
-    assert not np.allclose(drawn[0], drawn[1], atol=1e-3)  # And they are new ones.
+    for one, other in ((0, 1), (0, 2), (1, 2)):  # And they are new ones.
+        assert np.isclose(drawn[one], drawn[other], atol=1e-3).mean() < 0.2
 
 
 def test_promp_lowers_the_loss_in_several_steps():
