@@ -188,8 +188,9 @@ def inner_loop(
     *,
     steps: int | None = None,
     probe: Callable[[Params], Any] | None = None,
+    batch_per_step: bool = False,
 ) -> tuple[Params, AdaptInfo]:
-    """Adapts `params` to one task: the inner loop of every algorithm here (paper, algorithm 1, lines 5-6).
+    """Adapts `params` to one task: the inner loop of every algorithm here (paper, algorithms 1 and 3, lines 5-6).
 
     Args:
       inner: what to do in each step.
@@ -199,6 +200,8 @@ def inner_loop(
       batch: the support set of one task, with no task axis.
       steps: number of steps, 0 or more; None takes `inner.steps`.
       probe: called with the parameters before the first step and after each one, for evaluation.
+      batch_per_step: every leaf of `batch` has a leading axis `[steps]`, a batch of its own for each step, such
+        as the episodes sampled before it in reinforcement learning. `inner.start` is given all of them.
 
     Returns:
       The adapted parameters, as the loss is given them after the last step, and an `AdaptInfo`.
@@ -222,10 +225,11 @@ def inner_loop(
     if inner.checkpoint == "mixed" and inner.order == 2:
         value_and_grad = mixed_value_and_grad(support_loss)
 
-    def step(carry, index):
+    def step(carry, of_step):
+        index, own_batch = of_step
         adapted, opt_state = carry
         probed = observe(seen(adapted, fixed, index))
-        (loss, aux), grads = value_and_grad(adapted, (fixed, batch, index))
+        (loss, aux), grads = value_and_grad(adapted, (fixed, own_batch if batch_per_step else batch, index))
         at = adapted
         if inner.order == 1:
             # The update becomes a constant shift, so that the meta-gradient is the gradient at the
@@ -239,8 +243,8 @@ def inner_loop(
     # Rolled up, so that compile time does not grow with the steps.
     start = lax.stop_gradient(adapted) if inner.order == 1 else adapted
     carry = (adapted, optimizer.init(start))
-    indices = None if inner.at_step is None else jnp.arange(steps)
-    (adapted, _), (loss, aux, probes) = lax.scan(step, carry, indices, length=steps)
+    of_steps = (None if inner.at_step is None else jnp.arange(steps), batch if batch_per_step else None)
+    (adapted, _), (loss, aux, probes) = lax.scan(step, carry, of_steps, length=steps)
     params = seen(adapted, fixed, steps)
     probes = _append(probes, observe(params))
     return params, AdaptInfo(loss, aux, probes)

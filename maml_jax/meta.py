@@ -32,7 +32,8 @@ class MetaLearner(NamedTuple):
     """
 
     init: Callable[[Params], MetaState]
-    step: Callable[[MetaState, Task], tuple[MetaState, MetaInfo]]
+    step: Callable[[MetaState, Any], tuple[MetaState, MetaInfo]]
+    """Tasks are a `Task`; those of `rl.meta_rl` its `Trials`."""
     evaluate: Callable[..., Evaluation]
     adapt: Callable[..., tuple[Params, AdaptInfo]]
 

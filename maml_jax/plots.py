@@ -1,4 +1,4 @@
-"""Pictures of results, drawn from what a run has recorded. Only this file imports matplotlib."""
+"""Pictures of results, drawn from what a run has recorded. Only this file and `rl/plots.py` import matplotlib."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import maml_jax
 
-HEAVY = ("tensorflow", "tensorflow_datasets", "orbax", "matplotlib", "PIL", "flax", "tyro")
+HEAVY = ("tensorflow", "tensorflow_datasets", "orbax", "matplotlib", "PIL", "flax", "tyro", "mujoco")
 ROOT = Path(maml_jax.__file__).parent
 
 
@@ -40,6 +40,13 @@ LAYERS = [  # Each may import only from those before it.
     {"layers", "reptile", "implicit", "schedules", "tasks.images", "evaluation", "running"},
     {"check", "models", "train", "record", "plots"},
     {"heads", "resumable"},
+    {"rl.environment", "rl.policy", "rl.baseline", "rl.plots", "rl.engine"},
+    {"rl.navigation", "rl.locomotion", "rl.rollout"},
+    {"rl.advantage"},
+    {"rl.losses"},
+    {"rl.objective"},
+    {"rl.outer"},
+    {"rl.trust_region", "rl.meta_rl"},
 ]
 
 

@@ -1,0 +1,319 @@
+"""What the reinforcement-learning experiments share: training, the paper's evaluation, and the table.
+
+The paper's evaluation: 40 held-out tasks, the return before and after 1 to 3 gradient steps, each step
+taken on new episodes (section 5.3, and the numbers behind its figures in the authors' code).
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import maml_jax
+from maml_jax import validation
+from maml_jax.record import Progress, RunDirectory
+from maml_jax.rl.environment import Environment, told
+from maml_jax.rl.losses import InnerLossName
+from maml_jax.rl.meta_rl import Trials, draw_trials, maml_rl
+from maml_jax.rl.outer import Outer, policy_gradient, promp
+from maml_jax.rl.policy import Policy, gaussian_mlp
+from maml_jax.rl.trust_region import trpo
+from maml_jax.statistics import interval
+from maml_jax.train import train
+
+TEST_STEPS = 3
+TEST_SEED = 600  # Apart from every training seed's keys: the test tasks are the same for all of them.
+
+MethodName = Literal["maml", "first_order", "pretrained", "random", "oracle"]
+OuterName = Literal["trpo", "policy_gradient", "promp"]
+
+
+class Problem(NamedTuple):
+    """One of the paper's problems, with the numbers of its recipe."""
+
+    environment: Environment
+    steps: int
+    """Meta-iterations."""
+    tasks: int
+    episodes: int
+    inner_rate: float
+    kl_limit: float
+    test_rates: tuple[float, ...]
+    """First inner rates at test, of which the best on other tasks is taken."""
+    test_episodes: int
+    paper: dict[MethodName, tuple[float, ...]]
+    """Returns after 0 to 3 gradient steps; one number for the oracle, which takes none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """MAML for policies. What is not given follows the problem's recipe."""
+
+    methods: tuple[MethodName, ...] = ("maml",)
+    """What to train. 'pretrained' and 'oracle' learn all tasks jointly, from as many episodes a meta-iteration as
+    'maml'; the oracle is told the task. 'random' is not trained."""
+    seeds: tuple[int, ...] = (0,)
+    """One whole run for each; the test tasks are the same."""
+    steps: int | None = None
+    """Meta-iterations of each method."""
+    tasks: int | None = None
+    """Tasks per meta-iteration."""
+    episodes: int | None = None
+    """Episodes of each task before each inner step and after the last."""
+    inner_rate: float | None = None
+    """Inner step size in training."""
+    inner_steps: int = 1
+    """Inner steps in training, each on new episodes."""
+    inner_loss: InnerLossName = "logp"
+    """'logp': the paper's; 'lvc' and 'dice': with the second derivatives that it lacks."""
+    sampling_term: bool = False
+    """Also credit the choice of the episodes that were adapted to (E-MAML)."""
+    outer: OuterName = "trpo"
+    """The outer step. 'policy_gradient' and 'promp' use Adam."""
+    kl_limit: float | None = None
+    """Trust region of 'trpo': largest mean KL divergence of the adapted policies."""
+    curvature_tasks: int | None = None
+    """Tasks of which 'trpo' takes the curvature; default: all."""
+    outer_rate: float = 1e-3
+    """Adam's rate for 'policy_gradient' and 'promp'."""
+    test_rates: tuple[float, ...] | None = None
+    """Size of the first gradient step at test, the later ones half as large; of several, the best on other tasks
+    is taken, for each method."""
+    test_tasks: int = 40
+    """Tasks to evaluate on."""
+    test_episodes: int | None = None
+    """Episodes of each test task for each gradient step."""
+    workdir: Path | None = None
+    """Where the run writes; default: a new directory below runs/."""
+
+    def resolve(self, problem: Problem) -> "Setting":
+        """Fills in the recipe, and checks everything.
+
+        Raises:
+          ValueError: naming the option, what was given and what is allowed.
+        """
+        names = ("steps", "tasks", "episodes", "inner_rate", "kl_limit", "test_rates", "test_episodes")
+        chosen = {name: getattr(problem, name) if (own := getattr(self, name)) is None else own for name in names}
+        setting = Setting(**chosen)
+        for name in ("steps", "tasks", "episodes", "test_episodes"):
+            validation.at_least(name, chosen[name], 1)
+        validation.at_least("test_tasks", self.test_tasks, 2)
+        validation.at_least("inner_steps", self.inner_steps, 1)
+        for name in ("inner_rate", "kl_limit"):
+            validation.positive(name, chosen[name])
+        validation.positive("outer_rate", self.outer_rate)
+        for name, given in (("methods", self.methods), ("seeds", self.seeds), ("test_rates", setting.test_rates)):
+            if not given:
+                raise ValueError(f"{name} must name at least one, but got none.")
+        for rate in setting.test_rates:
+            validation.positive("test_rates", rate)
+        for method in self.methods:
+            validation.one_of("methods", method, get_args(MethodName))
+        for seed in self.seeds:
+            validation.at_least("seeds", seed, 0)
+        validation.one_of("inner_loss", self.inner_loss, get_args(InnerLossName))
+        validation.one_of("outer", self.outer, get_args(OuterName))
+        if self.curvature_tasks is not None:
+            validation.at_least("curvature_tasks", self.curvature_tasks, 1)
+            if self.outer != "trpo" or self.curvature_tasks > setting.tasks:
+                raise ValueError(
+                    f"curvature_tasks is for --outer trpo, and at most tasks, {setting.tasks}, but got "
+                    f"{self.curvature_tasks} with --outer {self.outer}."
+                )
+        if self.sampling_term and setting.tasks < 2:
+            raise ValueError("sampling_term compares the tasks of a meta-iteration: it needs --tasks of at least 2.")
+        return setting
+
+
+class Setting(NamedTuple):
+    """The options that depend on the problem, resolved. Fields as in `Config`."""
+
+    steps: int
+    tasks: int
+    episodes: int
+    inner_rate: float
+    kl_limit: float
+    test_rates: tuple[float, ...]
+    test_episodes: int
+
+
+class Prepared(NamedTuple):
+    """All that an experiment needs, checked."""
+
+    config: Config
+    problem: Problem
+    setting: Setting
+
+
+class Trained(NamedTuple):
+    """A policy after training."""
+
+    environment: Environment
+    policy: Policy
+    state: maml_jax.MetaState
+    cpu_seconds: float | None = None
+    """Of a meta-iteration, over all cores and without the first, which compiles; None if there was no second."""
+
+
+def prepare(config: Config, problem: Problem) -> Prepared:
+    """Checks the options. Raises ValueError or OSError, saying what is wrong and what to do."""
+    setting = config.resolve(problem)
+    RunDirectory.check_free(config.workdir)
+    return Prepared(config, problem, setting)
+
+
+def outer(config: Config, setting: Setting) -> Outer:
+    """The outer step that the options name."""
+    if config.outer == "trpo":
+        return trpo(setting.kl_limit, curvature_tasks=config.curvature_tasks)
+    return (policy_gradient if config.outer == "policy_gradient" else promp)(optax.adam(config.outer_rate))
+
+
+def meta_train(prepared: Prepared, method: MethodName, seed: int, log: Callable[[dict[str, Any]], None]) -> Trained:
+    """Trains one policy; hands each meta-iteration's metrics to `log`."""
+    config, problem, setting = prepared
+    environment = told(problem.environment) if method == "oracle" else problem.environment
+    policy = gaussian_mlp(environment.observation_size, environment.action_size)
+    joint = method in ("pretrained", "oracle")
+    order: Literal[1, 2] = 1 if method == "first_order" else 2
+    learner = maml_rl(
+        environment,
+        policy,
+        maml_jax.no_adaptation() if joint else maml_jax.sgd(setting.inner_rate, steps=config.inner_steps, order=order),
+        outer(config, setting),
+        episodes=setting.episodes * (config.inner_steps + 1 if joint else 1),
+        inner_loss_name=config.inner_loss,
+        sampling_term=config.sampling_term,
+    )
+    init_key, trial_key = jax.random.split(jax.random.key(seed))
+    state = learner.init(policy.init(init_key))
+    if method == "random":
+        return Trained(environment, policy, state)
+
+    def draw(key: jax.Array, step: jax.Array) -> Any:
+        return draw_trials(environment, jax.random.fold_in(key, step), setting.tasks)
+
+    progress = Progress(setting.steps, f"{method} (seed {seed})")
+    cpu_seconds = None
+    for state, metrics in train(learner, state, draw, trial_key, steps=setting.steps, steps_per_call=1):
+        log({"method": method, "seed": seed, **metrics})
+        progress.update(metrics["step"], before=metrics.get("return_before", np.nan), after=metrics["return"])
+        if metrics["step"] == 1:
+            compiled_at = time.process_time()
+        else:
+            cpu_seconds = (time.process_time() - compiled_at) / (metrics["step"] - 1)
+    return Trained(environment, policy, state, cpu_seconds)
+
+
+def tester(trained: Trained, rate: float, episodes: int) -> maml_jax.MetaLearner:
+    """For adaptation at test alone, later steps half as large as the first: the outer step plays no part."""
+    rates = optax.piecewise_constant_schedule(rate, {1: 0.5})
+    inner = maml_jax.unrolled(optax.sgd(rates), steps=TEST_STEPS)
+    return maml_rl(trained.environment, trained.policy, inner, policy_gradient(optax.identity()), episodes=episodes)
+
+
+def evaluate(prepared: Prepared, method: MethodName, trained: Trained) -> dict[str, Any]:
+    """Adapts to the test tasks. Where there is a choice of rates, the best for as many other tasks is taken."""
+    config, _, setting = prepared
+    steps = 0 if method == "oracle" else TEST_STEPS
+    test_key, tuning_key = jax.random.split(jax.random.key(TEST_SEED))
+
+    @partial(jax.jit, static_argnums=1)
+    def test(state: maml_jax.MetaState, rate: float, key: jax.Array) -> maml_jax.Evaluation:
+        trials = draw_trials(trained.environment, key, config.test_tasks)
+        return tester(trained, rate, setting.test_episodes).evaluate(state, trials, steps)
+
+    def last_return(rate: float) -> float:
+        return float(test(trained.state, rate, tuning_key).aux.total[:, -1].mean())
+
+    rates = setting.test_rates
+    rate = rates[0] if len(rates) == 1 or not steps else max(rates, key=last_return)
+    evaluation = test(trained.state, rate, test_key)
+    mean, half_width = interval(np.asarray(evaluation.aux.total))
+    return {
+        "rate": rate if steps else None,
+        "return": mean,
+        "half_width": half_width,
+        "improved": (np.diff(evaluation.aux.total, axis=1)[:, :1] > 0).mean(0),
+        "length": np.asarray(evaluation.aux.length).mean(0),
+        "broken": float(evaluation.aux.broken.sum()),
+        "cpu_seconds": trained.cpu_seconds,
+    }
+
+
+def show(trained: Trained, rate: float, episodes: int, tasks: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Observations `[T, S + 1, E, H, O]` and mask of episodes before and after each step at the test tasks."""
+    trials = Trials(jax.random.split(jax.random.key(TEST_SEED + 1), len(tasks)), jnp.asarray(tasks))
+    learner = tester(trained, rate, episodes)
+    _, info = jax.jit(jax.vmap(lambda trial: learner.adapt(trained.state, trial)))(trials)
+    seen = info.aux[1].episodes
+    return np.asarray(seen.observation), np.asarray(seen.mask)
+
+
+def run(prepared: Prepared) -> tuple[RunDirectory, dict[str, Any], list[dict[str, Any]], dict[MethodName, Trained]]:
+    """Trains and tests what the options name, and writes parameters and results.
+
+    Returns:
+      The run's directory, its results, the metrics of every meta-iteration, and the last seed's policies.
+    """
+    config, problem, setting = prepared
+    directory = RunDirectory(config.workdir, problem.environment.name)
+    print(f"{config}\n{setting}\nWriting to {directory.path}", flush=True)
+    history: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
+    policies: dict[MethodName, Trained] = {}
+
+    def log(row: dict[str, Any]) -> None:
+        directory.log(**row)
+        history.append(row)
+
+    for seed in config.seeds:
+        for method in config.methods:
+            policies[method] = meta_train(prepared, method, seed, log)
+            rows.append({"method": method, "seed": seed, **evaluate(prepared, method, policies[method])})
+    results = {
+        "config": dataclasses.asdict(config),
+        "setting": setting._asdict(),
+        "protocol": (
+            f"{problem.environment.name}: mean return over {config.test_tasks} held-out tasks before and after 1 to "
+            f"{TEST_STEPS} gradient steps, each on {setting.test_episodes} new episodes of at most "
+            f"{problem.environment.horizon} steps, later steps half as large as the first; intervals are 95% over the "
+            "tasks"
+        ),
+        "paper": problem.paper,
+        "rows": rows,
+    }
+    print(table(results))
+    directory.write_params({method: trained.state.params for method, trained in policies.items()})
+    path = directory.write_results(results)
+    print(f"Wrote {path}, and params.msgpack beside it.")
+    return directory, results, history, policies
+
+
+def table(results: dict[str, Any]) -> str:
+    """Returns of every method and seed, with the mean over seeds and the paper's numbers."""
+    title = f"{'':<18}seed  rate" + "".join(f"{f'{step} steps':>18}" for step in range(TEST_STEPS + 1))
+    lines = [results["protocol"], "", title + "   better after 1   cpu seconds a meta-iteration"]
+    for method in dict.fromkeys(row["method"] for row in results["rows"]):
+        mine = [row for row in results["rows"] if row["method"] == method]
+        for row in mine:
+            cells = "".join(f"{mean:10.2f} +-{half:6.2f}" for mean, half in zip(row["return"], row["half_width"]))
+            cells = f"{cells:<{18 * (TEST_STEPS + 1)}}"
+            rate, better = (f"{row['rate']:g}", f"{row['improved'][0]:.0%}") if row["rate"] else ("", "")
+            cost = "" if row["cpu_seconds"] is None else f"{row['cpu_seconds']:.2f}"
+            lines.append(
+                f"{method.replace('_', ' '):<18}{row['seed']:>4} {rate:>5} {cells}{better:>17}{cost:>32}".rstrip()
+            )
+        if len(mine) > 1:
+            means = np.mean([row["return"] for row in mine], 0)
+            lines.append(f"{'  mean of seeds':<29}" + "".join(f"{mean:10.2f}        " for mean in means))
+        if method in results["paper"]:
+            lines.append(f"{'  the paper':<29}" + "".join(f"{v:10.2f}        " for v in results["paper"][method]))
+    return "\n".join(lines)

@@ -1,0 +1,110 @@
+"""MuJoCo's C engine as a pure function of JAX, many states at a time. Only this file imports mujoco."""
+
+import os
+import threading
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+MODELS = Path(__file__).parent / "models"
+
+START = 1.0
+"""The engine's clock before every step: an engine that has reset itself shows by a clock that went back."""
+
+
+class Seen(NamedTuple):
+    """What the engine returns; everything is NaN where the simulation went wrong."""
+
+    state: Any
+    """`[..., nq + nv]`: positions and velocities."""
+    sensors: Any
+    """`[..., sensors]`: of the model, at that state; `[..., 0]` if it has none."""
+
+
+class Engine:
+    """A MuJoCo model, and host memory to simulate it in.
+
+    Its functions are pure: a result depends on nothing but the arguments. Under any nest of `vmap` they
+    reach the host as one call for all states together, which uses all cores.
+
+    Args:
+      path: the model's XML file.
+
+    Raises:
+      ModuleNotFoundError: if mujoco is not installed, saying how to install it.
+    """
+
+    def __init__(self, path: Path):
+        try:
+            import mujoco
+            from mujoco import rollout
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "This environment needs the MuJoCo engine: pip install 'maml-jax[mujoco]', or in a checkout "
+                "pip install -e '.[mujoco]'."
+            ) from error
+        self.model: Any = mujoco.MjModel.from_xml_path(str(path))
+        self.sizes = (self.model.nq, self.model.nv, self.model.nu)
+        self.start = self.model.key_qpos[0] if self.model.nkey else self.model.qpos0
+        self._rollout = rollout.rollout
+        # The engine's sensors tell of the state before a step. They are read after it, by the cheapest
+        # step from there, whose outcome is thrown away; the step itself goes without.
+        self._reader = mujoco.MjModel.from_xml_path(str(path)) if self.model.nsensordata else None
+        if self._reader is not None:
+            self._reader.opt.integrator = mujoco.mjtIntegrator.mjINT_EULER
+            self.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_SENSOR
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._memory = [mujoco.MjData(self.model) for _ in range(cores)]
+        self._lock = threading.Lock()
+
+    def step(self, state: jax.Array, control: jax.Array) -> Seen:
+        """One time step, `[nq + nv]` and `[nu]` to what is seen after it."""
+        return self._call(self._step, state, control)
+
+    def read(self, state: jax.Array) -> Seen:
+        """The state itself with its sensors, under no control."""
+        return self._call(self._read, state, jnp.zeros(self.model.nu, state.dtype))
+
+    def _call(self, function: Any, state: jax.Array, control: jax.Array) -> Seen:
+        shapes = Seen(
+            jax.ShapeDtypeStruct(state.shape, state.dtype),
+            jax.ShapeDtypeStruct((self.model.nsensordata,), state.dtype),
+        )
+        return jax.pure_callback(function, shapes, state, control, vmap_method="broadcast_all")
+
+    def _step(self, state: Any, control: Any) -> Seen:
+        before, control, sound = self._given(state, control)
+        after, _ = self._simulate(self.model, before, control)
+        # A state that is not finite may not enter the engine: its sensors are read elsewhere, and not used.
+        sound &= (after[:, 0] > START) & np.isfinite(after).all(1)
+        after = np.where(sound[:, None], after, before)
+        after[:, 0] = START
+        return self._result(state, after, control, sound)
+
+    def _read(self, state: Any, control: Any) -> Seen:
+        at, control, sound = self._given(state, control)
+        return self._result(state, at, control, sound)
+
+    def _given(self, state: Any, control: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows of the engine's full state and of controls, and which of them are finite; start and 0 for the others."""
+        state = np.asarray(state, np.float64).reshape(-1, state.shape[-1])
+        control = np.asarray(control, np.float64).reshape(-1, control.shape[-1])
+        sound = np.isfinite(state).all(1) & np.isfinite(control).all(1)
+        standing = np.concatenate([self.start, np.zeros(self.model.nv)])
+        rows = np.where(sound[:, None], state, standing)
+        return np.insert(rows, 0, START, axis=1), np.where(sound[:, None], control, 0), sound
+
+    def _result(self, like: Any, after: np.ndarray, control: np.ndarray, sound: np.ndarray) -> Seen:
+        sensors = np.zeros((len(after), 0))
+        if self._reader is not None:
+            _, sensors = self._simulate(self._reader, after, control)
+        seen = (np.where(sound[:, None], values, np.nan) for values in (after[:, 1:], sensors))
+        return Seen(*(values.reshape(*like.shape[:-1], values.shape[1]).astype(like.dtype) for values in seen))
+
+    def _simulate(self, model: Any, state: np.ndarray, control: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        with self._lock:  # The memory is shared between calls.
+            after, sensors = self._rollout(model, self._memory, state, control[:, None], nstep=1, persistent_pool=True)
+        return after[:, 0], sensors[:, 0]

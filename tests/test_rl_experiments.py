@@ -1,0 +1,73 @@
+"""The reinforcement-learning experiments from their command line: a short run, and what they say to bad input."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from experiments import command_line, locomotion, navigation, reinforcement
+
+BAD = [
+    (navigation, ["--steps", "0"], "steps must be an integer of at least 1, but got 0"),
+    (navigation, ["--episodes", "0"], "episodes must be an integer of at least 1, but got 0"),
+    (navigation, ["--test-tasks", "1"], "test_tasks must be an integer of at least 2, but got 1"),
+    (navigation, ["--inner-rate", "nan"], "inner_rate must be positive and finite, but got nan"),
+    (navigation, ["--kl-limit", "-1"], "kl_limit must be positive and finite, but got -1"),
+    (navigation, ["--test-rates", "0.1", "0"], "test_rates must be positive and finite, but got 0"),
+    (navigation, ["--methods", "magic"], "methods"),
+    (navigation, ["--curvature-tasks", "21"], "at most tasks, 20, but got 21"),
+    (navigation, ["--curvature-tasks", "5", "--outer", "promp"], "curvature_tasks is for --outer trpo"),
+    (navigation, ["--sampling-term", "--tasks", "1"], "it needs --tasks of at least 2"),
+    (locomotion, ["--preset", "snail"], "preset"),
+    (locomotion, ["--inner-steps", "0"], "inner_steps must be an integer of at least 1, but got 0"),
+]
+
+
+def start(module, options, monkeypatch, tmp_path):
+    """As `python -m` does, in this process."""
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, options)])
+    monkeypatch.setattr(command_line.jax.config, "update", lambda *_: None)  # This process has its devices already.
+    monkeypatch.chdir(tmp_path)
+    module.launch()
+
+
+@pytest.mark.parametrize(("module", "options", "message"), BAD)
+def test_bad_input_ends_before_anything_long_starts(module, options, message, monkeypatch, capsys, tmp_path):
+    with pytest.raises(SystemExit) as end:
+        start(module, options, monkeypatch, tmp_path)
+    assert end.value.code == 2
+    printed = capsys.readouterr()
+    assert message in printed.err + printed.out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_missing_engine_ends_with_the_way_to_install_it(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "mujoco", None)
+    with pytest.raises(SystemExit) as end:
+        start(locomotion, [], monkeypatch, tmp_path)
+    assert end.value.code == 2 and "pip install 'maml-jax[mujoco]'" in capsys.readouterr().err
+
+
+def test_navigation_from_beginning_to_end(monkeypatch, capsys, tmp_path):
+    options = ["--steps", 2, "--tasks", 3, "--episodes", 4, "--test-tasks", 3,
+               "--test-episodes", 6, "--test-rates", 0.1, "--outer", "policy_gradient", "--workdir", "run"]  # fmt: skip
+    start(navigation, options, monkeypatch, tmp_path)
+    printed = capsys.readouterr().out
+    assert "the paper" in printed and "3 steps" in printed
+    written = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"returns.png", "paths-maml.png", "params.msgpack", "metrics.jsonl", "results.json"} <= written
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    (maml,) = results["rows"]
+    assert len(maml["return"]) == len(maml["half_width"]) == 4
+    assert maml["broken"] == 0 and np.ptp(maml["return"]) > 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["method"], row["step"]) for row in rows] == [("maml", 1), ("maml", 2)]
+    assert rows[0]["return"] < 0 and rows[0]["return_before"] < 0
+
+
+def test_the_recipes_are_the_papers():
+    setting = reinforcement.Config().resolve(locomotion.problem("half-cheetah-direction"))
+    assert (setting.tasks, setting.episodes, setting.inner_rate, setting.kl_limit) == (40, 20, 0.1, 0.02)
+    setting = reinforcement.Config(steps=7).resolve(navigation.problem())
+    assert (setting.steps, setting.tasks, setting.episodes, setting.kl_limit) == (7, 20, 20, 0.01)

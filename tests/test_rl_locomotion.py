@@ -1,0 +1,143 @@
+"""Half-cheetah and ant against MuJoCo's own loop."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import mujoco
+import numpy as np
+import pytest
+from rl_cases import compiled
+
+from maml_jax.rl.engine import MODELS, Engine
+from maml_jax.rl.locomotion import ant, contact_forces, half_cheetah, planar_centre_of_mass, rotation
+from maml_jax.rl.meta_rl import given_trials
+
+NAMES = ("half_cheetah", "ant")
+
+
+@pytest.fixture(scope="module")
+def engines():
+    return {name: Engine(MODELS / f"{name}.xml") for name in NAMES}
+
+
+def loop(name, state, controls):
+    """One episode in a plain loop of the engine: the data after each step, with everything computed there."""
+    model = mujoco.MjModel.from_xml_path(str(MODELS / f"{name}.xml"))
+    data = mujoco.MjData(model)
+    data.qpos[:], data.qvel[:] = state[: model.nq], state[model.nq :]
+    for control in controls:
+        data.ctrl[:] = control
+        mujoco.mj_step(model, data)
+        mujoco.mj_forward(model, data)
+        mujoco.mj_rnePostConstraint(model, data)
+        mujoco.mj_subtreeVel(model, data)
+        yield data
+
+
+def starts(engine, rng, count):
+    positions, speeds, _ = engine.sizes
+    noise = rng.normal(size=(count, positions + speeds)) * np.repeat([0.01, 0.1], [positions, speeds])
+    return np.concatenate([engine.start, np.zeros(speeds)]) + noise
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_callback_is_the_engines_own_loop_bit_for_bit(x64, engines, name):
+    engine, rng = engines[name], np.random.default_rng(0)
+    motors = engine.sizes[2]
+    state = starts(engine, rng, 6)
+    controls = rng.uniform(-1, 1, size=(40, 6, motors))
+
+    @compiled
+    def simulate(state, controls):  # Two nested maps inside a scan: one call to the host for each time step.
+        def step(state, control):
+            seen = jax.vmap(jax.vmap(engine.step))(state, control)
+            return seen.state, seen
+
+        return jax.lax.scan(step, state, controls)[1]
+
+    seen = simulate(state.reshape(2, 3, -1), controls.reshape(40, 2, 3, motors))
+    states, sensors = (np.asarray(leaf).reshape(40, 6, leaf.shape[-1]) for leaf in seen)
+    touched = 0
+    for episode in range(6):
+        for time, data in enumerate(loop(name, state[episode], controls[:, episode])):
+            np.testing.assert_array_equal(states[time, episode], np.concatenate([data.qpos, data.qvel]))
+            np.testing.assert_array_equal(sensors[time, episode], data.sensordata)
+        if name == "ant":
+            forces = contact_forces(jnp.asarray(sensors[-1, episode]))
+            np.testing.assert_allclose(forces, data.cfrc_ext, atol=1e-9)
+            np.testing.assert_allclose(rotation(jnp.asarray(data.qpos[3:7])), data.xmat[1].reshape(3, 3), atol=1e-12)
+            touched += (forces != 0).any()
+        else:
+            centre = planar_centre_of_mass(engine)
+            found, moved = jax.jvp(centre, (jnp.asarray(data.qpos),), (jnp.asarray(data.qvel),))
+            np.testing.assert_allclose(found, data.subtree_com[1], atol=1e-12)
+            np.testing.assert_allclose(moved, data.subtree_linvel[1], atol=1e-12)
+            touched += data.ncon
+    assert touched  # The comparison had contacts in it.
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_goes_wrong_stays_where_it_is(engines, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # The engine writes its warnings to a file.
+    engine = engines[name]
+    state = jnp.asarray(starts(engine, np.random.default_rng(0), 5), jnp.float32)
+    control = jnp.zeros((5, engine.sizes[2]))
+    step = jax.jit(jax.vmap(engine.step))
+    fine = step(state, control)
+    wrong = step(state.at[1, 4].set(jnp.nan).at[3, -1].set(1e18), control.at[0, 2].set(jnp.nan))
+    for before, after in zip(fine, wrong):
+        if after.shape[1]:  # The cheetah has no sensors.
+            np.testing.assert_array_equal(np.isnan(after).all(1), [True, True, False, True, False])
+        np.testing.assert_array_equal(before[jnp.array([2, 4])], after[jnp.array([2, 4])])
+    again = step(state, control)
+    for before, after in zip(fine, again):
+        np.testing.assert_array_equal(before, after)
+
+
+@pytest.mark.parametrize(("make", "goal"), [(half_cheetah, "velocity"), (half_cheetah, "direction"), (ant, "velocity"),
+                                            (ant, "direction")])  # fmt: skip
+def test_rewards_and_observations_are_the_papers(x64, make, goal):
+    environment = make(goal)
+    name = make.__name__
+    task = jnp.array(-1.0 if goal == "direction" else 0.7)
+    body = environment.reset(jax.random.key(0), task)
+    action = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, environment.action_size))
+    step = environment.step(body, action, task)
+    (data,) = loop(name, np.asarray(body.state), [np.asarray(action)])
+    velocity = data.subtree_linvel[1][0]
+    progress = -velocity if goal == "direction" else -abs(velocity - 0.7)
+    observation = [data.qpos[1:], data.qvel, data.subtree_com[1]]
+    if name == "half_cheetah":
+        expected = progress - 0.05 * np.square(action).sum()
+    else:
+        forces = np.clip(data.cfrc_ext, -1, 1)
+        expected = progress + (goal == "velocity") - 0.005 * np.square(action).sum() - 0.0005 * np.square(forces).sum()
+        expected += 0.05
+        observation = [data.qpos, data.qvel, forces.ravel(), data.xmat[1], data.subtree_com[1]]
+    np.testing.assert_allclose(step.reward, expected, rtol=1e-9)
+    seen = environment.observe(step.state, task)
+    assert seen.shape == (environment.observation_size,) and not step.done
+    np.testing.assert_allclose(seen, np.concatenate(observation), atol=1e-9)
+    if name == "ant":
+        for height, ends in ((0.1, True), (0.5, False), (1.2, True)):
+            at = body._replace(state=body.state.at[2].set(height))
+            assert bool(environment.step(at, jnp.zeros(8), task).done) == ends
+
+
+def test_tasks_missing_engine_and_horizon_are_told(monkeypatch):
+    cheetah, runner = half_cheetah("velocity"), ant("direction")
+    velocities = cheetah.sample_tasks(jax.random.key(0), 1000)
+    assert velocities.min() < 0.02 and 1.98 < velocities.max() <= 2
+    assert set(np.unique(runner.sample_tasks(jax.random.key(0), 100))) == {-1, 1}
+    with pytest.raises(ValueError, match=r"each a velocity from 0 to 2, but got \[2\.5\]"):
+        given_trials(cheetah, jax.random.key(0), [2.5])
+    with pytest.raises(ValueError, match=r"each a direction 1 or -1, but got \[0\.5\]"):
+        given_trials(runner, jax.random.key(0), [0.5])
+    with pytest.raises(ValueError, match="horizon must be an integer of at least 1, but got 0"):
+        ant("velocity", horizon=0)
+    with pytest.raises(ValueError, match="goal must be one of 'velocity', 'direction', but got 'moon'"):
+        half_cheetah("moon")
+    monkeypatch.setitem(sys.modules, "mujoco", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'maml-jax\[mujoco\]'"):
+        half_cheetah("velocity")
