@@ -6,7 +6,6 @@ taken on new episodes (section 5.3, and the numbers behind its figures in the au
 
 import dataclasses
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -19,6 +18,7 @@ import optax
 import maml_jax
 from maml_jax import validation
 from maml_jax.record import Progress, RunDirectory
+from maml_jax.resumable import resumable_train
 from maml_jax.rl.environment import Environment, told
 from maml_jax.rl.losses import InnerLossName
 from maml_jax.rl.meta_rl import Trials, draw_trials, maml_rl
@@ -26,7 +26,6 @@ from maml_jax.rl.outer import Outer, policy_gradient, promp
 from maml_jax.rl.policy import Policy, gaussian_mlp
 from maml_jax.rl.trust_region import trpo
 from maml_jax.statistics import interval
-from maml_jax.train import train
 
 TEST_STEPS = 3
 TEST_SEED = 600  # Apart from every training seed's keys: the test tasks are the same for all of them.
@@ -159,13 +158,25 @@ class Trained(NamedTuple):
     policy: Policy
     state: maml_jax.MetaState
     cpu_seconds: float | None = None
-    """Of a meta-iteration, over all cores and without the first, which compiles; None if there was no second."""
+    """Of a meta-iteration, over all cores and without this process's first, which compiles; None if there was no
+    second."""
+
+
+HARMLESS = ("steps", "test_rates", "test_tasks", "test_episodes", "workdir")
+"""Options that may be others when a run goes on."""
+
+SAVE_EVERY = 5
+
+
+def recorded(config: Config, setting: Setting) -> dict[str, Any]:
+    """What a run that goes on is compared with."""
+    return dataclasses.asdict(config) | setting._asdict()
 
 
 def prepare(config: Config, problem: Problem) -> Prepared:
     """Checks the options. Raises ValueError or OSError, saying what is wrong and what to do."""
     setting = config.resolve(problem)
-    RunDirectory.check_free(config.workdir)
+    RunDirectory.check(config.workdir, recorded(config, setting), harmless=HARMLESS)
     return Prepared(config, problem, setting)
 
 
@@ -176,8 +187,8 @@ def outer(config: Config, setting: Setting) -> Outer:
     return (policy_gradient if config.outer == "policy_gradient" else promp)(optax.adam(config.outer_rate))
 
 
-def meta_train(prepared: Prepared, method: MethodName, seed: int, log: Callable[[dict[str, Any]], None]) -> Trained:
-    """Trains one policy; hands each meta-iteration's metrics to `log`."""
+def meta_train(prepared: Prepared, run: RunDirectory, method: MethodName, seed: int) -> Trained:
+    """Trains one policy, from where `run` has come with it."""
     config, problem, setting = prepared
     environment = told(problem.environment) if method == "oracle" else problem.environment
     policy = gaussian_mlp(environment.observation_size, environment.action_size)
@@ -201,14 +212,24 @@ def meta_train(prepared: Prepared, method: MethodName, seed: int, log: Callable[
         return draw_trials(environment, jax.random.fold_in(key, step), setting.tasks)
 
     progress = Progress(setting.steps, f"{method} (seed {seed})")
-    cpu_seconds = None
-    for state, metrics in train(learner, state, draw, trial_key, steps=setting.steps, steps_per_call=1):
-        log({"method": method, "seed": seed, **metrics})
-        progress.update(metrics["step"], before=metrics.get("return_before", np.nan), after=metrics["return"])
-        if metrics["step"] == 1:
-            compiled_at = time.process_time()
+    cpu_seconds, begun = None, None
+    for state, row in resumable_train(
+        learner,
+        state,
+        draw,
+        trial_key,
+        steps=setting.steps,
+        steps_per_call=1,
+        run=run,
+        save_every=SAVE_EVERY,
+        labels={"method": method, "seed": seed},
+        rates={"inner": setting.inner_rate},
+    ):
+        progress.update(row["step"], before=row.get("return_before", np.nan), after=row["return"])
+        if begun is None:
+            begun = (row["step"], time.process_time())
         else:
-            cpu_seconds = (time.process_time() - compiled_at) / (metrics["step"] - 1)
+            cpu_seconds = (time.process_time() - begun[1]) / (row["step"] - begun[0])
     return Trained(environment, policy, state, cpu_seconds)
 
 
@@ -264,19 +285,14 @@ def run(prepared: Prepared) -> tuple[RunDirectory, dict[str, Any], list[dict[str
       The run's directory, its results, the metrics of every meta-iteration, and the last seed's policies.
     """
     config, problem, setting = prepared
-    directory = RunDirectory(config.workdir, problem.environment.name)
+    directory = RunDirectory(config.workdir, problem.environment.name, recorded(config, setting), harmless=HARMLESS)
     print(f"{config}\n{setting}\nWriting to {directory.path}", flush=True)
-    history: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
     policies: dict[MethodName, Trained] = {}
 
-    def log(row: dict[str, Any]) -> None:
-        directory.log(**row)
-        history.append(row)
-
     for seed in config.seeds:
         for method in config.methods:
-            policies[method] = meta_train(prepared, method, seed, log)
+            policies[method] = meta_train(prepared, directory, method, seed)
             rows.append({"method": method, "seed": seed, **evaluate(prepared, method, policies[method])})
     results = {
         "config": dataclasses.asdict(config),
@@ -294,7 +310,7 @@ def run(prepared: Prepared) -> tuple[RunDirectory, dict[str, Any], list[dict[str
     directory.write_params({method: trained.state.params for method, trained in policies.items()})
     path = directory.write_results(results)
     print(f"Wrote {path}, and params.msgpack beside it.")
-    return directory, results, history, policies
+    return directory, results, directory.rows(), policies
 
 
 def table(results: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ def setting():
     params = {"in": np.linspace(-2, 2, 8, dtype=np.float32), "out": np.linspace(1, -1, 8, dtype=np.float32)}
     learner = maml_jax.maml(
         losses.mean_squared_error(lambda params, x: jnp.tanh(x * params["in"]) @ params["out"][:, None]),
-        maml_jax.sgd(0.01, steps=2, learn_rates=True),
+        maml_jax.sgd(0.01, steps=2, learn_rates="parameter"),
         optax.chain(optax.clip_by_global_norm(10.0), optax.adam(optax.cosine_decay_schedule(0.03, 1000))),
     )
 
