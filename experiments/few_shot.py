@@ -342,6 +342,7 @@ def main(prepared: Prepared) -> dict:
     for label, each in found.items():
         print(f"{label}: {each}", end="\n\n")
     results = {
+        "experiment": prepared.experiment,
         "config": dataclasses.asdict(config),
         "setting": dataclasses.asdict(setting),
         "selected": {"by": "accuracy on validation tasks", "step": int(selected.step)},

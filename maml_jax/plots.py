@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import matplotlib
 
@@ -30,6 +30,26 @@ def few_shot(path: Path, history: Sequence[dict[str, Any]], results: dict[str, A
         axes.legend()
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def inner_steps(target: Path | BinaryIO, found: Mapping[str, Mapping[str, Any]]) -> None:
+    """Accuracy over inner steps, a line for each entry.
+
+    Args:
+      target: file to write a PNG to.
+      found: by label, `accuracy` and `half_width` in per cent after 0, 1, ... inner steps.
+    """
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for number, (label, each) in enumerate(found.items()):
+        mean = np.asarray(each["accuracy"], np.float64)
+        half_width = np.asarray(each["half_width"], np.float64)
+        style = ("-", "--", ":")[number // 10 % 3]  # There are ten colours.
+        axes.errorbar(range(len(mean)), mean, half_width, fmt="o", linestyle=style, markersize=3, capsize=2, label=label)
+    axes.set(xlabel="inner steps", ylabel="accuracy (%)", title="Test tasks, 95% intervals")
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+    figure.savefig(target, dpi=120, format="png")
     plt.close(figure)
 
 
