@@ -34,9 +34,9 @@ class Run(NamedTuple):
         return self.results["config"]["steps"] if self.results else 0
 
     def cost(self) -> str:
-        """Hours, hardware, commit and day of the results."""
+        """Hours, hardware, commit and day of the results, and which model they are of."""
         assert self.results is not None
-        made_by = self.results["made_by"]
+        made_by, selected = self.results["made_by"], self.results["selected"]
         if "started" not in made_by:
             hours = "time not recorded"
         else:
@@ -44,7 +44,10 @@ class Run(NamedTuple):
             hours = f"{took.total_seconds() / 3600:.2f} hours"
             if earlier := made_by.get("earlier_starts"):
                 hours += f" since the last of {1 + len(earlier)} starts"
-        return f"{hours}, {made_by['hardware']}, commit {made_by['commit']}, {made_by['finished'][:10]}"
+        return (
+            f"{hours}, {made_by['hardware']}, commit {made_by['commit']}, {made_by['finished'][:10]}; "
+            f"the model of meta-step {selected['step']:,}, chosen by {selected['by']}"
+        )
 
 
 def read(path: Path) -> Run | None:
@@ -108,7 +111,9 @@ class Line(NamedTuple):
     label: str
     """Of the evaluation in `results.json`."""
     runs: list[Run]
-    """Evaluated, of as many meta-steps each."""
+    """Evaluated, of as many meta-steps each; none if the row has no result yet."""
+    trained: int
+    """Meta-steps done by any run of the row."""
 
     @property
     def method(self) -> str:
@@ -144,6 +149,12 @@ class Line(NamedTuple):
             for run, found in self.summaries(label)
         ]
 
+    def apart(self) -> list[Number]:
+        """Those with the queries one by one; the same ones where queries do not see each other anyway."""
+        if self.label == NEAREST:
+            return []
+        return self.numbers(ONE_BY_ONE if self.row.options.get("normalisation", "batch") == "batch" else TOGETHER)
+
     def curve(self) -> dict[str, list[float]]:
         """Accuracy after each number of inner steps, mean over seeds, and the half width of its interval."""
         both = [[found[name] for _, found in self.summaries()] for name in ("accuracy", "half_width")]
@@ -168,8 +179,7 @@ class Group(NamedTuple):
 
     title: str
     lines: list[Line]
-    missing: list[tuple[Row, int]]
-    """Rows without a result, and the meta-steps done."""
+    """At least one of each row."""
     paired: list[Paired]
     others: dict[str, Published]
     """Published of methods which have no line here."""
@@ -182,28 +192,26 @@ def group(rows: Sequence[Row], runs: Sequence[Run]) -> list[Group]:
     for key in dict.fromkeys((row.data, row.setting) for row in shown):
         members = [row for row in shown if (row.data, row.setting) == key]
         lines = [line for row in members for line in _lines(row, runs)]
-        begun = {line.row.name for line in lines}
-        missing = [
-            (row, max((run.trained for run in runs if run.row is row), default=0))
-            for row in members
-            if row.name not in begun
-        ]
         names = sorted({_data(run) for line in lines for run in line.runs}) if key[0] == "images" else []
         title = f"{', '.join(names) or DATA[key[0]]}, {SETTINGS[key[1]]}"
-        present = {line.method for line in lines} | {row.method for row in members}
-        others = {name: number for name, number in PUBLISHED.get(key, {}).items() if name not in present}
-        groups.append(Group(title, lines, missing, list(_paired(lines)), others))
+        present = {line.method for line in lines}
+        published = PUBLISHED.get(key, {})
+        others = {name: published[name] for name in METHODS if name in published and name not in present}
+        groups.append(Group(title, lines, list(_paired(lines)), others))
     return groups
 
 
 def _lines(row: Row, runs: Sequence[Run]) -> Iterator[Line]:
     """Runs of the same data and schedule are one line; the longest schedule first."""
+    trained = max((run.trained for run in runs if run.row is row), default=0)
     done = [run for run in runs if run.row is row and run.results]
+    if not done:
+        yield Line(row, TOGETHER, [], trained)
     for data, steps in sorted({(_data(run), run.steps) for run in done}, key=lambda key: (-key[1], key[0])):
         same = sorted((run for run in done if (_data(run), run.steps) == (data, steps)), key=lambda run: run.seed)
-        yield Line(row, TOGETHER, same)
+        yield Line(row, TOGETHER, same, trained)
         if any(NEAREST in (run.results or {})["test"] for run in same):
-            yield Line(row, NEAREST, same)
+            yield Line(row, NEAREST, same, trained)
 
 
 def _data(run: Run) -> str:

@@ -3,11 +3,12 @@
 import base64
 import io
 import os
+import textwrap
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from experiments.compare import ONE_BY_ONE, Group, Line, Number, Run
+from experiments.compare import Group, Line, Number, Run
 from experiments.rows import METHODS, Published
 from maml_jax import plots
 
@@ -33,13 +34,15 @@ details { margin: .5rem 0; }
 
 LEGEND = (
     "Accuracy on test tasks of held-out classes, in per cent, with the 95% interval over tasks, after the inner steps "
-    "of the published protocol, of the model that was best on validation tasks. Several seeds: the mean and the range."
+    "of the published protocol. Of several seeds: the mean and the range."
 )
 
 
 def interval(number: Number | Published, sign: str = "+-") -> str:
-    """As the paper writes it."""
-    return f"{number.accuracy:.2f}" + ("" if number.half_width is None else f" {sign} {number.half_width:.2f}")
+    """As the paper writes it; others' with as many digits as they give."""
+    digits = ".2f" if isinstance(number, Number) else "g"
+    half_width = "" if number.half_width is None else f" {sign} {number.half_width:{digits}}"
+    return f"{number.accuracy:{digits}}{half_width}"
 
 
 def over_seeds(numbers: Sequence[Number], sign: str = "+-") -> str:
@@ -50,22 +53,22 @@ def over_seeds(numbers: Sequence[Number], sign: str = "+-") -> str:
     return f"{sum(found) / len(found):.2f} ({min(found):.2f} to {max(found):.2f}, {len(found)} seeds)"
 
 
-def short(group: Group) -> list[str]:
-    """What is still short of the full schedule, a sentence for each row."""
-    best: dict[str, Line] = {}
-    for line in group.lines:
-        if line.row.name not in best:
-            best[line.row.name] = line  # The longest schedule comes first.
-    found = []
-    for line in best.values():
-        if line.steps < line.row.steps:
-            trained = max(run.trained for run in line.runs)
-            more = f", trained on to {trained:,}" if trained > line.steps else ""
-            found.append(f"{line.row.name}: {line.steps:,} of {line.row.steps:,} meta-steps{more}")
-    for row, trained in group.missing:
-        begun = f"in training, {trained:,} of {row.steps:,} meta-steps" if trained else "not begun"
-        found.append(f"{row.name}: {begun}")
-    return found
+def short(groups: Sequence[Group]) -> list[str]:
+    """What is still short of the full schedule, an entry for each row."""
+    lines = [line for group in groups for line in _longest(group)]
+    return [f"{line.row.name}: {_so_far(line)}" for line in lines if line.steps < line.row.steps]
+
+
+def _longest(group: Group) -> list[Line]:
+    """Of each row the line of the longest schedule, which comes first."""
+    return list({line.row.name: line for line in reversed(group.lines)}.values())[::-1]
+
+
+def _so_far(line: Line) -> str:
+    of = f"{line.row.steps:,} meta-steps"
+    if line.runs:
+        return f"{line.steps:,} of {of}" + (f", trained on to {line.trained:,}" if line.trained > line.steps else "")
+    return f"in training, {line.trained:,} of {of}" if line.trained else f"not begun, {of}"
 
 
 # HTML
@@ -73,12 +76,11 @@ def short(group: Group) -> list[str]:
 
 def html(groups: Sequence[Group], strays: Sequence[Run]) -> str:
     """The whole page."""
-    lines = [line for group in groups for line in group.lines]
-    rows = {line.row.name for line in lines} | {row.name for group in groups for row, _ in group.missing}
-    begun = {line.row.name for line in lines}
-    full = {line.row.name for line in lines if line.steps >= line.row.steps}
-    summary = f"{len(rows)} rows: {len(full)} of the full schedule, {len(begun - full)} short of it, "
-    summary += f"{len(rows - begun)} without a result."
+    lines = [line for group in groups for line in _longest(group)]
+    begun = [line for line in lines if line.runs]
+    full = [line for line in begun if line.steps >= line.row.steps]
+    summary = f"{len(lines)} rows: {len(full)} of the full schedule, {len(begun) - len(full)} short of it, "
+    summary += f"{len(lines) - len(begun)} without a result."
     parts = [
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
@@ -86,6 +88,9 @@ def html(groups: Sequence[Group], strays: Sequence[Run]) -> str:
         f"<h1>Few-shot classification, reproduced</h1><p>{summary} {LEGEND}</p>",
         *map(_section, groups),
     ]
+    if still := short(groups):
+        listed = "".join(f"<li>{escape(each)}</li>" for each in still)
+        parts.append(f"<h2>Short of the full schedule</h2><ul>{listed}</ul>")
     if strays:
         listed = "".join(f"<li><code>{escape(str(run.path))}</code>: {escape(_command(run))}</li>" for run in strays)
         parts.append(f"<h2>Runs whose options are of no row</h2><ul>{listed}</ul>")
@@ -94,47 +99,39 @@ def html(groups: Sequence[Group], strays: Sequence[Run]) -> str:
 
 def _section(group: Group) -> str:
     parts = [f"<section><h2>{escape(group.title)}</h2>"]
-    if group.lines or group.others:
-        names = ("method", "ours", "published", "cost")
-        head = "".join(f"<th>{name}</th>" for name in names)
-        body = "".join(map(_line, group.lines))
-        for method, number in group.others.items():
-            body += f'<tr><td>{escape(METHODS[method])}</td><td></td>{_published(number)}<td></td></tr>'
-        parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+    head = "".join(f"<th>{name}</th>" for name in ("method", "ours", "published", "cost"))
+    body = "".join(map(_line, group.lines))
+    for method, number in group.others.items():
+        body += f"<tr><td>{escape(METHODS[method])}</td><td></td>{_published(number)}<td></td></tr>"
+    parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
     if group.paired:
         parts.append("<h3>Differences on the same tasks, paired bootstrap, 95%</h3><ul>")
         for pair in group.paired:
             what = f"{pair.first.title} minus {pair.second.title}, seed {pair.seed}, {pair.first.steps:,} meta-steps"
             parts.append(f"<li>{escape(what)}: <b>{pair.difference}</b></li>")
         parts.append("</ul>")
-    if group.lines:
+    if any(line.runs for line in group.lines):
         parts.append(_image(_curves(group), f"{group.title}: accuracy over inner steps"))
     for path in dict.fromkeys(run.path / "curves.png" for line in group.lines for run in line.runs):
         if path.exists():
             image = _image(path.read_bytes(), f"training of {path.parent.name}")
             parts.append(f"<details><summary>{escape(path.parent.name)}: training</summary>{image}</details>")
-    if still := short(group):
-        listed = "".join(f"<li>{escape(each)}</li>" for each in still)
-        parts.append(f"<h3>Short of the full schedule</h3><ul>{listed}</ul>")
     return "\n".join([*parts, "</section>"])
 
 
 def _line(line: Line) -> str:
-    numbers, apart = line.numbers(), line.numbers(ONE_BY_ONE) if line.label != "nearest neighbour" else []
-    ours = [f"<b>{over_seeds(numbers, '±')}</b>"]
-    for number in numbers:
-        seed = f"seed {number.seed}: {interval(number, '±')}; " if len(numbers) > 1 else ""
-        ours.append(f"<small>{seed}after {number.inner_steps} inner steps; {escape(number.protocol)}</small>")
-    if apart:
-        ours.append(f"<br>queries one by one: <b>{over_seeds(apart, '±')}</b>")
-        ours += [f"<small>{escape(number.protocol)}</small>" for number in apart]
-    cost = [f"<b>{line.steps:,} meta-steps</b>{'' if line.steps >= line.row.steps else f' of {line.row.steps:,}'}"]
+    ours = []
+    for name, numbers in (("", line.numbers()), ("queries one by one: ", line.apart())):
+        if numbers:
+            ours.append(f"<div>{name}<b>{over_seeds(numbers, '±')}</b></div>")
+        for number in numbers:
+            seed = f"seed {number.seed}: {interval(number, '±')}; " if len(numbers) > 1 else ""
+            ours.append(f"<small>{seed}after {number.inner_steps} inner steps; {escape(number.protocol)}</small>")
+    cost = [f"<div>{_so_far(line)}</div>"]
     for run in line.runs:
-        selected = (run.results or {})["selected"]
-        told = f"{run.path.name}: {run.cost()}; model of step {selected['step']:,}, by {selected['by']}"
-        cost.append(f"<small>{escape(told)}</small>")
+        cost.append(f"<small>{escape(f'{run.path.name}: {run.cost()}')}</small>")
     return (
-        f'<tr><td><b>{escape(line.title)}</b><small>{escape(line.row.name)}</small></td>'
+        f"<tr><td><b>{escape(line.title)}</b><small>{escape(line.row.name)}</small></td>"
         f'<td data-name="ours">{"".join(ours)}</td>{_published(line.published)}'
         f'<td data-name="cost">{"".join(cost)}</td></tr>'
     )
@@ -149,7 +146,7 @@ def _published(number: Published | None) -> str:
 def _curves(group: Group) -> bytes:
     """Picture of the accuracy over inner steps, a line for each method."""
     shown = {}
-    for line in group.lines:
+    for line in (line for line in group.lines if line.runs):
         seeds = f", {len(line.runs)} seeds" if len(line.runs) > 1 else ""
         shown[f"{line.title}, {line.steps:,} meta-steps{seeds}"] = line.curve()
     target = io.BytesIO()
@@ -173,17 +170,14 @@ def markdown(groups: Sequence[Group], beside: Path, *, unfinished: bool = True) 
 
     Args:
       beside: folder of the file to be, to which paths are relative.
-      unfinished: whether to tell what is short of the full schedule, and settings without a result.
+      unfinished: whether to list what is short of the full schedule.
     """
     parts = []
     for group in groups:
-        if not group.lines and not unfinished:
-            continue
         parts.append(_table(group))
         protocols, made = [], []
         for line in group.lines:
-            for label in (line.label, ONE_BY_ONE) if line.label != "nearest neighbour" else (line.label,):
-                protocols += [number.protocol for number in line.numbers(label)]
+            protocols += [number.protocol for number in (*line.numbers(), *line.apart())]
             made += [f"`{os.path.relpath(run.path, beside)}`: {run.cost()}" for run in line.runs]
         for pair in group.paired:
             what = f"{pair.first.title} minus {pair.second.title}"
@@ -193,22 +187,20 @@ def markdown(groups: Sequence[Group], beside: Path, *, unfinished: bool = True) 
         if protocols:
             parts += ["Protocols:", "", *(f"- {each}" for each in dict.fromkeys(protocols)), ""]
             parts += ["Made by:", "", *(f"- {each}" for each in dict.fromkeys(made)), ""]
-        if unfinished and (still := short(group)):
-            parts += ["Short of the full schedule:", "", *(f"- {each}" for each in still), ""]
-    return "\n".join([LEGEND, "", *parts]).rstrip() + "\n"
+    if unfinished and (still := short(groups)):
+        parts += ["Short of the full schedule:", "", *(f"- {each}" for each in still), ""]
+    return "\n".join([textwrap.fill(LEGEND, 120), "", *parts]).rstrip() + "\n"
 
 
 def _table(group: Group) -> str:
-    apart = any(line.numbers(ONE_BY_ONE) for line in group.lines)
-    names = [group.title, "ours (%)", *(["queries one by one"] if apart else []), "inner steps", "meta-steps"]
-    rows = [[*names, "published"], ["---"] * (len(names) + 1)]
+    names = (group.title, "ours (%)", "queries one by one", "inner steps", "meta-steps", "published")
+    rows = [list(names), ["---"] * len(names)]
     for line in group.lines:
-        alone = line.numbers(ONE_BY_ONE) if line.label != "nearest neighbour" else []
-        cells = [line.title, over_seeds(line.numbers()), *([over_seeds(alone) if alone else ""] if apart else [])]
+        numbers, apart = line.numbers(), line.apart()
         steps = f"{line.steps:,}" + ("" if line.steps >= line.row.steps else f" of {line.row.steps:,}")
-        rows.append([*cells, str(line.inner_steps), steps, _quoted(line.published)])
-    for method, number in group.others.items():
-        rows.append([METHODS[method], *[""] * (len(names) - 1), _quoted(number)])
+        cells = [over_seeds(numbers) if numbers else "", over_seeds(apart) if apart else "", str(line.inner_steps)]
+        rows.append([line.title, *cells, steps, _quoted(line.published)])
+    rows += [[METHODS[method], "", "", "", "", _quoted(number)] for method, number in group.others.items()]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows) + "\n"
 
 

@@ -45,7 +45,9 @@ def inner_steps(target: Path | BinaryIO, found: Mapping[str, Mapping[str, Any]])
         mean = np.asarray(each["accuracy"], np.float64)
         half_width = np.asarray(each["half_width"], np.float64)
         style = ("-", "--", ":")[number // 10 % 3]  # There are ten colours.
-        axes.errorbar(range(len(mean)), mean, half_width, fmt="o", linestyle=style, markersize=3, capsize=2, label=label)
+        axes.errorbar(
+            range(len(mean)), mean, half_width, fmt="o", linestyle=style, markersize=3, capsize=2, label=label
+        )
     axes.set(xlabel="inner steps", ylabel="accuracy (%)", title="Test tasks, 95% intervals")
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
