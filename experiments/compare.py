@@ -46,7 +46,7 @@ class Run(NamedTuple):
                 hours += f" since the last of {1 + len(earlier)} starts"
         return (
             f"{hours}, {made_by['hardware']}, commit {made_by['commit']}, {made_by['finished'][:10]}; "
-            f"the model of meta-step {selected['step']:,}, chosen by {selected['by']}"
+            f"the model of meta-step {selected['step']:,}, selected: {selected['by']}"
         )
 
 

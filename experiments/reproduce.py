@@ -10,6 +10,7 @@ which needs no other file, and `table.md`.
 """
 
 import dataclasses
+import shlex
 import signal
 import subprocess
 import sys
@@ -66,14 +67,14 @@ class Job(NamedTuple):
     path: Path
     command: list[str]
 
+    def __str__(self) -> str:
+        return shlex.join(["python", *self.command[1:]])
+
     @property
     def finished(self) -> bool:
         """Whether its directory holds results of this row, seed and schedule, or of a longer one."""
-        run = compare.read(self.path) if self.path.is_dir() else None
-        return run is not None and run.results is not None and self.same(run) and run.steps >= self.steps
-
-    def same(self, run: compare.Run) -> bool:
-        return run.row is self.row and run.seed == self.seed
+        run = compare.read(self.path)
+        return run is not None and run.row is self.row and run.seed == self.seed and run.steps >= self.steps
 
 
 def command(config: Config, row: Row, seed: int) -> list[str]:
@@ -137,7 +138,7 @@ def main(prepared: tuple[Config, list[Job]]) -> None:
     if config.list:
         for job in jobs:
             published = "" if job.row.published is None else f", published {page.interval(job.row.published)}"
-            print(f"{job.row.name}{published}\n    {' '.join(['python', *job.command[1:]])}")
+            print(f"{job.row.name}{published}\n    {job}")
         return
     outcomes: dict[str, str] = {}
     if not config.render_only:
@@ -185,7 +186,7 @@ def _run(jobs: list[Job], hours: float | None, after_each: Callable[[], None]) -
         if end is not None and time.monotonic() >= end:
             outcomes[name] = "not run: the budget is over"
             continue
-        print(f"[{number}/{len(jobs)}] {name}: {' '.join(['python', *job.command[1:]])}", flush=True)
+        print(f"[{number}/{len(jobs)}] {name}: {job}", flush=True)
         outcomes[name] = _one(job, end)
         print(f"[{number}/{len(jobs)}] {name}: {outcomes[name]}", flush=True)
         after_each()
@@ -216,7 +217,7 @@ def _one(job: Job, end: float | None) -> str:
     if stopped and process.returncode == -signal.SIGKILL:
         return f"failed: it did not end within {GRACE:g} s of SIGTERM when the budget was over, and was killed"
     if stopped and process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM):
-        trained = run.trained if (run := compare.read(job.path) if job.path.is_dir() else None) else 0
+        trained = run.trained if (run := compare.read(job.path)) else 0
         return f"stopped after {trained:,} of {job.steps:,} meta-steps: the budget is over"
     return "\n  ".join([f"failed with status {process.returncode}:", *told[-LAST_LINES:], f"(all of it: {errors})"])
 

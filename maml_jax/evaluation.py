@@ -104,11 +104,11 @@ def from_summary(summary: Mapping[str, Any]) -> Results:
     protocol = Protocol(**summary["protocol"])
     if "correct" not in summary:
         raise ValueError(f"These results do not say what was right task by task: {protocol}")
-    correct = np.array([line.split() for line in summary["correct"]], int).T
-    diverged = np.array([list(line) for line in summary["diverged"]]).T == "1"
-    if len(correct) != protocol.tasks:
-        raise ValueError(f"The protocol says {protocol.tasks} tasks, but there are results of {len(correct)}.")
-    return Results(protocol, correct / (protocol.ways * protocol.queries), diverged)
+    correct, diverged = [line.split() for line in summary["correct"]], list(map(list, summary["diverged"]))
+    if {protocol.tasks} != (counts := {len(line) for line in (*correct, *diverged)}):
+        raise ValueError(f"The protocol says {protocol.tasks} tasks, but there are results of {sorted(counts)}.")
+    right = np.array(correct, int).T
+    return Results(protocol, right / (protocol.ways * protocol.queries), np.array(diverged).T == "1")
 
 
 Predictor = Callable[[Task], tuple[jax.Array, jax.Array]]

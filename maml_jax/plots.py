@@ -40,7 +40,7 @@ def inner_steps(target: Path | BinaryIO, found: Mapping[str, Mapping[str, Any]])
       target: file to write a PNG to.
       found: by label, `accuracy` and `half_width` in per cent after 0, 1, ... inner steps.
     """
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 4 + 0.12 * len(found)), layout="constrained")
     for number, (label, each) in enumerate(found.items()):
         mean = np.asarray(each["accuracy"], np.float64)
         half_width = np.asarray(each["half_width"], np.float64)
@@ -49,7 +49,7 @@ def inner_steps(target: Path | BinaryIO, found: Mapping[str, Mapping[str, Any]])
             range(len(mean)), mean, half_width, fmt="o", linestyle=style, markersize=3, capsize=2, label=label
         )
     axes.set(xlabel="inner steps", ylabel="accuracy (%)", title="Test tasks, 95% intervals")
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     axes.grid(alpha=0.3)
     figure.savefig(target, dpi=120, format="png")
     plt.close(figure)
