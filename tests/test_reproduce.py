@@ -131,7 +131,7 @@ def test_the_page_says_what_was_measured_how_and_what_is_missing(tmp_path):
     full = made_up(runs / "b", "omniglot-5w1s-order1", 0, 60_000)
     made_up(runs / "c", "omniglot-5w1s-order1", 0, 10_000, accuracy=0.5)
     (runs / "omniglot-5w1s-anil-seed0").mkdir()
-    (runs / "omniglot-5w1s-anil-seed0" / "metrics.jsonl").write_text('{"step": 1240, "loss": 1}\n{"step": 12')
+    (runs / "omniglot-5w1s-anil-seed0" / "metrics.jsonl").write_text('{"step": 20}\n{"step": 1240}\n{"step": 12')
     groups = compare.group(rows.choose(["omniglot-5w1s", "omniglot-5w1s-[ab][no]i*"]), compare.find([runs]))
     assert [group.title for group in groups] == ["Omniglot, 5-way 1-shot"]
     text, table = page.html(groups, []), page.markdown(groups, tmp_path)
