@@ -108,7 +108,7 @@ class Config:
 def prepare(config: Config) -> Config:
     """Checks the options. Raises ValueError or OSError, saying what is wrong and what to do."""
     config.check()
-    RunDirectory.check_free(config.workdir)
+    RunDirectory.check(config.workdir)
     if config.against:
         python = str(config.peer_python or sys.executable)
         try:

@@ -12,6 +12,7 @@ import jax
 import tyro
 
 from maml_jax.tasks.cache import DataError
+from maml_jax.workdir import WorkdirError
 
 Config = TypeVar("Config")
 Prepared = TypeVar("Prepared")
@@ -23,7 +24,9 @@ def run(
     """Parses the command line into `config_type`, checks and loads with `prepare`, and runs the experiment.
 
     What is wrong with the input, which `prepare` finds before anything long starts, ends the process
-    with status 2 and one line on standard error; a loss that stops being finite does so with status 1.
+    with status 2 and one line on standard error; a loss that stops being finite, and a work directory that cannot
+    be written any more, do so with status 1. After SIGINT or SIGTERM in training everything is saved, and the status
+    is 130 or 143 (`maml_jax.signals`).
     """
     # As many CPU devices as cores: each goes through its share of the tasks, which uses the cores better
     # than dividing single matrix products does. Without effect where there is an accelerator.
@@ -36,7 +39,7 @@ def run(
         _end(f"error: {error}", 2)
     try:
         experiment(prepared)
-    except FloatingPointError as error:
+    except (FloatingPointError, WorkdirError) as error:
         _end(f"error: {error}", 1)
     except KeyboardInterrupt:
         _end("interrupted", 130)

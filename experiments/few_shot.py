@@ -19,10 +19,10 @@ from maml_jax import evaluation, losses, models, plots, saved, validation
 from maml_jax.evaluation import Predictor, Protocol, Results
 from maml_jax.normalisation import NEEDS_CONTEXT, NORMALISATIONS, Normalisation
 from maml_jax.record import Progress, RunDirectory
+from maml_jax.resumable import Validate, resumable_train
 from maml_jax.task_axis import task_mesh
-from maml_jax.tasks import episodes
+from maml_jax.tasks import episodes, host
 from maml_jax.tasks.episodes import EpisodeShape, ImageClasses
-from maml_jax.train import train
 from maml_jax.types import MetaState, Task
 
 Net = Literal["conv", "mlp"]
@@ -73,8 +73,8 @@ class Config:
     """Where the run writes; default: a new directory below runs/."""
 
 
-HARMLESS = ("tasks_at_once", "data_dir", "cache_dir", "workdir", "download")
-"""Options on which no number depends, but for rounding."""
+PLACES = ("data_dir", "cache_dir", "workdir", "download")
+"""Options of this machine: the images' content is known wherever they are."""
 
 
 class Recipe(NamedTuple):
@@ -251,20 +251,25 @@ def network(setting: Setting, normalisation: Normalisation, image: tuple[int, ..
 # Tasks
 
 
-def drawn_from(prepared: Prepared, key: jax.Array) -> Callable[[ImageClasses, jax.Array], Task]:
-    """The meta-batch of each step, for `train`."""
-    joint, shape = prepared.config.method == "pretrained", prepared.shape
-    if joint:
-        ways = min(JOINT_CLASSES, len(prepared.data.train.counts))
-        shape = EpisodeShape(ways, shots=1, queries=1, rotations=shape.rotations)
+def drawn_from(prepared: Prepared, key: jax.Array) -> tuple[Callable[[Any, jax.Array], Task], Any]:
+    """The meta-batch of each step, and the data that it is drawn from, for `train`."""
+    data, tasks, shape = prepared.data.train, prepared.setting.tasks, prepared.shape
+    if prepared.config.method == "reptile":
+        shape = shape._replace(shots=max(shape.shots, min(REPTILE_SHOTS, min(data.counts) - shape.queries)))
+    if prepared.config.method != "pretrained":
+        return host.by_step(key, data, tasks, shape)
+    joint = EpisodeShape(min(JOINT_CLASSES, len(data.counts)), shots=1, queries=1, rotations=shape.rotations)
 
     def draw(data: ImageClasses, step: jax.Array) -> Task:
-        choice = episodes.choose(jax.random.fold_in(key, step), data.counts, prepared.setting.tasks, shape)
-        tasks = episodes.put_together(jnp.asarray(data.images)[choice.images], choice.turns, shape)
-        return methods.joint_tasks(data, choice, tasks) if joint else tasks
+        choice = episodes.choose(jax.random.fold_in(key, step), data.counts, tasks, joint)
+        drawn = episodes.put_together(jnp.asarray(data.images)[choice.images], choice.turns, joint)
+        return methods.joint_tasks(data, choice, drawn)
 
-    return draw
+    return draw, data
 
+
+REPTILE_SHOTS = 10
+"""Support images a class in Reptile's training, more than at test (Nichol et al. 2018, appendix A)."""
 
 JOINT_CLASSES = 64
 """Classes in a batch of joint training, an image of each."""
@@ -300,45 +305,50 @@ def main(prepared: Prepared) -> dict:
     init_key, train_key, val_key, test_key = jax.random.split(jax.random.key(config.seed), 4)
     params = model.trained.init(init_key, jnp.zeros((1, *image_shape(data))))["params"]
     state = learner.init(model.method.start(params))
-    draw = drawn_from(prepared, train_key)
+    draw, train_data = drawn_from(prepared, train_key)
     val_tasks = fixed_tasks(val_key, data.val, prepared.val_tasks, shape)
 
-    def validated(state: MetaState, steps: int = setting.inner_steps) -> Results:
-        return evaluate(prepared, model, [state], val_tasks, "val", prepared.val_tasks, config.seed, steps)
+    val_protocol = protocol(prepared, "val", prepared.val_tasks, config.seed)
 
     name = run_name(prepared)
-    run = RunDirectory(config.workdir, name)
+    run = RunDirectory(config.workdir, name, recorded(config, setting), harmless=harmless(config))
     print(f"{config.method}, order {config.order}: {setting}\nWriting to {run.path}", flush=True)
+    best = Best(run.path / "best", describe(prepared))
+
+    def validated(state: MetaState) -> dict[str, float]:
+        finished = state._replace(params=model.method.finish(state.params))
+        found = evaluate(prepared, [(model, finished)], val_tasks, val_protocol, steps=setting.inner_steps)
+        accuracy = float(found.accuracy[:, -1].mean())
+        best.add(finished, accuracy)
+        return {"val_accuracy": accuracy}
+
     # The progress of ten to a hundred validations, between calls.
     validate_every = STEPS_PER_CALL * max(1, min(1000, config.steps // 10) // STEPS_PER_CALL)
     progress = Progress(config.steps, name)
-    history, best = [], Best(run.path / "best", describe(prepared))
-    for state, row in train(
+    for state, row in resumable_train(
         learner,
         state,
         lambda data, step: model.tasks(draw(data, step)),
-        jax.device_put(data.train),
+        train_data,
         steps=config.steps,
         steps_per_call=STEPS_PER_CALL,
+        run=run,
+        save_every=SAVE_EVERY,
+        validate=Validate(validate_every, validated, lambda row: row["val_accuracy"]),
+        rates={"inner": setting.inner_rate, "outer": config.outer_rate},
     ):
-        if row["step"] % validate_every == 0 or row["step"] == config.steps:
-            finished = state._replace(params=model.method.finish(state.params))
-            row["val_accuracy"] = float(validated(finished).accuracy[:, -1].mean())
-            best.add(finished, row)
-        run.log(**row)
-        history.append(row)
         progress.update(row["step"], loss=row["loss"], accuracy=row["accuracy"])
 
     selected = best.load(state._replace(params=model.method.finish(state.params)))
     test_tasks = fixed_tasks(test_key, data.test, config.test_tasks, shape)
-    found = {}
+    test_protocol, found = protocol(prepared, "test", config.test_tasks, config.seed), {}
     # With other normalisations the queries of a task are independent of each other.
     for seen in get_args(QueriesSeen) if config.normalisation == "batch" else ("together",):
         found[f"queries {seen}"] = evaluate(
-            prepared, model, [selected], test_tasks, "test", config.test_tasks, config.seed, TEST_STEPS, seen
+            prepared, [(model, selected)], test_tasks, test_protocol, steps=TEST_STEPS, seen=seen
         )
     if config.method == "pretrained":
-        found["nearest neighbour"] = nearest(prepared, model, selected, test_tasks)
+        found["nearest neighbour"] = nearest(model, selected, test_tasks, test_protocol)
     for label, each in found.items():
         print(f"{label}: {each}", end="\n\n")
     results = {
@@ -351,12 +361,29 @@ def main(prepared: Prepared) -> dict:
         "test": {label: each.summary() for label, each in found.items()},
     }
     path = run.write_results(results)
-    plots.few_shot(run.path / "curves.png", history, results)
+    plots.few_shot(run.path / "curves.png", run.rows(), results)
     print(f"Wrote {path}, curves.png beside it, and the best {BEST} models below {best.folder}.")
     return results
 
 
+def recorded(config: Config, setting: Setting) -> dict[str, Any]:
+    """What a run that goes on is compared with: every option, those that follow from others too."""
+    return dataclasses.asdict(config) | dataclasses.asdict(setting)
+
+
+def harmless(config: Config) -> tuple[str, ...]:
+    """Options that may be others when a run goes on."""
+    annealed = config.method in ("maml++", "reptile")  # Over all meta-steps: another number is another run.
+    return (*PLACES, "test_tasks", "tasks_at_once", *(() if annealed else ("steps",)))
+
+
+def check_workdir(config: Config, setting: Setting) -> None:
+    """Raises WorkdirError or FileExistsError if the run cannot be in its work directory."""
+    RunDirectory.check(config.workdir, recorded(config, setting), harmless=harmless(config))
+
+
 STEPS_PER_CALL = 20
+SAVE_EVERY = 500
 
 
 def check_tasks(prepared: Prepared) -> None:
@@ -386,29 +413,36 @@ def image_shape(data: DataSet) -> tuple[int, ...]:
 
 def evaluate(
     prepared: Prepared,
-    model: Classifier,
-    states: list[MetaState],
+    models: list[tuple[Classifier, MetaState]],
     groups: Callable[[], Iterable[Task]],
-    split: Split,
-    tasks: int,
-    seed: int,
+    told: Protocol,
+    *,
     steps: int,
     seen: QueriesSeen = "together",
 ) -> Results:
-    """Accuracy of one state, or of several averaged, with the protocol told in full."""
-    told = protocol(prepared, split, tasks, seed)._replace(
+    """Accuracy of one model, or of several averaged, after 0 to `steps` inner steps.
+
+    Args:
+      prepared: of the (first) model.
+      models: each with its parameters.
+      groups: the tasks, from `fixed_tasks`.
+      told: `protocol` of these tasks; what is adapted and how is added here.
+      steps: inner steps.
+      seen: whether the queries of a task are one batch.
+    """
+    learned = bool(jax.tree.leaves(models[0][1].rates))
+    told = told._replace(
         inner_steps=steps,
-        inner_rate=None if jax.tree.leaves(states[0].rates) else prepared.setting.inner_rate,
+        inner_rate=None if learned else prepared.setting.inner_rate,
         queries_seen=seen,
-        models=len(states),
+        models=len(models),
     )
-    return evaluation.evaluate([model.predictor(state, steps, seen) for state in states], groups, told)
+    return evaluation.evaluate([model.predictor(state, steps, seen) for model, state in models], groups, told)
 
 
-def nearest(prepared: Prepared, model: Classifier, state: MetaState, groups: Callable[[], Iterable[Task]]) -> Results:
+def nearest(model: Classifier, state: MetaState, groups: Callable[[], Iterable[Task]], told: Protocol) -> Results:
     """Accuracy of the nearest neighbour in the features of a state."""
     predict = methods.nearest_neighbour(models.apply_params(model.net, head=False), state.params)
-    told = protocol(prepared, "test", prepared.config.test_tasks, prepared.config.seed)
     return evaluation.evaluate([lambda tasks: predict(model.tasks(tasks))], groups, told)
 
 
@@ -438,7 +472,7 @@ def protocol(prepared: Prepared, split: Split, tasks: int, seed: int) -> Protoco
 
 def describe(prepared: Prepared) -> dict[str, Any]:
     """What a saved model says of itself, from which `experiments.evaluate` builds everything again."""
-    config = {name: value for name, value in dataclasses.asdict(prepared.config).items() if name not in HARMLESS}
+    config = {name: value for name, value in dataclasses.asdict(prepared.config).items() if name not in PLACES}
     return {"experiment": prepared.experiment, "config": config}
 
 
@@ -453,12 +487,12 @@ class Best:
     def _read(path: Path) -> float:
         return saved.load(path).description["val_accuracy"]
 
-    def add(self, state: MetaState, row: dict[str, Any]) -> None:
+    def add(self, state: MetaState, accuracy: float) -> None:
         """Keeps the state if it is among the best."""
-        path = self.folder / f"step-{row['step']:07d}.msgpack"
-        description = self._description | {"step": row["step"], "val_accuracy": row["val_accuracy"]}
-        saved.save(path, state.params, state.rates, description)
-        self._accuracy[path] = row["val_accuracy"]
+        step = int(state.step)
+        path = self.folder / f"step-{step:07d}.msgpack"
+        saved.save(path, state.params, state.rates, self._description | {"step": step, "val_accuracy": accuracy})
+        self._accuracy[path] = accuracy
         for worse in self.paths()[BEST:]:
             worse.unlink()
             del self._accuracy[worse]

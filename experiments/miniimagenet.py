@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 from experiments import command_line, few_shot
-from experiments.few_shot import DataSet, Prepared, Recipe
+from experiments.few_shot import DataSet, Prepared, Recipe, Setting
 from maml_jax import losses
-from maml_jax.record import RunDirectory
 from maml_jax.tasks import images
 from maml_jax.tasks.image_sources import Division
 
@@ -50,14 +49,19 @@ def recipe(ways: int, shots: int) -> Recipe:
     )
 
 
+def settle(config: Config) -> tuple[Config, Setting]:
+    """The options with the recipe filled in, checked as far as that needs no data; raises ValueError."""
+    return config, few_shot.resolve(config, recipe)
+
+
 def prepare(config: Config) -> Prepared:
     """Checks the options, then reads the data.
 
     Raises:
       ValueError, DataError, OSError: saying what is wrong and what to do.
     """
-    setting = few_shot.resolve(config, recipe)
-    RunDirectory.check_free(config.workdir)
+    config, setting = settle(config)
+    few_shot.check_workdir(config, setting)
     found = images.load(
         config.data_dir,
         config.cache_dir,

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from experiments import command_line, few_shot
-from experiments.few_shot import DataSet, Net, Prepared, Recipe
+from experiments.few_shot import DataSet, Net, Prepared, Recipe, Setting
 from maml_jax import losses, validation
-from maml_jax.record import RunDirectory
 from maml_jax.tasks import download, episodes, omniglot
 
 Preset = Literal["5w1s", "5w5s", "20w1s", "20w5s", "5w1s-mlp", "5w5s-mlp"]
@@ -62,11 +61,11 @@ def recipe(ways: int, shots: int) -> Recipe:
     return Recipe(tasks=32, queries=shots, inner_rate=losses.rate_for_mean_loss(0.4, ways=5), inner_steps=1)
 
 
-def prepare(config: Config) -> Prepared:
-    """Checks the options, then reads the data.
+def settle(config: Config) -> tuple[Config, Setting]:
+    """The options with the preset and the recipe filled in, checked as far as that needs no data.
 
     Raises:
-      ValueError, DataError, OSError: saying what is wrong and what to do.
+      ValueError: naming the option, what was given and what is allowed.
     """
     validation.one_of("preset", config.preset, (None, *get_args(Preset)))
     if config.preset is not None:
@@ -80,7 +79,17 @@ def prepare(config: Config) -> Prepared:
             f"shots + queries must be at most {omniglot.DRAWINGS}, the drawings of a character, but got "
             f"{setting.shots} + {setting.queries}."
         )
-    RunDirectory.check_free(config.workdir)
+    return config, setting
+
+
+def prepare(config: Config) -> Prepared:
+    """Checks the options, then reads the data.
+
+    Raises:
+      ValueError, DataError, OSError: saying what is wrong and what to do.
+    """
+    config, setting = settle(config)
+    few_shot.check_workdir(config, setting)
     if config.download:
         download.omniglot(config.data_dir)
     images = omniglot.load(config.data_dir, config.cache_dir, resampling=config.resampling)

@@ -186,7 +186,7 @@ def choose(patterns: Sequence[str]) -> list[Row]:
     return [row for row in ROWS if any(fnmatch.fnmatch(row.name, pattern) for pattern in patterns)]
 
 
-_OPEN = (*few_shot.HARMLESS, "preset", "steps", "seed", "test_tasks")
+_OPEN = (*few_shot.PLACES, "tasks_at_once", "test_tasks", "preset", "steps", "seed")
 """Options that runs of one row may differ in; the preset is told by ways, shots and net."""
 
 
@@ -194,8 +194,7 @@ _OPEN = (*few_shot.HARMLESS, "preset", "steps", "seed", "test_tasks")
 def _identity(index: int) -> tuple[str, dict[str, Any]]:
     row = ROWS[index]
     module = EXPERIMENTS[row.experiment]
-    config = module.Config(**row.options)
-    every = dataclasses.asdict(config) | dataclasses.asdict(few_shot.resolve(config, module.recipe))
+    every = few_shot.recorded(*module.settle(module.Config(**row.options)))
     return row.experiment, {name: value for name, value in every.items() if name not in _OPEN}
 
 

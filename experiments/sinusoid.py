@@ -21,9 +21,9 @@ import maml_jax
 from experiments import command_line
 from maml_jax import losses, models, plots, validation
 from maml_jax.record import Progress, RunDirectory
+from maml_jax.resumable import Rate, resumable_train
 from maml_jax.statistics import divergence_rate, interval
 from maml_jax.tasks import sinusoid
-from maml_jax.train import train
 
 TEST_SHOTS = (5, 10, 20)
 TEST_STEPS = 10
@@ -93,6 +93,8 @@ class Method(NamedTuple):
     tasks: int
     shots: int
     queries: int
+    rates: dict[str, Rate]
+    """Of training, as they are told if a loss stops being finite."""
     test_rates: tuple[float, ...]
     """Inner rates at test: the best on other curves is taken."""
     told: bool = False
@@ -108,11 +110,12 @@ def methods(config: Config) -> dict[MethodName, Method]:
     rate, steps = config.inner_rate, config.inner_steps
     paper = {
         "outer": optax.adam(config.outer_rate),
+        "rates": {"inner": rate, "outer": config.outer_rate},
         "tasks": config.tasks,
         "shots": config.shots,
         "queries": config.queries,
     }
-    falling = optax.adam(optax.cosine_decay_schedule(3e-3, config.steps))
+    falling = optax.cosine_decay_schedule(3e-3, config.steps)
     clipped = maml_jax.unrolled(descent(rate, 40.0), steps=2)
     joint = maml_jax.no_adaptation()
     return {
@@ -125,10 +128,11 @@ def methods(config: Config) -> dict[MethodName, Method]:
         "steady": Method(
             "MAML, steady",
             clipped,
-            falling,
+            optax.adam(falling),
             tasks=50,
             shots=5,
             queries=50,
+            rates={"inner": rate, "outer": falling},
             test_rates=(rate,),
             step_weights=(0.0, 0.8, 0.2),
             clip=40.0,
@@ -145,20 +149,23 @@ net = models.MLP((40, 40), 1)
 loss_fn = losses.mean_squared_error(models.apply_params(net))
 
 
-def meta_train(config: Config, method: Method, key: jax.Array, run: RunDirectory, name: str) -> maml_jax.MetaState:
-    """Trains one net; logs to `run`."""
+def meta_train(config: Config, run: RunDirectory, name: MethodName, seed: int) -> maml_jax.MetaState:
+    """Trains one net, or goes on where that stopped; logs and saves to `run`."""
+    method = methods(config)[name]
     learner = maml_jax.maml(loss_fn, method.training, method.outer, step_weights=method.step_weights)
-    init_key, task_key = jax.random.split(key)
+    init_key, task_key = jax.random.split(jax.random.key(seed))
     state = learner.init(net.init(init_key, jnp.zeros((1, 3 if method.told else 1)))["params"])
     draw_tasks = partial(sinusoid.draw_tasks, shots=method.shots, queries=method.queries, reveal=method.told)
 
     def draw(key: jax.Array, step: jax.Array) -> maml_jax.Task:
         return draw_tasks(jax.random.fold_in(key, step), method.tasks)
 
-    progress = Progress(config.steps, name)
-    for state, metrics in train(learner, state, draw, task_key, steps=config.steps, steps_per_call=1000):
-        run.log(method=name, **metrics)
-        progress.update(metrics["step"], loss=metrics["loss"])
+    progress = Progress(config.steps, f"{name} (seed {seed})")
+    for state, row in resumable_train(
+        learner, state, draw, task_key, steps=config.steps, steps_per_call=1000, run=run, save_every=5000,
+        labels={"method": name, "seed": seed}, rates=method.rates,
+    ):  # fmt: skip
+        progress.update(row["step"], loss=row["loss"])
     return state
 
 
@@ -191,16 +198,28 @@ def evaluate(config: Config, method: Method, state: maml_jax.MetaState, shots: i
     }
 
 
-def prepare(config: Config) -> Config:
-    """Checks the options. Raises ValueError or OSError, saying what is wrong and what to do."""
+class Prepared(NamedTuple):
+    """All that the experiment needs, checked."""
+
+    config: Config
+    run: RunDirectory
+
+
+def prepare(config: Config) -> Prepared:
+    """Checks the options, and opens the work directory, which may hold a part of this run.
+
+    Raises:
+      ValueError, OSError: saying what is wrong and what to do.
+    """
     config.check()
-    RunDirectory.check_free(config.workdir)
-    return config
+    # Each seed is a training of its own. Only the schedule of 'steady' depends on the number of steps.
+    harmless = {"seeds", "test_tasks", "workdir"} | ({"steps"} if "steady" not in config.methods else set())
+    return Prepared(config, RunDirectory(config.workdir, "sinusoid", dataclasses.asdict(config), harmless=harmless))
 
 
-def main(config: Config) -> dict:
+def main(prepared: Prepared) -> dict:
     """Runs the experiment; returns what it writes to `results.json`."""
-    run = RunDirectory(config.workdir, "sinusoid")
+    config, run = prepared
     print(f"{config}\nWriting to {run.path}", flush=True)
     test_key = jax.random.key(600)  # Apart from every training seed's keys, and the same for all of them.
     rows: list[dict] = []
@@ -208,8 +227,7 @@ def main(config: Config) -> dict:
     for seed in config.seeds:
         for name in config.methods:
             method = methods(config)[name]
-            title = name if len(config.seeds) == 1 else f"{name} (seed {seed})"
-            states[name] = meta_train(config, method, jax.random.key(seed), run, title)
+            states[name] = meta_train(config, run, name, seed)
             for shots in TEST_SHOTS:
                 result = evaluate(config, method, states[name], shots, jax.random.fold_in(test_key, shots))
                 rows.append({"method": name, "seed": seed, "shots": shots, **result})

@@ -20,12 +20,9 @@ def few_shot(path: Path, history: Sequence[dict[str, Any]], results: dict[str, A
     validated = [(row["step"], 100 * row["val_accuracy"]) for row in history if "val_accuracy" in row]
     left.plot(*zip(*validated), "o-", markersize=3, label="validation tasks")
     left.set(xlabel="meta-steps", ylabel="accuracy (%)", title="Training")
-    for label, found in results["test"].items():
-        mean, half_width = np.asarray(found["accuracy"]), np.asarray(found["half_width"])
-        right.errorbar(range(len(mean)), mean, half_width, marker="o", markersize=3, capsize=2, label=label)
+    _over_inner_steps(right, results["test"])
     if results["published"]:
         right.axhline(results["published"][0], color="grey", linestyle="--", label="published")
-    right.set(xlabel="inner steps", ylabel="accuracy (%)", title="Test tasks, 95% intervals")
     for axes in (left, right):
         axes.legend()
         axes.grid(alpha=0.3)
@@ -33,26 +30,27 @@ def few_shot(path: Path, history: Sequence[dict[str, Any]], results: dict[str, A
     plt.close(figure)
 
 
-def inner_steps(target: Path | BinaryIO, found: Mapping[str, Mapping[str, Any]]) -> None:
-    """Accuracy over inner steps, a line for each entry.
+def inner_steps(target: Path | BinaryIO, found: Mapping[str, dict[str, Any]]) -> None:
+    """Accuracy over inner steps of several evaluations, each a summary of `evaluation.Results`, by label.
 
     Args:
-      target: file to write a PNG to.
-      found: by label, `accuracy` and `half_width` in per cent after 0, 1, ... inner steps.
+      target: file to write the PNG to.
+      found: of each summary, `accuracy` and `half_width` are drawn.
     """
     figure, axes = plt.subplots(figsize=(8, 4 + 0.12 * len(found)), layout="constrained")
-    for number, (label, each) in enumerate(found.items()):
-        mean = np.asarray(each["accuracy"], np.float64)
-        half_width = np.asarray(each["half_width"], np.float64)
-        style = ("-", "--", ":")[number // 10 % 3]  # There are ten colours.
-        axes.errorbar(
-            range(len(mean)), mean, half_width, fmt="o", linestyle=style, markersize=3, capsize=2, label=label
-        )
-    axes.set(xlabel="inner steps", ylabel="accuracy (%)", title="Test tasks, 95% intervals")
+    _over_inner_steps(axes, found)
     figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     axes.grid(alpha=0.3)
     figure.savefig(target, dpi=120, format="png")
     plt.close(figure)
+
+
+def _over_inner_steps(axes: Any, found: Mapping[str, dict[str, Any]]) -> None:
+    for number, (label, summary) in enumerate(found.items()):
+        mean, half_width = np.asarray(summary["accuracy"]), np.asarray(summary["half_width"])
+        style = {"linestyle": ("-", "--", ":")[number // 10 % 3], "marker": "o", "markersize": 3}  # Ten colours.
+        axes.errorbar(range(len(mean)), mean, half_width, capsize=2, label=label, **style)
+    axes.set(xlabel="inner steps", ylabel="accuracy (%)", title="Test tasks, 95% intervals")
 
 
 def _smoothed(steps: np.ndarray, values: np.ndarray, points: int = 200) -> tuple[np.ndarray, np.ndarray]:

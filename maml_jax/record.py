@@ -1,5 +1,7 @@
 """What a run leaves behind: metrics while it runs, results and parameters at its end, and a sign of life."""
 
+import contextlib
+import itertools
 import json
 import os
 import platform
@@ -7,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Collection, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,68 +17,184 @@ from typing import Any
 import jax
 import numpy as np
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "pillow", "tensorflow-datasets")
+from maml_jax.workdir import InUseError, Lock, WorkdirError, cannot_write, make_directory, note, now, read_json, write
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow", "tensorflow-datasets")
 
 
 class RunDirectory:
-    """A new directory for one run: `metrics.jsonl`, `results.json`, `params.msgpack` and pictures.
+    """The directory of one run: `run.json`, `metrics.jsonl`, `results.json`, `params.msgpack`, checkpoints, pictures.
+
+    With a configuration, the same command goes on where the run stopped: the directory may hold a run of
+    the same configuration. While the object lives, no other process can open the directory.
 
     Args:
-      path: where; None takes the first free of `runs/NAME`, `runs/NAME-2`, ...
+      path: where. None takes the first of `runs/NAME`, `runs/NAME-2`, ... that is free, or that holds an
+        unfinished run of the same configuration which no process works on.
       name: what the run is.
+      config: all that the numbers of the run depend on, and what else is to be kept of its options. None: a run that
+        cannot be gone on with, whose directory must hold none.
+      harmless: fields of `config` that may differ from what the run was begun with.
 
     Raises:
-      FileExistsError: if `path` already holds a run, so that none is overwritten.
+      FileExistsError: if `path` already holds a run, and either of them has no configuration.
+      WorkdirError: if the configurations differ in a field that is not harmless, listing them; if another
+        process works in the directory; if nothing can be written there.
     """
 
-    def __init__(self, path: str | Path | None, name: str):
-        self.path = _free_path(name) if path is None else Path(path)
-        self.check_free(path)
-        self.path.mkdir(parents=True, exist_ok=True)
+    def __init__(
+        self,
+        path: str | Path | None,
+        name: str,
+        config: Mapping[str, Any] | None = None,
+        *,
+        harmless: Collection[str] = (),
+    ):
+        config = None if config is None else _as_json(config)
+        self.path, self._lock = _own_or_free(name, config) if path is None else _locked(Path(path))
+        try:
+            changed = _compare(self.path, config, harmless)
+        except OSError:
+            self.close()
+            raise
         self._metrics = self.path / "metrics.jsonl"
-        self._metrics.touch(exist_ok=False)
         self._made_by = provenance()  # Now: the checkout may have moved on by the end of the run.
+        self._earlier = read_json(self.path / "run.json")["starts"] if changed is not None else []
+        if changed is not None:
+            note(f"{self.path} holds this run already, begun {self._earlier[0]['started']}: it goes on.")
+            self._tell_changes(changed)
+            self._mend()
+        start = self._made_by | ({"changed": changed} if changed else {})
+        content = {"name": name, "config": config, "starts": [*self._earlier, start]}
+        write(self.path / "run.json", json.dumps(content, indent=1).encode())
+        self._write_lines("a", [])
 
     @staticmethod
-    def check_free(path: str | Path | None) -> None:
-        """Raises FileExistsError if `path` already holds a run."""
-        if path is not None and (Path(path) / "metrics.jsonl").exists():
-            raise FileExistsError(f"{path} already holds a run. Give another --workdir, or move that one away.")
+    def check(path: str | Path | None, config: Mapping[str, Any] | None = None, *, harmless: Collection[str] = ()):
+        """Raises what opening the directory would, without writing anything, for a check before data are read."""
+        if path is not None and Path(path).is_dir():
+            _compare(Path(path), None if config is None else _as_json(config), harmless)
+            Lock(Path(path)).close()
+
+    def close(self) -> None:
+        """Lets other processes in."""
+        self._lock.close()
 
     def log(self, **row: Any) -> None:
-        """Appends one line to `metrics.jsonl`."""
-        with open(self._metrics, "a") as file:
-            file.write(json.dumps(_plain(row)) + "\n")
+        """Appends one line to `metrics.jsonl`. Raises WorkdirError if that cannot be."""
+        self._write_lines("a", [row])
+
+    def rows(self, **labels: Any) -> list[dict]:
+        """The rows of `metrics.jsonl` that have these entries, those of earlier starts of this run included."""
+        rows = [json.loads(line) for line in self._metrics.read_text().splitlines()]
+        return [row for row in rows if labels.items() <= row.items()]
+
+    def drop_rows_after(self, step: int, **labels: Any) -> None:
+        """Drops the rows with these entries and a later `step`, which are to be written anew."""
+        rows = self.rows()
+        kept = [row for row in rows if not (labels.items() <= row.items() and row.get("step", 0) > step)]
+        if len(kept) < len(rows):
+            note(f"{self._metrics}: {len(rows) - len(kept)} rows after step {step} are dropped, and made again.")
+            write(self._metrics, _lines(kept).encode())
 
     def write_results(self, results: dict[str, Any]) -> Path:
         """Writes `results.json`: the results, and what made them."""
-        text = json.dumps(_plain({"made_by": {**self._made_by, "finished": _now()}, **results}), indent=1)
-        return self._replace("results.json", text.encode())
+        made_by = self._made_by | {"finished": now()}
+        if self._earlier:
+            made_by["earlier_starts"] = self._earlier
+        return write(self.path / "results.json", json.dumps(plain({"made_by": made_by, **results}), indent=1).encode())
 
     def write_params(self, params: Any) -> Path:
         """Writes `params.msgpack`, which `flax.serialization.from_bytes(params, data)` reads."""
         from flax import serialization
 
-        return self._replace("params.msgpack", serialization.to_bytes(params))
+        return write(self.path / "params.msgpack", serialization.to_bytes(params))
 
-    def write_state(self, state: Any) -> Path:
-        """Writes `state.msgpack`, all that training needs to go on: `flax.serialization.from_bytes(state, data)`."""
-        from flax import serialization
+    def _tell_changes(self, changed: dict[str, tuple[Any, Any]]) -> None:
+        for field, (old, new) in changed.items():
+            note(f"{field} was {old!r}, is {new!r}.")
+        old, new = (
+            {"commit": start["commit"], "hardware": start["hardware"], **start["versions"]}
+            for start in (self._earlier[-1], self._made_by)
+        )
+        for part, (old, new) in _differences(old, new).items():
+            note(f"{part} was {old}, is {new}: the numbers may differ from those of a run in one go.")
 
-        return self._replace("state.msgpack", serialization.to_bytes(state))
+    def _mend(self) -> None:
+        """Drops what is no row, such as a line that was cut when the disk was full."""
+        content = self._metrics.read_bytes() if self._metrics.exists() else b""
+        rows = []
+        for number, line in enumerate(content.splitlines(), 1):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if isinstance(row, dict):
+                rows.append(row)
+            else:
+                note(f"{self._metrics}: line {number} is cut or damaged, and dropped: {line[:60]!r}")
+        if (mended := _lines(rows).encode()) != content:
+            write(self._metrics, mended)
 
-    def _replace(self, name: str, content: bytes) -> Path:
-        target, part = self.path / name, self.path / f".{name}.part"
-        part.write_bytes(content)
-        os.replace(part, target)
-        return target
+    def _write_lines(self, mode: str, rows: list[dict]) -> None:
+        try:
+            with open(self._metrics, mode) as file:
+                file.write(_lines(rows))
+        except OSError as error:
+            raise cannot_write(self._metrics, error) from error
 
 
-def _free_path(name: str) -> Path:
-    number = 1
-    while (path := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
-        number += 1
-    return path
+def _lines(rows: list[dict]) -> str:
+    return "".join(json.dumps(plain(row)) + "\n" for row in rows)
+
+
+def _locked(path: Path) -> tuple[Path, Lock]:
+    make_directory(path)
+    return path, Lock(path)
+
+
+def _own_or_free(name: str, config: Any) -> tuple[Path, Lock]:
+    """The default directory, locked."""
+    for number in itertools.count(1):
+        path = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        if not path.exists():
+            return _locked(path)
+        unfinished = (path / "run.json").exists() and not (path / "results.json").exists()
+        if config is not None and unfinished and read_json(path / "run.json").get("config") == config:
+            with contextlib.suppress(InUseError):  # Then the next.
+                return _locked(path)
+    raise AssertionError
+
+
+def _compare(path: Path, config: Any, harmless: Collection[str]) -> dict[str, tuple[Any, Any]] | None:
+    """Harmless differences `{field: (was, is)}` from the run in `path`; None if there is no run.
+
+    Raises:
+      FileExistsError, WorkdirError: as `RunDirectory`.
+    """
+    if not (path / "run.json").exists() and not (path / "metrics.jsonl").exists():
+        return None
+    was = read_json(path / "run.json")["config"] if (path / "run.json").exists() else None
+    if config is None or was is None:
+        raise FileExistsError(f"{path} already holds a run. Give another --workdir, or move that one away.")
+    differing = _differences(was, config)
+    harmful = {field: values for field, values in differing.items() if field not in harmless}
+    if harmful:
+        listed = "".join(f"\n  {field} was {old!r}, is {new!r}" for field, (old, new) in harmful.items())
+        raise WorkdirError(
+            f"{path} holds a run of another configuration:{listed}\nGive what it was begun with, or another --workdir."
+        )
+    return differing
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    pairs = {field: (old.get(field, "absent"), new.get(field, "absent")) for field in sorted({*old, *new})}
+    return {field: pair for field, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
+    """As it will be when it is read back."""
+    return json.loads(json.dumps(plain(dict(config))))
 
 
 def provenance() -> dict[str, Any]:
@@ -91,12 +210,8 @@ def provenance() -> dict[str, Any]:
             **{name: metadata.version(name) for name in PACKAGES},
         },
         "hardware": f"{len(jax.devices())} x {device.device_kind} ({_processor()}, {os.cpu_count()} cores)",
-        "started": _now(),
+        "started": now(),
     }
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def _commit() -> str | None:
@@ -122,14 +237,14 @@ def _processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _plain(tree: Any) -> Any:
+def plain(tree: Any) -> Any:
     """Arrays as lists and paths as strings, so that JSON takes them; NaN and infinity as null, which JSON lacks."""
     if isinstance(tree, dict):
-        return {key: _plain(value) for key, value in tree.items()}
+        return {key: plain(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return [_plain(value) for value in tree]
+        return [plain(value) for value in tree]
     if isinstance(tree, (np.ndarray, np.generic, jax.Array)):
-        return _plain(np.asarray(tree).tolist())
+        return plain(np.asarray(tree).tolist())
     if isinstance(tree, float):
         return tree if np.isfinite(tree) else None
     return str(tree) if isinstance(tree, Path) else tree

@@ -4,8 +4,6 @@ The file is msgpack of arrays and text. Reading it builds arrays, dicts and list
 """
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +11,7 @@ import jax
 import numpy as np
 
 from maml_jax.types import Params, Rates
+from maml_jax.workdir import make_directory, write
 
 FORMAT = "maml_jax 1"
 
@@ -48,17 +47,8 @@ def save(path: str | Path, params: Params, rates: Rates = (), description: dict[
         }
     )
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(part, 0o644)  # Temporary files are private.
-        os.replace(part, path)
-    except BaseException:
-        os.unlink(part)
-        raise
-    return path
+    make_directory(path.parent)
+    return write(path, content)
 
 
 def load(path: str | Path) -> Saved:

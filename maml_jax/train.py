@@ -12,7 +12,7 @@ from jax import lax
 
 from maml_jax import validation
 from maml_jax.meta import MetaLearner
-from maml_jax.types import MetaInfo, MetaState, Task
+from maml_jax.types import MetaInfo, MetaState, NotFiniteError, Task
 
 DrawFn = Callable[[Any, jax.Array], Task]
 """`(data, step) -> tasks`: the meta-batch of one step, a pure function that runs on the device."""
@@ -61,7 +61,7 @@ def train(
       state: where to start, `learner.init(params)` or an earlier run's.
       draw: `(data, step) -> tasks`.
       data: what `draw` draws from, kept on the device; or, where that is too small, a function `(first step, count)
-        -> data of a call` of `count` meta-steps, such as `host.chooser` makes, that runs in a thread, one
+        -> data of a call` of `count` meta-steps, such as `host.by_step` gives, that runs in a thread, one
         call ahead of the device. All calls ask for as many steps, though the last may take fewer.
       steps: meta-steps in all, counting those that `state` has behind it.
       steps_per_call: meta-steps per device call; the last call may be shorter.
@@ -72,7 +72,7 @@ def train(
 
     Raises:
       ValueError: for fewer than 1 step, at once.
-      FloatingPointError: if loss or gradient stop being finite, naming the steps.
+      NotFiniteError: if loss or gradient stop being finite, a FloatingPointError that names the step.
     """
     validation.at_least("steps", steps, 1)
     validation.at_least("steps_per_call", steps_per_call, 1)
@@ -92,19 +92,18 @@ def _train(learner, state, draw, data, steps, steps_per_call):
 def _calls(call, state, data_of_calls, starts):
     done = starts.start
     counts = [min(starts.step, starts.stop - start) for start in starts]
-    under_way = call(state, next(data_of_calls), counts[0])
+    before, data = state, next(data_of_calls)
+    under_way = call(state, data, counts[0])
     for count, following in zip(counts, [*counts[1:], None]):
         state, metrics = under_way
+        coming = None
         if following is not None:
-            under_way = call(state, next(data_of_calls), following)
+            coming = next(data_of_calls)
+            under_way = call(state, coming, following)
         metrics = jax.tree.map(lambda leaf: np.asarray(leaf).tolist(), metrics)
-        if not np.isfinite([metrics["loss"], metrics["grad_norm"]]).all():
-            raise FloatingPointError(
-                f"Between meta-steps {done + 1} and {done + count} the meta-loss or its gradient stopped being finite "
-                f"(loss {metrics['loss']}, gradient norm {metrics['grad_norm']}). A smaller inner or outer rate, or "
-                "optax.clip_by_global_norm before the outer optimizer, usually helps."
-            )
-        done += count
+        if not _finite(metrics):
+            raise _not_finite(call, before, data, count, metrics)
+        before, data, done = state, coming, done + count
         yield state, {"step": done, **metrics}
 
 
@@ -116,11 +115,9 @@ def _data_of_calls(data: Any, starts: range, sharding: Any) -> Generator[Any]:
             yield data
         return
 
-    # The last call's as many as the others', so that one compilation serves all.
-    count = min(starts.step, starts.stop - starts.start)
-
     def made(start: int) -> Any:
-        return jax.device_put(data(start, count), sharding)
+        # As many for the last call as for the others, so that one compilation serves all.
+        return jax.device_put(data(start, starts.step), sharding)
 
     with ThreadPoolExecutor(1, "data of the next call") as thread:
         ahead = thread.submit(made, starts[0])
@@ -129,6 +126,32 @@ def _data_of_calls(data: Any, starts: range, sharding: Any) -> Generator[Any]:
             if following is not None:
                 ahead = thread.submit(made, following)
             yield ready
+
+
+def _finite(metrics: Metrics) -> bool:
+    return bool(np.isfinite([metrics["loss"], metrics["grad_norm"]]).all())
+
+
+def _not_finite(call, state, data, count, metrics) -> NotFiniteError:
+    """Takes the call's steps again one by one, to name the first that is wrong."""
+    first, last = int(state.step) + 1, int(state.step) + count
+    for step in range(first, last + 1):
+        state, single = call(state, data, 1)
+        single = jax.tree.map(lambda leaf: np.asarray(leaf).tolist(), single)
+        if not _finite(single):
+            where, metrics = f"At meta-step {step}", single
+            break
+    else:
+        where, step = f"Between meta-steps {first} and {last}, but not when they were repeated one by one,", last
+    if np.isfinite(metrics["loss"]):
+        hint = "The loss itself is finite: look for a derivative that is not, such as that of a square root at zero"
+    else:
+        hint = "A smaller inner or outer rate, or optax.clip_by_global_norm before the outer optimizer, usually helps"
+    return NotFiniteError(
+        f"{where} the meta-loss or its gradient stopped being finite (loss {metrics['loss']}, gradient norm "
+        f"{metrics['grad_norm']}). {hint}.",
+        step,
+    )
 
 
 def _metrics(info: MetaInfo) -> Metrics:

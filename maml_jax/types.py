@@ -81,3 +81,12 @@ class Evaluation(NamedTuple):
     """`[T, S + 1, ...]`: aux of the query loss."""
     support_loss: jax.Array
     """`[T, S + 1]`: what the inner loop minimises; where it grows, the inner loop diverges."""
+
+
+class NotFiniteError(FloatingPointError):
+    """A loss, a gradient or the state after it stopped being finite."""
+
+    def __init__(self, message: str, step: int):
+        super().__init__(message)
+        self.step = step
+        """The meta-step that made it so, counted from 1."""

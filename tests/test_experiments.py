@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from experiments import omniglot, sinusoid
+from experiments import few_shot, miniimagenet, omniglot, sinusoid
 
 
 def launch(*args, cwd=None, timeout=300):
@@ -39,6 +39,11 @@ BAD = [
     ("omniglot", ["--tasks-at-once", "5"], "tasks_at_once must divide the tasks of one device, 16, but got 5"),
     ("omniglot", ["--preset", "20w5s", "--ways", "5"], "give either it or them, not both"),
     ("omniglot", ["--rotations", "up"], "rotations"),
+    ("omniglot", ["--method", "magic"], "method"),
+    ("omniglot", ["--method", "reptile", "--order", "1"], "order 1 is for methods that differentiate the inner loop"),
+    ("omniglot", ["--net", "mlp", "--normalisation", "tasknorm"], "'tasknorm' needs axes of space"),
+    ("miniimagenet", ["--data-dir", "nowhere"], "nowhere"),
+    ("miniimagenet", ["--outer-rate", "0"], "outer_rate must be positive and finite, but got 0"),
     ("omniglot", ["--data-dir", "nowhere"], "--download"),
 ]
 
@@ -48,7 +53,7 @@ def test_bad_input_ends_before_anything_long_starts(name, options, message, monk
     """In this process, to be quick; the exit status of a real one is tested below."""
     from experiments import command_line
 
-    module = {"sinusoid": sinusoid, "omniglot": omniglot}[name]
+    module = {"sinusoid": sinusoid, "omniglot": omniglot, "miniimagenet": miniimagenet}[name]
     if name == "omniglot" and "--data-dir" not in options:
         shared, cache = request.getfixturevalue("shared_data"), request.getfixturevalue("omniglot_cache")
         options = [*options, "--data-dir", str(shared / "omniglot"), "--cache-dir", str(cache)]
@@ -56,7 +61,7 @@ def test_bad_input_ends_before_anything_long_starts(name, options, message, monk
     monkeypatch.setattr(command_line.jax.config, "update", lambda *_: None)  # This process has its devices already.
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
-        command_line.run(module.Config, module.prepare, module.main)
+        command_line.run(module.Config, module.prepare, getattr(module, "main", few_shot.main))
     assert end.value.code == 2
     printed = capsys.readouterr()
     assert message in printed.err + printed.out
@@ -84,8 +89,9 @@ def test_sinusoid_from_beginning_to_end(tmp_path):
     assert {"errors.png", "fits.png", "params.msgpack", "metrics.jsonl"} <= {p.name for p in workdir.iterdir()}
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["method"] == "oracle"] == [1000, 1500]
-    again = launch("experiments.sinusoid", "--workdir", workdir)
-    assert again.returncode == 2 and "already holds a run" in again.stderr
+    other = launch("experiments.sinusoid", "--workdir", workdir)
+    assert other.returncode == 2 and "test_tasks" not in other.stderr
+    assert "methods was ['maml', 'oracle'], is ['maml', 'first_order', 'pretrained', 'oracle']" in other.stderr
 
 
 def test_omniglot_from_beginning_to_end(shared_data, omniglot_cache, tmp_path):
@@ -96,18 +102,40 @@ def test_omniglot_from_beginning_to_end(shared_data, omniglot_cache, tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert "queries one by one" in ended.stdout and "published" in ended.stdout
     results = json.loads((workdir / "results.json").read_text())
-    for protocol in ("together", "alone"):
-        assert len(results[protocol]["accuracy"]) == len(results[protocol]["half_width"]) == 11
-    accuracy = results["together"]["accuracy"]
+    for label in ("queries together", "queries one by one"):
+        found = results["test"][label]
+        assert len(found["accuracy"]) == len(found["half_width"]) == 11
+        assert f"queries {found['protocol']['queries_seen']}" == label and found["protocol"]["classes"] == 423
+    accuracy = results["test"]["queries together"]["accuracy"]
     assert accuracy[3] > accuracy[0] + 5  # Adaptation helps, after so few meta-steps too.
     assert (workdir / "curves.png").stat().st_size > 10_000
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 60 and "val_accuracy" in rows[-1]
+    (selected,) = [row for row in rows if row["step"] == results["selected"]["step"]]
+    assert selected["val_accuracy"] == max(row["val_accuracy"] for row in rows if "val_accuracy" in row)
+
+    # The saved model alone, evaluated on the same tasks, has the same accuracy.
+    model = workdir / "best" / f"step-{selected['step']:07d}.msgpack"
+    output = tmp_path / "evaluated.json"
+    data = ["--data-dir", shared_data / "omniglot", "--cache-dir", omniglot_cache]
+    ended = launch("experiments.evaluate", model, *data, "--tasks", 40, "--output", output)
+    assert ended.returncode == 0, ended.stderr
+    (evaluated,) = json.loads(output.read_text())["test"].values()
+    assert evaluated == results["test"]["queries together"]
+    assert output.with_suffix(".png").stat().st_size > 10_000
+    ended = launch("experiments.evaluate", workdir / "metrics.jsonl", *data)
+    assert ended.returncode == 2 and "metrics.jsonl is not a file of maml_jax.saved.save" in ended.stderr
 
 
 def test_recipes_are_the_papers():
-    five, twenty = omniglot.Config().resolve(), omniglot.Config(preset="20w5s").resolve()
-    assert (five.tasks, five.inner_rate, five.inner_steps, five.queries) == (32, 2.0, 1, 1)
+    five, twenty, mini = (
+        module.settle(module.Config(**options))[1]
+        for module, options in ((omniglot, {}), (omniglot, {"preset": "20w5s"}), (miniimagenet, {"shots": 5}))
+    )
+    assert (five.tasks, five.inner_rate, five.inner_steps, five.queries, five.clip) == (32, 2.0, 1, 1, None)
     assert (twenty.ways, twenty.shots, twenty.tasks, twenty.inner_rate, twenty.inner_steps) == (20, 5, 16, 2.0, 5)
-    assert omniglot.Config(preset="5w5s-mlp").resolve().net == "mlp"
-    assert omniglot.Config(preset="20w1s", inner_steps=3).resolve().inner_steps == 3
+    assert (mini.tasks, mini.inner_rate, mini.inner_steps, mini.queries) == (4, 0.05, 5, 15)
+    # The paper's code clips to 10 the gradient of a loss that is 75 / 5 times the mean.
+    assert mini.clip == pytest.approx(10 / 15)
+    assert omniglot.settle(omniglot.Config(preset="5w5s-mlp"))[1].net == "mlp"
+    assert omniglot.settle(omniglot.Config(preset="20w1s", inner_steps=3))[1].inner_steps == 3

@@ -16,8 +16,8 @@ def test_import_is_light_and_touches_no_device():
     code = (
         "import os, sys; os.environ['JAX_PLATFORMS'] = 'nonexistent'; import maml_jax, maml_jax.losses, "
         "maml_jax.tasks.sinusoid, maml_jax.tasks.episodes, maml_jax.tasks.omniglot, maml_jax.tasks.images, "
-        "maml_jax.convolution, "
-        "maml_jax.train, maml_jax.task_axis; "
+        "maml_jax.convolution, maml_jax.train, maml_jax.task_axis, maml_jax.checkpoint, maml_jax.signals, "
+        "maml_jax.workdir; "
         f"print([m for m in {HEAVY} if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -32,14 +32,14 @@ def test_models_and_plots_bring_no_tensorflow():
 
 
 LAYERS = [  # Each may import only from those before it.
-    {"types", "trees", "backend"},
-    {"validation", "mixed", "tasks.cache"},
+    {"types", "trees", "backend", "workdir"},
+    {"validation", "mixed", "signals", "tasks.cache"},
     {"inner", "task_axis", "convolution", "losses", "statistics", "tasks.sinusoid", "tasks.episodes", "tasks.omniglot"},
-    {"tasks.published", "tasks.pickles"},
+    {"tasks.published", "tasks.pickles", "checkpoint", "saved"},
     {"meta", "normalisation", "curvature", "per_step", "tasks.download", "tasks.image_sources", "tasks.host"},
-    {"layers", "reptile", "implicit", "schedules", "tasks.images", "evaluation", "saved"},
+    {"layers", "reptile", "implicit", "schedules", "tasks.images", "evaluation"},
     {"check", "models", "train", "record", "plots"},
-    {"heads"},
+    {"heads", "resumable"},
 ]
 
 

@@ -7,6 +7,7 @@ import jax
 import optax
 
 import maml_jax
+from maml_jax import losses
 from maml_jax.tasks import sinusoid
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
@@ -20,6 +21,18 @@ def test_the_first_look_learns_and_the_check_passes(capsys):
     assert "The meta-gradient is exact." in capsys.readouterr().out
 
 
+def test_a_lost_run_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    loss_fn = losses.mean_squared_error(lambda params, x: params["slope"] * x)
+    learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.01, steps=1), optax.adam(1e-3))
+    scope = {"jax": jax, "sinusoid": sinusoid, "learner": learner, "params": {"slope": jax.numpy.ones(())}}
+    block = next(block for block in BLOCKS if "resumable_train" in block)
+    for steps in (range(500, 3001, 500), [3000]):
+        exec(block, scope)
+        assert [int(line.split()[0]) for line in capsys.readouterr().out.splitlines()] == list(steps)
+        scope["run"].close()
+
+
 def test_every_recipe_can_be_meta_trained():
     scope = {"jax": jax, "jnp": jax.numpy}
     recipes = {name: next(block for block in BLOCKS if name in block) for name in ("linen", "nnx", "equinox")}
@@ -27,8 +40,8 @@ def test_every_recipe_can_be_meta_trained():
         assert len(recipe.strip().splitlines()) <= 6, name
         exec(recipe, scope)
         learner = maml_jax.maml(scope["loss_fn"], maml_jax.sgd(0.01, steps=1), optax.adam(1e-2))
-        state, step, losses = learner.init(scope["params"]), jax.jit(learner.step), []
+        state, step, curve = learner.init(scope["params"]), jax.jit(learner.step), []
         for index in range(150):
             state, info = step(state, sinusoid.draw_tasks(jax.random.key(index), 25, shots=10, queries=10))
-            losses.append(float(info.loss))
-        assert sum(losses[-20:]) < 0.9 * sum(losses[:20]), name
+            curve.append(float(info.loss))
+        assert sum(curve[-20:]) < 0.9 * sum(curve[:20]), name

@@ -28,8 +28,7 @@ def made_up(path, name, seed=0, steps=60_000, accuracy=0.9, tasks=50, **labels):
     """A directory as a run leaves it: `tasks` tasks, of which every query is right with that chance."""
     row = BY_NAME[name]
     module = rows.EXPERIMENTS[row.experiment]
-    config = module.Config(**row.options, steps=steps, seed=seed)
-    setting = few_shot.resolve(config, module.recipe)
+    config, setting = module.settle(module.Config(**row.options, steps=steps, seed=seed))
     told = Protocol("made up", "test", 9, "0123456789abcdef", tasks, seed, setting.ways, setting.shots,
                     setting.queries, "none", 10, 2.0, config.normalisation, "together")  # fmt: skip
     count = setting.ways * setting.queries
@@ -67,8 +66,7 @@ def test_rows_are_the_papers_table_and_each_is_a_valid_experiment():
     assert len(BY_NAME) == len(rows.ROWS)
     for row in rows.ROWS:
         module = rows.EXPERIMENTS[row.experiment]
-        config = module.Config(**row.options)
-        setting = few_shot.resolve(config, module.recipe)
+        config, setting = module.settle(module.Config(**row.options))
         assert f"{setting.ways}w{setting.shots}s" == row.setting
         assert 1 <= row.inner_steps <= few_shot.TEST_STEPS and row.method in rows.METHODS
         flags = reproduce.command(reproduce.Config(), row, 3)

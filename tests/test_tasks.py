@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from maml_jax.tasks import sinusoid
-from maml_jax.tasks.episodes import EpisodeShape, draw_episodes, equal_classes
+from maml_jax.tasks.episodes import EpisodeShape, ImageClasses, choose, draw_episodes, equal_classes
 
 CLASSES, EXAMPLES = 12, 20
 
@@ -93,6 +93,59 @@ def test_every_class_and_example_is_equally_likely(data):
 def test_impossible_episodes_are_refused(data, shape, message):
     with pytest.raises(ValueError, match=message):
         draw_episodes(jax.random.key(0), data, 1, shape)
+
+
+class TestClassesOfDifferentSizes:
+    COUNTS = (4, 30, 7, 5)
+
+    @pytest.fixture
+    def data(self):
+        """Images whose pixels are their class and their number within it."""
+        numbers = [(label, number) for label, count in enumerate(self.COUNTS) for number in range(count)]
+        return ImageClasses(np.array(numbers, np.uint8)[:, None, :], self.COUNTS)
+
+    def test_every_image_of_a_class_is_equally_likely_and_no_other_drawn(self, data):
+        tasks = jax.jit(draw_episodes, static_argnums=(2, 3))(jax.random.key(0), data, 2000, EpisodeShape(3, 1, 3))
+        pixels = np.concatenate([np.asarray(x[0]).reshape(2000, 3, -1, 2) for x in tasks], 2)
+        pixels = np.rint(255 * pixels).astype(int)
+        assert (pixels[..., 0] == pixels[..., :1, 0]).all()  # Four images of one class
+        assert (np.diff(np.sort(pixels[..., 1]), axis=-1) > 0).all()  # that differ.
+        for label, count in enumerate(self.COUNTS):
+            drawn = np.bincount(pixels[pixels[..., 0] == label][:, 1])
+            assert len(drawn) == count and ((drawn - drawn.mean()) ** 2 / drawn.mean()).sum() < 3 * count
+
+    def test_selected_classes_keep_their_images(self, data):
+        picked = data.select([2, 0])
+        assert picked.counts == (7, 4) and picked.first.tolist() == [0, 7]
+        np.testing.assert_array_equal(picked.images, np.concatenate([data.images[34:41], data.images[:4]]))
+        assert data.select([]).images.shape == (0, 1, 2) and data.select([]).counts == ()
+
+    def test_the_class_with_too_few_is_named_also_while_tracing(self, data):
+        message = (
+            r"shots \+ queries must be at most 4, the images of class {}, but got 4 \+ 2: expected at least 6 images"
+        )
+        message += " in every class, found 4 in this one, and too few in 1 more"
+        shape = EpisodeShape(2, 4, 2)
+        with pytest.raises(ValueError, match=message.format("ant")):
+            shape.check(data, ["ant", "bee", "cat", "dog"])
+        with pytest.raises(ValueError, match=message.format(0)):
+            jax.jit(lambda data: draw_episodes(jax.random.key(0), data, 1, shape))(data)
+
+
+RECORDED = [
+    ("random", [189, 99, 69, 200, 100], [3, 0, 1, 3, 1]),
+    ("classes", [149, 59, 229, 80, 20], [3, 1, 2, 2, 0]),
+    ("none", [189, 99, 69, 200, 100], [0, 0, 0, 0, 0]),
+]
+
+
+def test_the_same_seed_draws_what_it_always_drew():
+    """So that results of earlier versions can be repeated: first images and turns of three draws."""
+    for rotations, images, turns in RECORDED:
+        shape = EpisodeShape(5, 2, 3, rotations)
+        choice = jax.jit(choose, static_argnums=(1, 2, 3))(jax.random.key(3), (20,) * 12, 7, shape)
+        assert choice.images.shape == (7, 5, 5) and choice.turns.shape == (7, 5)
+        assert choice.images[6, :, 3].tolist() == images and choice.turns[6].tolist() == turns
 
 
 def test_sinusoids_are_the_papers():

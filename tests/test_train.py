@@ -151,19 +151,24 @@ def test_improves():
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
 
 
-def test_stops_at_a_loss_that_is_not_finite():
-    loss_fn, _ = plain_dict()
+def test_stops_at_what_is_not_finite_and_names_the_step():
+    loss_fn, params = plain_dict()
 
     def explodes(params, batch):
         loss, aux = loss_fn(params, batch)
         return loss * jnp.where(batch[0].mean() > 1.5, jnp.nan, 1.0), aux
 
-    learner, state = setting(explodes)
-    seen = []
-    with pytest.raises(FloatingPointError, match=r"Between meta-steps 3 and 4 .* inner or outer rate"):
-        for state, metrics in train(learner, state, draw, tasks(4), steps=10, steps_per_call=2):
-            seen.append(metrics["step"])
-    assert seen == [2]
+    def has_no_derivative(params, batch):
+        loss, aux = loss_fn(params, batch)
+        return loss + jnp.sqrt(jnp.where(batch[0].mean() > 1.5, 0 * loss, loss)), aux
+
+    for query_loss, told in ((explodes, "inner or outer rate"), (has_no_derivative, "The loss itself is finite")):
+        learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.1, steps=1), optax.adam(1e-2), query_loss_fn=query_loss)
+        state, seen = learner.init(params), []
+        with pytest.raises(FloatingPointError, match=f"At meta-step 3 the meta-loss .*{told}") as error:
+            for state, metrics in train(learner, state, draw, tasks(4), steps=10, steps_per_call=2):
+                seen.append(metrics["step"])
+        assert seen == [2] and error.value.step == 3
 
 
 @pytest.mark.parametrize("option", ["steps", "steps_per_call"])
@@ -187,8 +192,11 @@ def test_run_directory(tmp_path, monkeypatch):
 
     restored = serialization.from_bytes({"w": jnp.zeros(3)}, (run.path / "params.msgpack").read_bytes())
     np.testing.assert_array_equal(restored["w"], [0, 1, 2])
-    assert sorted(p.name for p in run.path.iterdir()) == ["metrics.jsonl", "params.msgpack", "results.json"]
+    assert sorted(p.name for p in run.path.iterdir()) == [
+        ".lock", "metrics.jsonl", "params.msgpack", "results.json", "run.json",
+    ]  # fmt: skip
     assert RunDirectory(None, "it").path.name == "it-2"
+    run.close()
     with pytest.raises(FileExistsError, match="already holds a run"):
         RunDirectory(run.path, "it")
 

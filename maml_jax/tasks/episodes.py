@@ -130,7 +130,7 @@ def choose(key: jax.Array, counts: tuple[int, ...], tasks: int, shape: EpisodeSh
 def put_together(pixels: jax.Array, turns: jax.Array, shape: EpisodeShape) -> Task:
     """Episodes of chosen pixels, uint8 `[T, N, K+Q, H, W]` or `[T, N, K+Q, H, W, C]`; see `draw_episodes`."""
     ways, shots, queries, rotations = shape
-    pixels = pixels if pixels.ndim == 6 else pixels[..., None]
+    pixels = jnp.asarray(pixels)[..., None] if pixels.ndim == 5 else jnp.asarray(pixels)
     pixels = pixels if rotations == "none" else jax.vmap(jax.vmap(_turn))(pixels, turns)
     pixels = pixels.astype(jnp.float32) / 255
     tasks, size = pixels.shape[0], pixels.shape[3:]

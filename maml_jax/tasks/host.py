@@ -1,10 +1,11 @@
-"""Episodes for training from images that stay in host memory, where the device's is too small for them.
+"""Episodes from images that stay in host memory, where the device's is too small for them.
 
-Only the chosen pixels of a call's meta-steps, as uint8, go to the device, one call ahead of it. Which images those
-are comes from the same function and keys as on the device, so the episodes are the same, bit for bit.
+Only the chosen pixels of some meta-steps, as uint8, go to the device; `train.train` has them made one call ahead of
+it. Which images those are comes from the same function and keys as on the device, so the episodes are the same, bit
+for bit.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -35,13 +36,13 @@ class ChosenPixels(NamedTuple):
     """int32 `[M, T, N]`."""
 
 
-def training_episodes(
+def by_step(
     key: jax.Array, classes: ImageClasses, tasks: int, shape: EpisodeShape, place: Place = "auto"
-) -> tuple[Callable[[Any, jax.Array], Task], Any]:
-    """`draw` and `data` for `train.train`: at each meta-step `tasks` new episodes.
+) -> tuple[Callable[[Any, Any], Task], Any]:
+    """`draw` and `data` for `train.train` and for `batches`: at each step `tasks` new episodes.
 
     Args:
-      key: a PRNG key; the number of the meta-step is folded in.
+      key: a PRNG key; the number of the step is folded in.
       classes: the classes to draw from, NumPy's arrays.
       tasks: `T`.
       shape: what an episode is.
@@ -66,10 +67,18 @@ def training_episodes(
     return draw_chosen, chooser(key, classes, tasks, shape)
 
 
+def batches(draw: Callable[[Any, Any], Task], data: Any, count: int) -> Iterator[Task]:
+    """The episodes of steps 0 to `count - 1`, for an evaluation that goes batch by batch; see `by_step`."""
+    drawn = jax.jit(draw)
+    held = None if callable(data) else jax.device_put(data)
+    for step in range(count):
+        yield drawn(data(step, 1) if callable(data) else held, step)
+
+
 def chooser(
     key: jax.Array, classes: ImageClasses, tasks: int, shape: EpisodeShape
 ) -> Callable[[int, int], ChosenPixels]:
-    """`(first step, count) -> ChosenPixels` of `count` meta-steps; arguments as in `training_episodes`."""
+    """`(first step, count) -> ChosenPixels` of `count` meta-steps; arguments as in `by_step`."""
     # On the CPU: behind the call that the device is at, the choice would wait for that to end.
     key = jax.device_put(key, jax.local_devices(backend="cpu")[0])
 

@@ -166,7 +166,9 @@ def listing(tree: Tree, division: Division) -> Contents:
     classes = _from_class_folders(tree, _roots(tree)[-1])
     if not any(classes.values()):
         raise DataError(f"{tree.where} holds no images that could be a data set. {HOW}")
-    return _checked(tree, _divided(tree, classes, division))
+    return (
+        _checked(tree, _divided(tree, classes)) if division == "random" else {"train": classes, "val": {}, "test": {}}
+    )
 
 
 def _roots(tree: Tree) -> list[str]:
@@ -248,13 +250,11 @@ def _from_class_folders(tree: Tree, root: str) -> dict[str, list[str]]:
         folder, inside, _ = name[len(root) :].partition("/")
         if name.startswith(root) and inside and name.lower().endswith(IMAGES):
             classes[folder].append(name)
-    return {name: sorted(paths) for name, paths in classes.items()}
+    return {name: sorted(classes[name]) for name in sorted(classes)}
 
 
-def _divided(tree: Tree, classes: dict[str, list[str]], division: Division) -> Files:
-    names = sorted(classes)
-    if division == "none":
-        return {"train": classes, "val": {}, "test": {}}
+def _divided(tree: Tree, classes: dict[str, list[str]]) -> Files:
+    names = list(classes)
     train, val = round(0.64 * len(names)), round(0.16 * len(names))
     if not 0 < val < len(names) - train:
         raise DataError(f"{tree.where} has {len(names)} classes, too few to be divided in 64, 16 and 20%. {HOW}")
@@ -265,7 +265,10 @@ def _divided(tree: Tree, classes: dict[str, list[str]], division: Division) -> F
 
 
 def _checked(tree: Tree, found: Any) -> Any:
-    """`found`, sorted, once it is sure that no class is in two splits."""
+    """`found`, sorted, once it is sure that every split has classes and none is in two."""
+    for split, classes in found.items():
+        if not classes:
+            raise DataError(f"Split {split} of {tree.where} has no classes.")
     for first, second in (("train", "val"), ("train", "test"), ("val", "test")):
         both = sorted({*found[first]} & {*found[second]})
         if both:

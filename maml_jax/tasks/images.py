@@ -191,7 +191,7 @@ def _decoded(tree: Tree, name: str) -> np.ndarray:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"The image {name} in {tree.where} is refused: {error}") from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
-        raise DataError(f"The image {name} in {tree.where} is damaged ({error}).") from error
+        raise DataError(f"The image {name} in {tree.where} is damaged or cannot be read ({error}).") from error
 
 
 def _fitted(pixels: np.ndarray, size: int, resample: Any) -> np.ndarray:

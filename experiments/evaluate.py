@@ -1,0 +1,155 @@
+"""Evaluates saved models on held-out classes, by the protocol of their training or by another.
+
+    python -m experiments.evaluate runs/NAME/best/step-0060000.msgpack --data-dir data/omniglot
+    python -m experiments.evaluate runs/NAME/best/*.msgpack --ensemble --data-dir data/omniglot
+    python -m experiments.evaluate FIRST.msgpack SECOND.msgpack --data-dir data/omniglot
+
+With several models, each is compared with the first on the same tasks, by a paired bootstrap.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import tyro
+
+from experiments import command_line, few_shot, miniimagenet, omniglot
+from experiments.few_shot import Classifier, Prepared, QueriesSeen, Split
+from maml_jax import evaluation, plots, saved, validation
+from maml_jax.normalisation import Normalisation
+from maml_jax.record import plain, provenance
+from maml_jax.types import MetaState
+
+EXPERIMENTS: dict[str, ModuleType] = {"omniglot": omniglot, "miniimagenet": miniimagenet}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is not given is as it was in the training of the model."""
+
+    models: tyro.conf.Positional[tuple[Path, ...]]
+    """Files that training wrote to `best/`."""
+    data_dir: Path = Path("data")
+    """Where the data set is."""
+    ensemble: bool = False
+    """Average the predictions of all models, in place of evaluating each."""
+    split: Split = "test"
+    """Classes to draw tasks from."""
+    tasks: int = 600
+    """Tasks to evaluate on."""
+    seed: int = 0
+    """Of the tasks; with that of the training and 600 tasks of 'test' they are those of its results."""
+    shots: int | None = None
+    """Support examples per class."""
+    queries: int | None = None
+    """Query examples per class."""
+    steps: int = few_shot.TEST_STEPS
+    """Inner steps, of which all from 0 are shown."""
+    at_step: int | None = None
+    """Inner step at which models are compared; default: the last."""
+    inner_rate: float | None = None
+    """Inner step size for the mean cross-entropy; without effect on learned rates, and refused there."""
+    normalisation: Normalisation | None = None
+    """What activations are normalised by."""
+    seen: Literal["together", "one by one", "both"] = "together"
+    """Whether the queries of a task are one batch, or each is a batch of its own."""
+    cache_dir: Path | None = None
+    """Where resized images are kept; default: maml_jax in the user's cache directory."""
+    output: Path | None = None
+    """Where to write the results as JSON, and beside it a plot as PNG."""
+
+
+class Model(NamedTuple):
+    """A saved model with all that it needs."""
+
+    name: str
+    prepared: Prepared
+    classifier: Classifier
+    state: MetaState
+
+
+def prepare(config: Config) -> tuple[Config, list[Model]]:
+    """Reads the models and their data.
+
+    Raises:
+      ValueError, DataError, OSError: saying what is wrong and what to do.
+    """
+    if not config.models:
+        raise ValueError("models must be at least one file that training wrote to best/, but none was given.")
+    validation.at_least("tasks", config.tasks, 1)
+    validation.at_least("steps", config.steps, 0)
+    validation.at_least("seed", config.seed, 0)
+    if config.at_step is not None and not 0 <= config.at_step <= config.steps:
+        raise ValueError(f"at_step must be from 0 to steps, {config.steps}, but got {config.at_step}.")
+    models = [load(path, config) for path in config.models]
+    if config.ensemble and len({(m.prepared.setting.ways, m.prepared.data.name) for m in models}) > 1:
+        raise ValueError("An ensemble needs models of the same data set and number of ways.")
+    return config, models
+
+
+def load(path: Path, config: Config) -> Model:
+    """A saved model, prepared as the options say."""
+    content = saved.load(path)
+    name = content.description.get("experiment")
+    if name not in EXPERIMENTS:
+        raise ValueError(f"{path} is not a few-shot classifier: it says of itself that it is {name!r}.")
+    given = {name: getattr(config, name) for name in ("shots", "queries", "normalisation", "inner_rate")}
+    if config.inner_rate is not None and jax.tree.leaves(content.rates):
+        raise ValueError(f"inner_rate cannot be given for {path}: its rates are learned.")
+    options = content.description["config"] | {key: value for key, value in given.items() if value is not None}
+    options |= {"data_dir": config.data_dir, "cache_dir": config.cache_dir, "test_tasks": config.tasks}
+    experiment = EXPERIMENTS[name]
+    prepared = experiment.prepare(experiment.Config(**options))
+    data = prepared.data
+    model = few_shot.classifier(prepared.config, prepared.setting, few_shot.image_shape(data), prepared.setting.ways)
+    image = jnp.zeros((1, *few_shot.image_shape(data)))
+    params = jax.eval_shape(model.net.init, jax.random.key(0), image)["params"]
+    params = jax.eval_shape(model.method.start, params)
+    rates = jax.eval_shape(lambda params: model.method.inner.init_rates(params), params)
+    like = MetaState(jnp.int32(0), params, rates, ())
+    return Model(str(path), prepared, model, few_shot.load_state(content, like))
+
+
+def main(prepared: tuple[Config, list[Model]]) -> dict[str, Any]:
+    """Evaluates, prints, and writes what was asked for."""
+    config, models = prepared
+    groups = [models] if config.ensemble else [[model] for model in models]
+    seen: tuple[QueriesSeen, ...] = ("together", "one by one") if config.seen == "both" else (config.seen,)
+    step = config.steps if config.at_step is None else config.at_step
+    rows: dict[str, Any] = {}
+    first: dict[str, evaluation.Results] = {}
+    for group in groups:
+        for way in seen:
+            found = evaluate(config, group, way)
+            label = f"{' + '.join(model.name for model in group)}, queries {way}"
+            print(f"{label}\n{found}", end="\n\n")
+            rows[label] = found.summary()
+            if way not in first:
+                first[way] = found
+                continue
+            difference = evaluation.difference(first[way], found, steps=(step, step))
+            rows[label]["first_minus_this"] = difference._asdict()
+            print(f"The first minus this after {step} inner steps, paired over the tasks: {difference}", end="\n\n")
+    if config.output is not None:
+        config.output.write_text(json.dumps(plain({"made_by": provenance(), "test": rows}), indent=1))
+        plots.inner_steps(config.output.with_suffix(".png"), rows)
+    return rows
+
+
+def evaluate(config: Config, models: list[Model], seen: QueriesSeen) -> evaluation.Results:
+    """Of one model, or of the ensemble of several."""
+    first = models[0]
+    keys = dict(zip(("init", "train", "val", "test"), jax.random.split(jax.random.key(config.seed), 4)))
+    data, shape = first.prepared.data.split(config.split), first.prepared.shape
+    tasks = few_shot.fixed_tasks(keys[config.split], data, config.tasks, shape)
+    told = few_shot.protocol(first.prepared, config.split, config.tasks, config.seed)
+    pairs = [(model.classifier, model.state) for model in models]
+    return few_shot.evaluate(first.prepared, pairs, tasks, told, steps=config.steps, seen=seen)
+
+
+if __name__ == "__main__":
+    command_line.run(Config, prepare, main)

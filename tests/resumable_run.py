@@ -1,0 +1,54 @@
+"""A training of a second, to be killed: `python tests/resumable_run.py WORKDIR STEPS [hang]`.
+
+Prints each step that it was handed over.
+"""
+
+import signal
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import maml_jax
+from maml_jax import losses
+from maml_jax.record import RunDirectory
+from maml_jax.resumable import Validate, resumable_train
+from maml_jax.tasks import sinusoid
+
+PER_CALL, SAVE_EVERY = 2, 6
+
+
+def setting():
+    """Learner, first state and draw: Adam after clipping, by a schedule, on parameters and learned rates."""
+    params = {"in": np.linspace(-2, 2, 8, dtype=np.float32), "out": np.linspace(1, -1, 8, dtype=np.float32)}
+    learner = maml_jax.maml(
+        losses.mean_squared_error(lambda params, x: jnp.tanh(x * params["in"]) @ params["out"][:, None]),
+        maml_jax.sgd(0.01, steps=2, learn_rates=True),
+        optax.chain(optax.clip_by_global_norm(10.0), optax.adam(optax.cosine_decay_schedule(0.03, 1000))),
+    )
+
+    def draw(key, step):
+        return sinusoid.draw_tasks(jax.random.fold_in(key, step), 3, shots=4, queries=4)
+
+    return learner, learner.init(params), draw
+
+
+def hang(_):
+    """Keeps the main thread out of Python for minutes."""
+    print("hanging", flush=True)
+    return {"forever": float(jax.jit(lambda x: jax.lax.while_loop(lambda y: y < 2.0, jnp.sin, x))(1.0))}
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Which a shell's background jobs do without.
+    workdir, steps = sys.argv[1], int(sys.argv[2])
+    learner, state, draw = setting()
+    run = RunDirectory(workdir, "tiny", {"steps": steps}, harmless={"steps"})
+    validate = Validate(SAVE_EVERY, hang) if "hang" in sys.argv else None
+    for state, row in resumable_train(
+        learner, state, draw, jax.random.key(1), steps=steps, steps_per_call=PER_CALL, run=run,
+        save_every=SAVE_EVERY, validate=validate,
+    ):  # fmt: skip
+        print(row["step"], flush=True)

@@ -1,0 +1,519 @@
+"""Image collections as data sets, in each of their forms, whole and damaged."""
+
+import csv
+import io
+import json
+import pickle
+import re
+import resource
+import struct
+import warnings
+import zipfile
+import zlib
+from collections import OrderedDict
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from maml_jax.tasks import cache, image_sources, images, published
+from maml_jax.tasks.cache import DataError
+from maml_jax.tasks.images import load
+
+CLASSES = {"train": ("ant", "bee"), "val": ("cat",), "test": ("dog", "elk")}
+SIZES = {"ant": 3, "bee": 2, "cat": 2, "dog": 4, "elk": 2}
+OTHERS = tuple(f"kind{number:02d}" for number in range(25))
+
+
+def png(seed, mode="RGB", size=(9, 7)):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(file, "TIFF" if mode == "CMYK" else "PNG")
+    return file.getvalue()
+
+
+def write(root, files):
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return root
+
+
+def small(inside="images/{label}/{label}{number}.png", listed="{label}/{label}{number}.png", lists="splits/"):
+    """A data set with CSVs: from file name to content."""
+    files = {}
+    for split, labels in CLASSES.items():
+        rows = ["filename,label"]
+        for label in reversed(labels):
+            for number in reversed(range(SIZES[label])):
+                files[inside.format(label=label, number=number)] = png(100 * len(label) + 10 * ord(label[0]) + number)
+                rows.append(listed.format(label=label, number=number) + f",{label}")
+        files[f"{lists}{split}.csv"] = "\n".join(rows) + "\n"
+    return files
+
+
+def class_folders():
+    of = {label: split for split, labels in CLASSES.items() for label in labels}
+    files = small("{label}/{label}{number}.png")
+    return {f"{of[name.split('/')[0]]}/{name}": content for name, content in files.items() if name.endswith("png")}
+
+
+def zipped(path, files, **options):
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+def same(first, second):
+    assert first.names == second.names and first.sha256 == second.sha256
+    for split in image_sources.SPLITS:
+        a, b = getattr(first, split), getattr(second, split)
+        assert a.counts == b.counts
+        np.testing.assert_array_equal(a.images, b.images)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    root = tmp_path_factory.mktemp("small")
+    return load(write(root / "data", small()), root / "cache", size=8)
+
+
+def test_caltech_as_archive_and_as_folders(shared_data, tmp_path):
+    """In MiniImagenet's form: the whole archive; and of some images a folder with CSVs, and class folders."""
+    archive = shared_data / "caltech101" / "caltech101_84.zip"
+    data = load(archive, tmp_path / "cache")
+    described = data.describe()
+    sizes = {split: (described[split]["classes"], described[split]["images"]) for split in image_sources.SPLITS}
+    assert sizes == {"train": (63, 5521), "val": (16, 948), "test": (20, 1338)}
+    assert data.published is None and data.train.images.shape == (5521, 84, 84, 3)
+    same(data, load(archive.parent, tmp_path / "cache"))  # The only archive of a folder, by now from the cache.
+    some = {}
+    with zipfile.ZipFile(archive) as file:
+        for split in image_sources.SPLITS:
+            rows = list(csv.DictReader(io.TextIOWrapper(file.open(f"splits/{split}.csv"))))
+            listed = {label: [row["filename"] for row in rows if row["label"] == label] for label in data.names[split]}
+            assert tuple(map(len, listed.values())) == getattr(data, split).counts
+            some[split] = {name: label for label, names in listed.items() for name in sorted(names)[:3]}
+        content = {name: file.read(f"images/{name}") for names in some.values() for name in names}
+    unpacked, folders = {}, {}
+    for split, names in some.items():
+        rows = [f"{name},{label}" for name, label in names.items()]
+        unpacked[f"splits/{split}.csv"] = "\n".join(["filename,label", *rows])
+        unpacked |= {f"images/{name}": content[name] for name in names}
+        folders |= {f"{split}/{label}/{Path(name).name}": content[name] for name, label in names.items()}
+    read = load(write(tmp_path / "unpacked", unpacked), tmp_path / "cache")
+    same(read, load(write(tmp_path / "folders", folders), tmp_path / "cache"))
+    for split in image_sources.SPLITS:
+        whole, part = getattr(data, split), getattr(read, split)
+        assert part.counts == (3,) * len(whole.counts)
+        np.testing.assert_array_equal(part.images, whole.images[(whole.first[:, None] + np.arange(3)).ravel()])
+    first = sorted(name for name, label in some["train"].items() if label == data.names["train"][0])[0]
+    with Image.open(io.BytesIO(content[first])) as image:  # Of 84x84 already, and so as it is.
+        np.testing.assert_array_equal(data.train.images[0], np.asarray(image.convert("RGB")))
+
+
+def test_the_readme_tells_how(tmp_path, monkeypatch, capsys):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (block,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "images.load" in block)
+    write(tmp_path / "data/birds", {f"{label}/{n}.png": png(n) for label in OTHERS[:10] for n in range(16)})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    scope = {"jax": jax}
+    exec(block, scope)
+    assert "'classes': 6, 'images': 96" in capsys.readouterr().out and callable(scope["draw"])
+    (tmp_path / "data/birds/kind03/7.png").unlink()
+    with pytest.raises(DataError, match=r"Class kind03 .* expected at least 16, found 15"):
+        exec(block, scope)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        small("images/{label}{number}.png", "{label}{number}.png", ""),
+        small("{label}/{number}.png", "{number}.png", ""),
+        {f"mine/{name}": content for name, content in small().items()} | {"__MACOSX/mine/._train.csv": "x"},
+        class_folders(),
+    ],
+    ids=["flat", "named by label", "one folder in all", "class folders"],
+)
+@pytest.mark.parametrize("form", ["folder", "archive"])
+def test_every_layout_gives_the_same(files, form, expected, tmp_path):
+    source = write(tmp_path / "a", files) if form == "folder" else zipped(tmp_path / "a.zip", files)
+    data = load(source, tmp_path, size=8)
+    same(data, expected)
+    assert data.names == {"train": ("ant", "bee"), "val": ("cat",), "test": ("dog", "elk")}
+    assert data.train.counts == (3, 2) and data.train.images.shape == (5, 8, 8, 3) and data.source == str(source)
+
+
+def test_images_are_resized_with_the_filter_asked_for(expected, tmp_path):
+    source = write(tmp_path / "data", small())
+    with Image.open(source / "images/bee/bee1.png") as image:
+        for data, filter in (
+            (expected, Image.Resampling.LANCZOS),
+            (load(source, tmp_path, size=8, resampling="box"), Image.Resampling.BOX),
+        ):
+            np.testing.assert_array_equal(data.train.images[4], np.asarray(image.resize((8, 8), filter)))
+
+
+def test_class_folders_without_splits_are_divided_once_and_for_all(tmp_path):
+    source = write(tmp_path / "data", {f"{label}/{n}.png": png(n) for label in OTHERS for n in range(2)})
+    data = load(source, tmp_path, size=8)
+    assert [len(data.names[split]) for split in image_sources.SPLITS] == [16, 4, 5]
+    assert sorted(sum(data.names.values(), ())) == list(OTHERS)
+    assert data.names["val"] == ("kind00", "kind15", "kind23", "kind24")  # Whatever the machine or version.
+    whole = load(source, tmp_path, size=8, division="none")
+    assert whole.names == {"train": OTHERS, "val": (), "test": ()} and whole.val.images.shape == (0, 8, 8, 3)
+
+
+def test_colours_of_every_kind_become_rgb(tmp_path):
+    modes = ("RGB", "L", "1", "P", "CMYK", "RGBA", "LA")
+    files = {f"{mode}/0.{'tif' if mode == 'CMYK' else 'png'}": png(7, mode, (8, 8)) for mode in modes}
+    deep = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1024
+    file = io.BytesIO()
+    Image.fromarray(deep).save(file, "PNG")
+    data = load(write(tmp_path / "data", {**files, "deep/0.png": file.getvalue()}), tmp_path, size=8, division="none")
+    found = dict(zip(data.names["train"], data.train.images))
+    np.testing.assert_array_equal(found["CMYK"], found["RGB"])
+    np.testing.assert_array_equal(found["RGBA"], found["RGB"])
+    grey = np.asarray(Image.fromarray(found["RGB"]).convert("L"))
+    for mode in ("L", "LA"):
+        np.testing.assert_array_equal(found[mode], grey[..., None].repeat(3, 2))
+    assert set(np.unique(found["1"])) == {0, 255}
+    assert np.abs(found["P"].astype(int) - found["RGB"]).mean() < 40  # A palette is near, not its indices.
+    np.testing.assert_array_equal(found["deep"][..., 0], deep // 256)
+
+
+class TestCache:
+    def test_is_used_until_the_source_changes(self, tmp_path, monkeypatch):
+        source, kept = write(tmp_path / "data", small()), tmp_path / "cache"
+        archive = zipped(tmp_path / "data.zip", small())
+        first = load(source, kept, size=8)
+        load(archive, kept, size=8)
+        with monkeypatch.context() as patch:
+            patch.setattr(images, "_decoded", lambda *_: pytest.fail("It is in the cache."))
+            same(load(source, kept, size=8), first)
+            same(load(archive, kept, size=8), first)
+            with pytest.raises(DataError, match=r"Class bee of split train .* expected at least 3, found 2"):
+                load(source, kept, size=8, least=3)
+        changed = {**small(), "images/ant/ant0.png": png(1)}
+        zipped(archive, changed)
+        write(source, changed)
+        for data in (load(archive, kept, size=8), load(source, kept, size=8)):
+            assert data.sha256["train"] != first.sha256["train"] and data.sha256["val"] == first.sha256["val"]
+        (source / "images/ant/ant0.png").unlink()
+        with pytest.raises(DataError, match="1 files of 13 that are not there"):
+            load(source, kept, size=8)
+
+    def test_damage_is_noticed(self, expected, tmp_path, capsys):
+        source, kept = write(tmp_path / "data", small()), tmp_path / "cache"
+        load(source, kept, size=8)
+        (path,) = kept.iterdir()
+        with np.load(path) as stored:
+            arrays = dict(stored)
+        np.savez(path, **{**arrays, "val_images": arrays["val_images"] ^ 1})
+        same(load(source, kept, size=8), expected)
+        assert f"The cache {path} does not match its checksum" in capsys.readouterr().out
+        path.write_bytes(path.read_bytes()[:-100])
+        same(load(source, kept, size=8), expected)
+        assert f"The cache {path} is damaged" in capsys.readouterr().out
+
+    def test_a_disk_that_fills_leaves_nothing(self, tmp_path):
+        """With the size of files limited, writing fails midway as it does on a full disk."""
+        source, kept = write(tmp_path / "data", small()), tmp_path / "cache"
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        try:
+            with pytest.raises(DataError, match=r"The cache .*images-64-lanczos.* cannot be written .* 0 MB") as error:
+                load(source, kept, size=64)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert "--cache-dir" in str(error.value) and list(kept.iterdir()) == []
+        load(source, kept, size=64)
+
+
+def bomb(side=20_000):
+    """A PNG of a few bytes that says it has that many rows and columns."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+def changed(**parts):
+    """The small data set with some files replaced, or taken away where None."""
+    names = {"train": "splits/train.csv", "val": "splits/val.csv", "image": "images/cat/cat1.png"}
+    files = {**small(), **{names.get(part, part): content for part, content in parts.items()}}
+    return {name: content for name, content in files.items() if content is not None}
+
+
+TRAIN = small()["splits/train.csv"]
+BAD = {
+    "missing files": (
+        changed(train=TRAIN + "".join(f"ant/no{n}.png,ant\n" for n in range(7))),
+        r"name 7 files of 20 that are not there: ant/no0.png, ant/no1.png, .*, ant/no4.png and 2 more",
+    ),
+    "escaping names": (changed(train=TRAIN + "../../secret.png,ant\n"), r"name 1 files of 14 .*: \.\./\.\./secret.png"),
+    "overlap": (
+        changed(train=TRAIN + "ant/new.png,dog\n", **{"images/ant/new.png": png(0)}),
+        "1 classes are in both train and test: dog",
+    ),
+    "duplicate row": (
+        changed(train=TRAIN + "ant/ant0.png,ant\n"),
+        "Line 7 of splits/train.csv in .* lists ant/ant0.png, which line 6 of splits/train.csv lists already",
+    ),
+    "in two splits": (
+        changed(val="filename,label\nant/ant0.png,cat\n"),
+        "Line 2 of splits/val.csv in .* lists ant/ant0.png, which line 6 of splits/train.csv lists already",
+    ),
+    "unknown columns": (changed(val="file,class\na,b\n"), "must have the columns filename,label, but has file,class"),
+    "no columns": (changed(val=""), "must have the columns filename,label, but has none"),
+    "short row": (changed(val="filename,label\ncat/cat0.png\n"), "Line 2 of splits/val.csv .* 'cat/cat0.png'"),
+    "not text": (changed(val=b"\xff\xfe\x00"), "splits/val.csv .* is no CSV in UTF-8"),
+    "no list": (changed(val=None), "a CSV splits/train.csv, but none for val"),
+    "no rows": (changed(val="filename,label\n"), "Split val of .* has no classes"),
+    "broken image": (changed(image=small()["images/cat/cat1.png"][:60]), "The image images/cat/cat1.png .* is damaged"),
+    "no image": (changed(image=b"not an image"), "The image images/cat/cat1.png .* is damaged"),
+    "bomb": (changed(image=bomb()), "The image images/cat/cat1.png .* is refused: .*decompression bomb"),
+    "empty class": ({**class_folders(), "train/fox/": b""}, "Class fox of split train .* at least 1, found 0"),
+    "no test folder": (
+        {name: content for name, content in class_folders().items() if not name.startswith("test")},
+        "a folder train, but none for test",
+    ),
+    "two classes": ({"a/0.png": png(0), "b/0.png": png(0)}, "has 2 classes, too few to be divided"),
+    "nothing": ({"readme.txt": b""}, "holds no images that could be a data set"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_data_is_told_exactly(case, tmp_path):
+    files, message = BAD[case]
+    source = zipped(tmp_path / "bad.zip", files)
+    with pytest.raises(DataError, match=message) as error:
+        load(source, tmp_path / "cache", size=8)
+    assert str(source) in str(error.value)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_where_pillow_would_only_warn_is_refused_too(tmp_path):
+    source = write(tmp_path / "data", changed(image=bomb(10_000)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(DataError, match=r"cat1.png .* is refused: .*decompression bomb"):
+            load(source, tmp_path, size=8)
+
+
+def test_sources_that_cannot_be_read(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match=r"nowhere does not exist.*--data-dir"):
+        load(tmp_path / "nowhere", tmp_path)
+    cut = tmp_path / "cut.zip"
+    cut.write_bytes(zipped(tmp_path / "whole.zip", small()).read_bytes()[:-200])
+    with pytest.raises(DataError, match=f"The archive {cut} cannot be read"):
+        load(cut, tmp_path)
+    flipped = bytearray((tmp_path / "whole.zip").read_bytes())
+    flipped[flipped.index(b"IDAT") + 10] ^= 1
+    cut.write_bytes(flipped)
+    with pytest.raises(DataError, match=f"The archive {cut} cannot be read: .*CRC"):
+        load(cut, tmp_path)
+    with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(tmp_path / "whole.zip", "a") as archive:
+        archive.writestr("images/ant/ant0.png", b"")
+    with pytest.raises(DataError, match=r"images/ant/ant0.png more than once"):
+        load(tmp_path / "whole.zip", tmp_path)
+    monkeypatch.setattr(image_sources, "LARGEST_FILE", 100)
+    with pytest.raises(DataError, match="bytes, but at most 100 are read"):
+        load(write(tmp_path / "data", small()), tmp_path)
+    for option in ({"size": 0}, {"resampling": "best"}, {"division": "mine"}, {"least": 0}, {"expect": "imagenet"}):
+        with pytest.raises(ValueError, match=next(iter(option))):
+            load(tmp_path / "nowhere", tmp_path, **option)
+
+
+class TestPickles:
+    """The caches in circulation, and what else a pickle can hold."""
+
+    @pytest.fixture
+    def contents(self, expected):
+        """For each split the images in some other order, and the classes by name."""
+        contents = {}
+        for split in image_sources.SPLITS:
+            data = getattr(expected, split)
+            pixels = data.images[::-1].copy()
+            last = len(pixels) - 1
+            classes = {
+                name: [int(last - first - number) for number in range(count)]
+                for name, first, count in zip(expected.names[split], data.first, data.counts)
+            }
+            contents[split] = {"image_data": pixels, "class_dict": classes}
+        return contents
+
+    @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+    def test_with_names(self, contents, expected, protocol, tmp_path):
+        for split, content in contents.items():
+            path = tmp_path / f"mini-imagenet-cache-{split}.pkl"
+            path.write_bytes(pickle.dumps(content, protocol))
+        same(load(tmp_path, tmp_path / "cache", size=8), expected)
+
+    def test_with_labels(self, contents, expected, tmp_path):
+        number = 0
+        for split, content in contents.items():
+            labels = np.zeros(len(content["image_data"]), np.int64)
+            for number, indices in enumerate(content["class_dict"].values(), number + 1):
+                labels[indices] = number
+            images = np.asfortranarray(content["image_data"])
+            content = OrderedDict(data=images, labels=labels if split == "train" else labels.tolist())
+            (tmp_path / f"CIFAR_FS_{split}.pickle").write_bytes(pickle.dumps(content))
+        # As some sets have it: other images of the classes of training.
+        (tmp_path / "CIFAR_FS_train_phase_val.pickle").write_bytes(b"")
+        data = load(tmp_path, tmp_path / "cache", size=8)
+        assert data.names == {"train": ("1", "2"), "val": ("3",), "test": ("4", "5")}
+        for split in image_sources.SPLITS:
+            assert getattr(data, split).counts == getattr(expected, split).counts
+            # Of a class in the order in which they stand in the array, which is from the last.
+            first = getattr(expected, split).images[: getattr(data, split).counts[0]]
+            np.testing.assert_array_equal(getattr(data, split).images[: len(first)], first[::-1])
+
+    def test_written_by_python_2(self, expected, tmp_path):
+        """There bytes are pickled as text of another kind, here by hand: SHORT_BINSTRING and BINSTRING."""
+        for split in image_sources.SPLITS:
+            data = getattr(expected, split)
+
+            def text(value):
+                return b"U" + bytes([len(value)]) + value.encode()
+
+            def whole(number):
+                return b"J" + struct.pack("<i", number)
+
+            shape = b"(" + b"".join(map(whole, data.images.shape)) + b"t"
+            array = (
+                b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(" + whole(0) + b"t" + text("b") + b"tR("
+                + whole(1) + shape + b"cnumpy\ndtype\n(" + text("u1") + whole(0) + whole(1) + b"tR("
+                + whole(3) + text("|") + b"NNN" + whole(-1) + whole(-1) + whole(0) + b"tb" + b"I00\n"
+                + b"T" + struct.pack("<i", data.images.nbytes) + data.images.tobytes() + b"tb"
+            )  # fmt: skip
+            classes = b"}"
+            for name, first, count in zip(expected.names[split], data.first, data.counts):
+                members = b"".join(map(whole, range(first, first + count)))
+                classes += text(name) + b"(" + members + b"ls"
+            content = b"\x80\x02}" + text("image_data") + array + b"s" + text("class_dict") + classes + b"s."
+            (tmp_path / f"cache-{split}.pkl").write_bytes(content)
+        same(load(tmp_path, tmp_path / "cache", size=8), expected)
+
+    def test_that_would_run_something_is_refused(self, contents, tmp_path):
+        made = tmp_path / "made"
+
+        class Evil:
+            def __reduce__(self):
+                return Path.touch, (made,)
+
+        class Eval:
+            def __reduce__(self):
+                return eval, (f"open({str(made)!r}, 'w')",)
+
+        for split, content in contents.items():
+            (tmp_path / f"{split}.pkl").write_bytes(pickle.dumps(content))
+        pickle.loads(pickle.dumps(Eval())).close()
+        made.unlink()  # It would have worked.
+        for attack, called in (
+            (Evil(), r"pathlib.*\.(Path|getattr|touch)|builtins\.getattr"),
+            (Eval(), r"builtins\.eval"),
+        ):
+            content = pickle.dumps({**contents["train"], "class_dict": attack})
+            (tmp_path / "train.pkl").write_bytes(content)
+            with pytest.raises(DataError, match=f"train.pkl in {tmp_path} wants to call ({called})"):
+                load(tmp_path, tmp_path / "cache", size=8)
+        assert not made.exists() and not (tmp_path / "cache").exists()
+
+    def test_wrong_contents(self, contents, tmp_path):
+        images, classes = contents["train"].values()
+        cases = [
+            ({"data": images, "labels": [0] * 4}, "holds 5 images, but 4 labels"),
+            ({"data": images, "labels": ["ant"] * 5}, "'labels' .* must be a list of integers"),
+            ({"pixels": images}, "must hold a dict with .* but holds a dict of pixels"),
+            ([1, 2], "but holds of type list"),
+            ({"image_data": images[..., 0], "class_dict": classes}, r"uint8 of shape \[n, height, width, 3\]"),
+            ({"image_data": images.astype(float), "class_dict": classes}, "float64"),
+            ({"image_data": images, "class_dict": {"ant": [5]}}, "Class ant .* beyond the 5 images"),
+            ({"image_data": images, "class_dict": {"ant": [0, 1], "bee": [1]}}, "Class bee .* listed before"),
+            ({"image_data": images, "class_dict": {"ant": [0, 0]}}, "Class ant .* listed before"),
+            ({"image_data": images, "class_dict": {"ant": []}}, "Class ant .* at least 1, found 0"),
+            ({"image_data": np.array([None, "x"]), "class_dict": {}}, "damaged, or holds more .*'O8'"),
+        ]
+        for split, content in contents.items():
+            (tmp_path / f"{split}.pkl").write_bytes(pickle.dumps(content))
+        whole = pickle.dumps(contents["train"])
+        for content, message in [*cases, (whole[:-20], "is damaged"), (b"", "is damaged"), (b"junk", "is damaged")]:
+            (tmp_path / "train.pkl").write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
+            with pytest.raises(DataError, match=message):
+                load(tmp_path, tmp_path / "cache", size=8)
+        (tmp_path / "train.pkl").write_bytes(whole)
+        (tmp_path / "val.pkl").write_bytes(whole)
+        with pytest.raises(DataError, match="2 classes are in both train and val: ant, bee"):
+            load(tmp_path, tmp_path / "cache", size=8)
+        (tmp_path / "old_train.pkl").write_bytes(whole)
+        with pytest.raises(DataError, match=r"more than one pickle for train: old_train.pkl, train.pkl"):
+            load(tmp_path, tmp_path / "cache", size=8)
+
+
+class TestPublished:
+    def test_the_lists_are_the_published_ones(self, shared_data):
+        listed = {}
+        for split in image_sources.SPLITS:
+            with open(shared_data / "splits" / "miniImagenet" / f"{split}.csv") as file:
+                labels = [row["label"] for row in csv.DictReader(file)]
+            listed[split] = {label: labels.count(label) for label in set(labels)}
+        assert listed == published.counts_of("miniimagenet")
+        cifar = shared_data / "splits" / "torchmeta" / "cifar100"
+        fine = {split: json.loads((cifar / "cifar-fs" / f"{split}.json").read_text()) for split in image_sources.SPLITS}
+        coarse = {split: json.loads((cifar / "fc100" / f"{split}.json").read_text()) for split in image_sources.SPLITS}
+        everything = [pair for pairs in fine.values() for pair in pairs]
+        for split in image_sources.SPLITS:
+            assert {name for _, name in fine[split]} == set(published.LISTS["cifar-fs"][split])
+            assert {name for kind, name in everything if kind in coarse[split]} == set(published.LISTS["fc100"][split])
+        for name, known in published.LISTS.items():
+            assert published.sha256(published.counts_of(name)) == known["sha256"]
+            assert published.recognise(published.counts_of(name)) == name
+
+    def test_differences_are_told(self):
+        counts = published.counts_of("miniimagenet")
+        published.check("miniimagenet", counts, "here")
+        assert published.recognise(counts) == "miniimagenet"
+        counts["train"]["n01532829"] = 599
+        del counts["test"]["n01930112"]
+        counts["val"]["mine"] = 31
+        assert published.recognise(counts) is None
+        with pytest.raises(DataError) as error:
+            published.check("miniimagenet", counts, "here")
+        assert str(error.value) == (
+            "here is not MiniImagenet (Ravi and Larochelle 2017): class n01532829 of split train: expected 600 images, "
+            "found 599; class mine of split val: expected 0 images, found 31; class n01930112 of split test: expected "
+            "600 images, found 0."
+        )
+        numbered = {"train": {str(n): 600 for n in range(64)}, "val": {str(n): 600 for n in range(64, 79)}}
+        numbered["test"] = {str(n): 600 for n in range(80, 99)} | {"99": 500}
+        with pytest.raises(DataError, match=r"split val: expected 16 classes, found 15; class 99 .* 600 .* found 500"):
+            published.check("cifar-fs", numbered, "here")
+
+    def test_a_data_set_is_held_against_its_list(self, tmp_path, monkeypatch):
+        lists = {split: list(labels) for split, labels in CLASSES.items()}
+        counts = {split: dict.fromkeys(labels, 2) for split, labels in lists.items()}
+        known = {"title": "Small", "images": 2, "sha256": published.sha256(counts), **lists}
+        monkeypatch.setitem(published.LISTS, "small", known)
+        files = {name: content for name, content in class_folders().items() if name[-5] in "01"}
+        data = load(write(tmp_path / "data", files), tmp_path, size=8, expect="small")
+        assert data.published == "small" and data.describe()["published"] == "Small"
+        (tmp_path / "data/test/elk/elk0.png").unlink()
+        with pytest.raises(DataError, match="class elk of split test: expected 2 images, found 1"):
+            load(tmp_path / "data", tmp_path, size=8, expect="small")
+        assert load(tmp_path / "data", tmp_path, size=8).published is None
+
+
+def test_cache_of_another_content_is_not_taken(tmp_path):
+    path = tmp_path / "it.npz"
+    cache.write(path, {"a": np.arange(3), "sha256": np.array("x")})
+    assert cache.read(path, lambda arrays: "y") is None
+    read = cache.read(path, lambda arrays: "x")
+    assert read is not None and read["a"].tolist() == [0, 1, 2]
