@@ -37,13 +37,15 @@ class Run(NamedTuple):
         """Hours, hardware, commit and day of the results, and which model they are of."""
         assert self.results is not None
         made_by, selected = self.results["made_by"], self.results["selected"]
-        if "started" not in made_by:
-            hours = "time not recorded"
+        earlier = made_by.get("earlier_starts", [])
+        times = [(each.get("started"), each.get("until")) for each in earlier]
+        times.append((made_by.get("started"), made_by["finished"]))
+        if all(start and end for start, end in times):
+            took = [datetime.fromisoformat(end) - datetime.fromisoformat(start) for start, end in times]
+            seconds = sum(each.total_seconds() for each in took)
+            hours = f"{seconds / 3600:.2f} hours" + (f" in {len(times)} starts" if earlier else "")
         else:
-            took = datetime.fromisoformat(made_by["finished"]) - datetime.fromisoformat(made_by["started"])
-            hours = f"{took.total_seconds() / 3600:.2f} hours"
-            if earlier := made_by.get("earlier_starts"):
-                hours += f" since the last of {1 + len(earlier)} starts"
+            hours = "time not recorded"
         return (
             f"{hours}, {made_by['hardware']}, commit {made_by['commit']}, {made_by['finished'][:10]}; "
             f"the model of meta-step {selected['step']:,}, selected: {selected['by']}"

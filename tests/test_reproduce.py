@@ -15,6 +15,8 @@ import pytest
 from experiments import compare, few_shot, page, reproduce, rows
 from maml_jax import evaluation
 from maml_jax.evaluation import Protocol, Results
+from maml_jax.record import RunDirectory
+from maml_jax.workdir import utc
 
 ROOT = Path(__file__).parents[1]
 BY_NAME = {row.name: row for row in rows.ROWS}
@@ -160,6 +162,21 @@ def test_the_page_says_what_was_measured_how_and_what_is_missing(tmp_path):
     assert "4 rows: 1 of the full schedule, 1 short of it, 2 without a result." in text
     # Nothing is fetched from elsewhere: the one picture is in the file.
     assert re.findall(r'(?:src|href)="([^"]{0,22})', text) == ["data:image/png;base64,"]
+
+
+def test_the_time_of_a_run_is_that_of_all_its_starts(tmp_path):
+    made_up(tmp_path / "made", "omniglot-5w1s")
+    results = json.loads((tmp_path / "made" / "results.json").read_text())
+    run = RunDirectory(tmp_path / "run", "made up", {"a": 1})
+    run.close()
+    content = json.loads((tmp_path / "run" / "run.json").read_text())
+    begun = time.time() - 10 * 3600
+    content["starts"][0]["started"] = utc(begun)
+    (tmp_path / "run" / "run.json").write_text(json.dumps(content))
+    os.utime(tmp_path / "run" / "metrics.jsonl", (begun + 3 * 3600,) * 2)
+    run = RunDirectory(tmp_path / "run", "made up", {"a": 1})
+    run.write_results({name: value for name, value in results.items() if name != "made_by"})
+    assert compare.read(tmp_path / "run").cost().startswith("3.00 hours in 2 starts, ")
 
 
 def test_differences_are_paired_over_the_same_tasks_and_schedule(tmp_path):
