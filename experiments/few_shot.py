@@ -1,6 +1,7 @@
 """What the experiments of few-shot classification have in common: options, training, evaluation on held-out classes."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -186,6 +187,8 @@ class Prepared(NamedTuple):
     data: DataSet
     published: tuple[float, float] | None
     """Accuracy of this setting elsewhere and the half width of its interval, in per cent."""
+    published_steps: int
+    """Inner steps at test of what is published."""
     val_tasks: int
 
     @property
@@ -210,16 +213,21 @@ class Classifier(NamedTuple):
 
     def predictor(self, state: MetaState, steps: int, seen: QueriesSeen = "together") -> Predictor:
         """What the state predicts after 0 to `steps` inner steps."""
-        apply = models.apply_params(self.net)
-        judged = losses.log_probabilities(losses.one_by_one(apply) if seen == "one by one" else apply)
-        learner = maml_jax.maml(losses.cross_entropy(apply), self.method.inner, optax.identity(), query_loss_fn=judged)
-        evaluate = jax.jit(learner.evaluate, static_argnums=2)
+        evaluate = _evaluation_of(self, seen)
 
         def predict(tasks: Task) -> tuple[jax.Array, jax.Array]:
             found = evaluate(state, self.tasks(tasks), steps)
             return found.aux, found.support_loss
 
         return predict
+
+
+@functools.cache  # Compiled once, for all validations.
+def _evaluation_of(model: Classifier, seen: QueriesSeen) -> Callable[[MetaState, Task, int], maml_jax.Evaluation]:
+    apply = models.apply_params(model.net)
+    judged = losses.log_probabilities(losses.one_by_one(apply) if seen == "one by one" else apply)
+    learner = maml_jax.maml(losses.cross_entropy(apply), model.method.inner, optax.identity(), query_loss_fn=judged)
+    return jax.jit(learner.evaluate, static_argnums=2)
 
 
 def classifier(config: Config, setting: Setting, image: tuple[int, ...], classes: int) -> Classifier:
@@ -351,9 +359,13 @@ def main(prepared: Prepared) -> dict:
         found["nearest neighbour"] = nearest(model, selected, test_tasks, test_protocol)
     for label, each in found.items():
         print(f"{label}: {each}", end="\n\n")
+    if prepared.published:
+        mean, half_width = prepared.published
+        print(
+            f"published: {mean:.2f} +-{half_width:.2f}, queries together, after {prepared.published_steps} inner steps"
+        )
     results = {
-        "experiment": prepared.experiment,
-        "config": dataclasses.asdict(config),
+        **describe(prepared),
         "setting": dataclasses.asdict(setting),
         "selected": {"by": "accuracy on validation tasks", "step": int(selected.step)},
         "data": data.about,

@@ -83,7 +83,7 @@ def prepare(config: Config) -> Prepared:
     )
     paper = (setting.ways, setting.net, config.method, config.normalisation) == (5, "conv", "maml", "batch")
     published = PUBLISHED.get((setting.shots, config.order)) if paper and found.published == "miniimagenet" else None
-    prepared = Prepared("miniimagenet", config, setting, data, published, val_tasks=100)
+    prepared = Prepared("miniimagenet", config, setting, data, published, published_steps=10, val_tasks=100)
     few_shot.check_tasks(prepared)
     return prepared
 

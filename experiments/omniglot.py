@@ -111,7 +111,9 @@ def prepare(config: Config) -> Prepared:
     published = None
     if config.method == "maml" and config.normalisation == "batch":
         published = PUBLISHED.get((setting.ways, setting.shots, setting.net, config.order))
-    prepared = Prepared("omniglot", config, setting, data, published, val_tasks=160)
+    prepared = Prepared(
+        "omniglot", config, setting, data, published, published_steps=5 if setting.ways >= 20 else 3, val_tasks=160
+    )
     few_shot.check_tasks(prepared)
     return prepared
 

@@ -109,7 +109,7 @@ def test_every_method_gets_better_on_real_characters(method, characters, monkeyp
     setting = Setting(5, 1, 5, "mlp", 8, rate, inner_steps, None)
     steps = 200 if method in ("pretrained", "reptile", "anil") else 60
     config = Config(method=method, steps=steps, outer_rate=5e-3)
-    prepared = Prepared("omniglot", config, setting, characters, None, 100)
+    prepared = Prepared("omniglot", config, setting, characters, None, 1, 100)
     model = few_shot.classifier(config, setting, (28, 28, 1), len(characters.train.counts))
     learner = model.method.learner()
     state = learner.init(model.method.start(model.trained.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]))
