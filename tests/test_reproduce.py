@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tyro
 
 from experiments import compare, few_shot, page, reproduce, rows
 from maml_jax import evaluation
@@ -72,7 +73,12 @@ def test_rows_are_the_papers_table_and_each_is_a_valid_experiment():
         assert f"{setting.ways}w{setting.shots}s" == row.setting
         assert 1 <= row.inner_steps <= few_shot.TEST_STEPS and row.method in rows.METHODS
         flags = reproduce.command(reproduce.Config(), row, 3)
-        assert flags[flags.index("--seed") + 1] == "3"
+        parsed = tyro.cli(module.Config, args=flags[3:], config=(tyro.conf.FlagCreatePairsOff,))
+        assert few_shot.recorded(*module.settle(parsed)) == few_shot.recorded(config, setting) | {
+            "data_dir": Path("data/omniglot" if row.data == "omniglot" else "data/miniimagenet"),
+            "seed": 3,
+            "workdir": Path("runs/reproduce") / f"{row.name}-seed3",
+        }
         # What a run of the row writes is found to be of that row, and no other.
         written = {"experiment": row.experiment, "config": vars(config), "setting": vars(setting)}
         assert rows.row_of(json.loads(as_json(written))) is row
