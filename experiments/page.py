@@ -197,7 +197,7 @@ def _table(group: Group) -> str:
     rows = [list(names), ["---"] * len(names)]
     for line in group.lines:
         numbers, apart = line.numbers(), line.apart()
-        steps = f"{line.steps:,}" + ("" if line.steps >= line.row.steps else f" of {line.row.steps:,}")
+        steps = f"{line.steps or line.trained:,}" + ("" if line.steps >= line.row.steps else f" of {line.row.steps:,}")
         cells = [over_seeds(numbers) if numbers else "", over_seeds(apart) if apart else "", str(line.inner_steps)]
         rows.append([line.title, *cells, steps, _quoted(line.published)])
     rows += [[METHODS[method], "", "", "", "", _quoted(number)] for method, number in group.others.items()]

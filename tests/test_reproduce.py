@@ -88,6 +88,7 @@ def test_rows_are_the_papers_table_and_each_is_a_valid_experiment():
     assert BY_NAME["miniimagenet-5w1s"].published == (48.70, 1.84, rows.FINN)
     assert BY_NAME["omniglot-20w1s-maml++"].published.accuracy == 97.65
     assert [BY_NAME[f"omniglot-{name}"].inner_steps for name in ("5w1s", "20w1s", "5w1s-imaml")] == [3, 5, 10]
+    assert (BY_NAME["images-5w5s"].inner_steps, BY_NAME["images-5w5s-maml++"].inner_steps) == (10, 5)
     for method in ("", "-order1", "-anil", "-meta-sgd", "-maml++", "-pretrained"):
         assert BY_NAME[f"images-5w5s{method}"].published is None  # Nobody's numbers are of those images.
 
@@ -159,6 +160,7 @@ def test_the_page_says_what_was_measured_how_and_what_is_missing(tmp_path):
     assert "a1: 2.50 hours, two cores, commit abc, 2026-01-01; the model of meta-step 9,999" in text
     assert "`runs/a1`: 2.50 hours" in table
 
+    assert "| ANIL |  |  | 3 | 1,240 of 60,000 |  |" in table and "| BOIL |  |  | 3 | 0 of 60,000 |  |" in table
     for each in (text, table):
         missing = each[each.index("Short of the full schedule") :]
         assert "omniglot-5w1s: 10,000 of 60,000 meta-steps" in missing
