@@ -130,6 +130,11 @@ class Line(NamedTuple):
         return self.runs[0].steps if self.runs else 0
 
     @property
+    def data(self) -> str:
+        """Name of the data set that was evaluated on."""
+        return _data(self.runs[0])
+
+    @property
     def published(self) -> Published | None:
         return PUBLISHED.get((self.row.data, self.row.setting), {}).get(self.method)
 
@@ -194,7 +199,7 @@ def group(rows: Sequence[Row], runs: Sequence[Run]) -> list[Group]:
     for key in dict.fromkeys((row.data, row.setting) for row in shown):
         members = [row for row in shown if (row.data, row.setting) == key]
         lines = [line for row in members for line in _lines(row, runs)]
-        names = sorted({_data(run) for line in lines for run in line.runs}) if key[0] == "images" else []
+        names = sorted({line.data for line in lines if line.runs}) if key[0] == "images" else []
         title = f"{', '.join(names) or DATA[key[0]]}, {SETTINGS[key[1]]}"
         present = {line.method for line in lines}
         published = PUBLISHED.get(key, {})

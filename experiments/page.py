@@ -145,10 +145,13 @@ def _published(number: Published | None) -> str:
 
 def _curves(group: Group) -> bytes:
     """Picture of the accuracy over inner steps, a line for each method."""
+    lines = [line for line in group.lines if line.runs]
+    several = len({line.data for line in lines}) > 1
     shown = {}
-    for line in (line for line in group.lines if line.runs):
+    for line in lines:
+        data = f" on {line.data}" if several else ""
         seeds = f", {len(line.runs)} seeds" if len(line.runs) > 1 else ""
-        shown[f"{line.title}, {line.steps:,} meta-steps{seeds}"] = line.curve()
+        shown[f"{line.title}{data}, {line.steps:,} meta-steps{seeds}"] = line.curve()
     target = io.BytesIO()
     plots.inner_steps(target, shown)
     return target.getvalue()

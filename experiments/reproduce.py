@@ -113,7 +113,7 @@ def prepare(config: Config) -> tuple[Config, list[Job]]:
     if config.readme is not None:
         if not config.results:
             raise ValueError("readme is written from the runs in --results: give a folder of runs there.")
-        page.with_region(config.readme.read_text(), "")
+        page.with_region(config.readme.read_text("utf-8"), "")
     compare.find([*config.results, *([config.workdir] if config.workdir.is_dir() else [])])  # None is damaged.
     jobs = [
         Job(row, seed, config.steps or row.steps, config.workdir / f"{row.name}-seed{seed}", command(config, row, seed))
@@ -164,11 +164,11 @@ def render(config: Config) -> None:
     config.workdir.mkdir(parents=True, exist_ok=True)
     groups = compare.group(rows, [*ours, *others])
     strays = [run for run in [*ours, *others] if run.row is None]
-    (config.workdir / "index.html").write_text(page.html(groups, strays))
-    (config.workdir / "table.md").write_text(page.markdown(groups, config.workdir))
+    (config.workdir / "index.html").write_text(page.html(groups, strays), encoding="utf-8")
+    (config.workdir / "table.md").write_text(page.markdown(groups, config.workdir), encoding="utf-8")
     if config.readme is not None:
         content = page.markdown(compare.group([], others), config.readme.parent, unfinished=False)
-        config.readme.write_text(page.with_region(config.readme.read_text(), content))
+        config.readme.write_text(page.with_region(config.readme.read_text("utf-8"), content), encoding="utf-8")
 
 
 # Processes
