@@ -20,6 +20,7 @@ import tyro
 from experiments import command_line, few_shot, miniimagenet, omniglot
 from experiments.few_shot import Classifier, Prepared, QueriesSeen, Split
 from maml_jax import evaluation, plots, saved, validation
+from maml_jax.inner import adapted_part
 from maml_jax.normalisation import Normalisation
 from maml_jax.record import plain, provenance
 from maml_jax.types import MetaState
@@ -106,11 +107,10 @@ def load(path: Path, config: Config) -> Model:
     prepared = experiment.prepare(experiment.Config(**options))
     data = prepared.data
     model = few_shot.classifier(prepared.config, prepared.setting, few_shot.image_shape(data), prepared.setting.ways)
-    image = jnp.zeros((1, *few_shot.image_shape(data)))
-    params = jax.eval_shape(model.net.init, jax.random.key(0), image)["params"]
-    params = jax.eval_shape(model.method.start, params)
-    rates = jax.eval_shape(lambda params: model.method.inner.init_rates(params), params)
-    like = MetaState(jnp.int32(0), params, rates, ())
+    rates = jax.eval_shape(
+        lambda params: model.method.inner.init_rates(adapted_part(model.method.inner, params)), content.params
+    )
+    like = MetaState(jnp.int32(0), (), rates, ())
     return Model(str(path), prepared, model, few_shot.load_state(content, like))
 
 

@@ -16,7 +16,7 @@ from flax import serialization
 import maml_jax
 from experiments import methods
 from experiments.methods import METHODS, MethodName, Training
-from maml_jax import evaluation, losses, models, plots, saved, validation
+from maml_jax import evaluation, losses, models, per_step, plots, running, saved, validation
 from maml_jax.evaluation import Predictor, Protocol, Results
 from maml_jax.normalisation import NEEDS_CONTEXT, NORMALISATIONS, Normalisation
 from maml_jax.record import Progress, RunDirectory
@@ -127,6 +127,8 @@ def resolve(config: Config, recipe: Callable[[int, int], Recipe]) -> Setting:
             f"normalisation {config.normalisation!r} needs axes of space, which the net without convolutions does not "
             "have: give 'batch', 'support', 'layer' or 'group'."
         )
+    if config.normalisation == "running" and config.method == "pretrained":
+        raise ValueError("normalisation 'running' gathers statistics over inner steps, and pretrained takes none.")
     if config.order == 1 and config.method in methods.FIXED_ORDER:
         raise ValueError(f"order 1 is for methods that differentiate the inner loop, and {config.method} does not.")
     found = recipe(ways, shots)
@@ -206,10 +208,28 @@ class Classifier(NamedTuple):
     method: methods.Method
     in_context: bool
     """Whether queries are to see the support set."""
+    gathers: bool
+    """Whether queries are normalised by statistics that are gathered after training."""
 
     def tasks(self, tasks: Task) -> Task:
         """Tasks in the form that the net needs."""
         return losses.in_context(tasks) if self.in_context else tasks
+
+    def finished(self, state: MetaState, tasks: Callable[[], Iterable[Task]], steps: int) -> MetaState:
+        """From the state of training to that from which tasks are learned.
+
+        Args:
+          state: of training.
+          tasks: of training classes, the first group of which statistics are gathered from.
+          steps: inner steps of which they are.
+        """
+        params = self.method.finish(state.params)
+        if self.gathers:
+            loss_fn = losses.cross_entropy(models.apply_params(self.trained))
+            params = jax.jit(running.gather, static_argnums=(0, 1, 2), static_argnames="steps")(
+                self.trained, self.method.inner, loss_fn, params, state.rates, next(iter(tasks())), steps=steps
+            )
+        return state._replace(params=params)
 
     def predictor(self, state: MetaState, steps: int, seen: QueriesSeen = "together") -> Predictor:
         """What the state predicts after 0 to `steps` inner steps."""
@@ -224,16 +244,21 @@ class Classifier(NamedTuple):
 
 @functools.cache  # Compiled once, for all validations.
 def _evaluation_of(model: Classifier, seen: QueriesSeen) -> Callable[[MetaState, Task, int], maml_jax.Evaluation]:
-    apply = models.apply_params(model.net)
+    apply, inner = models.apply_params(model.net), model.method.inner
     judged = losses.log_probabilities(losses.one_by_one(apply) if seen == "one by one" else apply)
-    learner = maml_jax.maml(losses.cross_entropy(apply), model.method.inner, optax.identity(), query_loss_fn=judged)
+    if model.gathers:
+        apply = models.apply_params(model.trained)
+        inner = inner._replace(at_step=per_step.choose(models.norms_only))
+    learner = maml_jax.maml(losses.cross_entropy(apply), inner, optax.identity(), query_loss_fn=judged)
     return jax.jit(learner.evaluate, static_argnums=2)
 
 
 def classifier(config: Config, setting: Setting, image: tuple[int, ...], classes: int) -> Classifier:
     """The paper's net for images of that shape, and the method, to be trained on so many classes."""
+    gathers = config.normalisation == "running"
+    in_training: Normalisation = "batch" if gathers else config.normalisation
     net = network(setting, config.normalisation, image, setting.ways)
-    trained = network(setting, config.normalisation, image, classes) if config.method == "pretrained" else net
+    trained = network(setting, in_training, image, classes if config.method == "pretrained" else setting.ways)
     training = Training(
         config.method,
         config.order,
@@ -245,7 +270,7 @@ def classifier(config: Config, setting: Setting, image: tuple[int, ...], classes
     )
     apply, features = models.apply_params(trained), models.apply_params(trained, head=False)
     method = methods.build(training, apply, features, setting.ways)
-    return Classifier(net, trained, method, config.normalisation in NEEDS_CONTEXT)
+    return Classifier(net, trained, method, config.normalisation in NEEDS_CONTEXT, gathers)
 
 
 def network(setting: Setting, normalisation: Normalisation, image: tuple[int, ...], outputs: int) -> nn.Module:
@@ -316,6 +341,7 @@ def main(prepared: Prepared) -> dict:
     draw, train_data = drawn_from(prepared, train_key)
     val_tasks = fixed_tasks(val_key, data.val, prepared.val_tasks, shape)
 
+    train_tasks = fixed_tasks(jax.random.fold_in(val_key, 1), data.train, prepared.val_tasks, shape)
     val_protocol = protocol(prepared, "val", prepared.val_tasks, config.seed)
 
     name = run_name(prepared)
@@ -324,7 +350,7 @@ def main(prepared: Prepared) -> dict:
     best = Best(run.path / "best", describe(prepared))
 
     def validated(state: MetaState) -> dict[str, float]:
-        finished = state._replace(params=model.method.finish(state.params))
+        finished = model.finished(state, train_tasks, TEST_STEPS)
         found = evaluate(prepared, [(model, finished)], val_tasks, val_protocol, steps=setting.inner_steps)
         accuracy = float(found.accuracy[:, -1].mean())
         best.add(finished, accuracy)
@@ -347,7 +373,7 @@ def main(prepared: Prepared) -> dict:
     ):
         progress.update(row["step"], loss=row["loss"], accuracy=row["accuracy"])
 
-    selected = best.load(state._replace(params=model.method.finish(state.params)))
+    selected = best.load(state)
     test_tasks = fixed_tasks(test_key, data.test, config.test_tasks, shape)
     test_protocol, found = protocol(prepared, "test", config.test_tasks, config.seed), {}
     # With other normalisations the queries of a task are independent of each other.
@@ -519,9 +545,7 @@ class Best:
 
 
 def load_state(content: saved.Saved, like: MetaState) -> MetaState:
-    """A saved state in the structure of another."""
-    params, rates = (
-        jax.tree.map(jnp.asarray, serialization.from_state_dict(old, new))
-        for old, new in ((like.params, content.params), (like.rates, content.rates or {}))
-    )
+    """A saved state; its rates in the structure of those of another."""
+    rates = serialization.from_state_dict(like.rates, content.rates or {})
+    params, rates = jax.tree.map(jnp.asarray, (content.params, rates))
     return like._replace(step=jnp.int32(content.description["step"]), params=params, rates=rates)

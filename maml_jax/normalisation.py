@@ -10,12 +10,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-Normalisation = Literal["batch", "support", "tasknorm", "instance", "layer", "group"]
+Normalisation = Literal["batch", "support", "tasknorm", "instance", "layer", "group", "running"]
 """'batch': statistics of the batch at hand, as in the paper's code; in training and at test alike, so that
 the queries of a task see each other (transductive). 'support': of the support set, for queries too.
 'tasknorm': of the support set and of the example itself, in a learned mixture (TaskNorm-I, Bronskill et
 al. 2020, equation 7). 'instance', 'layer', 'group': of the example itself, over a channel, all channels,
-or groups of 16. With all but 'batch', the queries of a task are independent of each other."""
+or groups of 16. 'running': what `running.gather` has gathered from other tasks, for queries after training
+with 'batch' (MAML++, Antoniou et al. 2019). With all but 'batch', the queries of a task are independent of
+each other."""
 
 NORMALISATIONS: tuple[Normalisation, ...] = get_args(Normalisation)
 
@@ -76,17 +78,26 @@ class Norm(nn.Module):
     def __call__(self, x: jax.Array, support: int | None = None, each: Moments | None = None) -> jax.Array:
         offset = self.param("offset", nn.initializers.zeros, (x.shape[-1],))
         if self.kind == "batch" and each is None:
-            mean, variance = of_all(x)
+            mean, variance = self.seen(of_all(x))
         else:
             found = self.statistics(of_each(x) if each is None else each, support)
             # [B or 1, C], with an axis for every one of space.
             mean, variance = (leaf.reshape(len(leaf), *[1] * (x.ndim - 2), -1) for leaf in found)
         return (x - mean) * jax.lax.rsqrt(variance + self.epsilon) + offset
 
+    def seen(self, batch: Moments) -> Moments:
+        """The same, left for `running.gather` to collect."""
+        self.sow("intermediates", "moments", batch)
+        return batch
+
     def statistics(self, each: Moments, support: int | None) -> Moments:
         """What each example is normalised by, `[B or 1, C]`, from the moments of each."""
         if self.kind == "batch":
-            return together(each)
+            return self.seen(together(each))
+        if self.kind == "running":
+            shape = each.mean.shape[-1:]
+            mean = self.param("mean", nn.initializers.zeros, shape)
+            return Moments(mean[None], self.param("variance", nn.initializers.ones, shape)[None])
         if self.kind == "instance":
             return each
         if self.kind in ("layer", "group"):

@@ -56,7 +56,7 @@ def test_an_ensemble_averages_probabilities_not_votes():
         right[:, :, query, query] = 0.55
         wrong[:, :, query] = [0.99, 0.99]
         wrong[:, :, query, query] = 0.01
-    for members, expected in (([right], 1.0), ([right, right, wrong], 0.0), ([right, wrong], 0.0)):
+    for members, expected in (([right], 1.0), ([right, right, wrong], 0.0), ([wrong, right], 0.0)):
         found = evaluation.evaluate([predicting(each) for each in members], lambda: [TASKS], PROTOCOL)
         assert (found.accuracy == expected).all()
 
@@ -88,7 +88,7 @@ def test_saved_and_loaded_is_the_same(tmp_path):
     np.testing.assert_array_equal(content.rates["a"]["kernel"]["1"], np.eye(3))
     assert saved.load(saved.save(path, params)).rates == () and list(path.parent.iterdir()) == [path]
     whole = path.read_bytes()
-    for damage in (whole[:100], b"", b"\x80\x04K\x01.", b"{}"):
+    for damage in (whole[:100], whole.replace(b"maml_jax 1", b"maml_jax 9"), b"", b"\x80\x04K\x01.", b"{}"):
         path.write_bytes(damage)
         with pytest.raises(ValueError, match=r"model\.msgpack is not a file of maml_jax\.saved\.save, or damaged"):
             saved.load(path)

@@ -42,6 +42,7 @@ BAD = [
     ("omniglot", ["--method", "magic"], "method"),
     ("omniglot", ["--method", "reptile", "--order", "1"], "order 1 is for methods that differentiate the inner loop"),
     ("omniglot", ["--net", "mlp", "--normalisation", "tasknorm"], "'tasknorm' needs axes of space"),
+    ("omniglot", ["--method", "pretrained", "--normalisation", "running"], "'running' gathers statistics"),
     ("miniimagenet", ["--data-dir", "nowhere"], "nowhere"),
     ("miniimagenet", ["--outer-rate", "0"], "outer_rate must be positive and finite, but got 0"),
     ("omniglot", ["--data-dir", "nowhere"], "--download"),

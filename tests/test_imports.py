@@ -37,7 +37,7 @@ LAYERS = [  # Each may import only from those before it.
     {"inner", "task_axis", "convolution", "losses", "statistics", "tasks.sinusoid", "tasks.episodes", "tasks.omniglot"},
     {"tasks.published", "tasks.pickles", "checkpoint", "saved"},
     {"meta", "normalisation", "curvature", "per_step", "tasks.download", "tasks.image_sources", "tasks.host"},
-    {"layers", "reptile", "implicit", "schedules", "tasks.images", "evaluation"},
+    {"layers", "reptile", "implicit", "schedules", "tasks.images", "evaluation", "running"},
     {"check", "models", "train", "record", "plots"},
     {"heads", "resumable"},
 ]
