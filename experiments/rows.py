@@ -67,6 +67,7 @@ METHODS = {
     "norm-tasknorm": "MAML, TaskNorm",
     "norm-layer": "MAML, layer norm",
     "norm-group": "MAML, group norm",
+    "norm-running": "MAML, running statistics",
     "matching nets": "matching nets",
     "LSTM": "meta-learner LSTM",
     "COMLN": "COMLN",
@@ -148,7 +149,7 @@ def _row(data: str, setting: str, method: str) -> Row:
 
 def _rows() -> list[Row]:
     family = ("anil", "boil", "meta-sgd", "meta-curvature", "maml++", "shared-head", "prototypes", "reptile", "imaml")
-    norms = ("norm-support", "norm-tasknorm", "norm-layer", "norm-group")
+    norms = ("norm-support", "norm-tasknorm", "norm-layer", "norm-group", "norm-running")
     paper = [_row("omniglot", setting, method) for setting in SETTINGS for method in ("maml", "order1")]
     paper += [_row("omniglot", setting, "mlp") for setting in ("5w1s", "5w5s")]
     by_family = [
