@@ -1,6 +1,6 @@
 """Evaluation of few-shot classifiers: what was measured, how, and how certain it is, as a value that prints itself."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -78,14 +78,37 @@ class Results(NamedTuple):
         return "\n".join([str(self.protocol), "", "inner steps   accuracy (%)       diverged", *lines])
 
     def summary(self) -> dict[str, Any]:
-        """As plain values for JSON; the accuracies task by task are not in it."""
+        """As plain values for JSON, from which `from_summary` makes the same again.
+
+        Task by task it says how many of the queries are right and which tasks diverged: a line of text for
+        each number of inner steps, so that the file stays small.
+        """
         mean, half_width = self.interval()
+        correct = np.rint(self.accuracy * self.protocol.ways * self.protocol.queries).astype(int)
         return {
             "protocol": self.protocol._asdict(),
             "accuracy": mean,
             "half_width": half_width,
             "divergence_rate": self.diverged.mean(0),
+            "correct": [" ".join(map(str, column)) for column in correct.T],
+            "diverged": ["".join(map(str, column)) for column in self.diverged.T.astype(int)],
         }
+
+
+def from_summary(summary: Mapping[str, Any]) -> Results:
+    """What `Results.summary` was made from.
+
+    Raises:
+      ValueError: if the summary says nothing of single tasks, or of another number of them than its protocol.
+    """
+    protocol = Protocol(**summary["protocol"])
+    if "correct" not in summary:
+        raise ValueError(f"These results do not say what was right task by task: {protocol}")
+    correct, diverged = [line.split() for line in summary["correct"]], list(map(list, summary["diverged"]))
+    if {protocol.tasks} != (counts := {len(line) for line in (*correct, *diverged)}):
+        raise ValueError(f"The protocol says {protocol.tasks} tasks, but there are results of {sorted(counts)}.")
+    right = np.array(correct, int).T
+    return Results(protocol, right / (protocol.ways * protocol.queries), np.array(diverged).T == "1")
 
 
 Predictor = Callable[[Task], tuple[jax.Array, jax.Array]]

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import matplotlib
 
@@ -30,20 +30,26 @@ def few_shot(path: Path, history: Sequence[dict[str, Any]], results: dict[str, A
     plt.close(figure)
 
 
-def inner_steps(path: Path, found: Mapping[str, dict[str, Any]]) -> None:
-    """Accuracy over inner steps of several evaluations, each a summary of `evaluation.Results`, by label."""
-    figure, axes = plt.subplots(figsize=(6, 4.5), layout="constrained")
+def inner_steps(target: Path | BinaryIO, found: Mapping[str, dict[str, Any]]) -> None:
+    """Accuracy over inner steps of several evaluations, each a summary of `evaluation.Results`, by label.
+
+    Args:
+      target: file to write the PNG to.
+      found: of each summary, `accuracy` and `half_width` are drawn.
+    """
+    figure, axes = plt.subplots(figsize=(8, 4 + 0.12 * len(found)), layout="constrained")
     _over_inner_steps(axes, found)
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    figure.savefig(target, dpi=120, format="png")
     plt.close(figure)
 
 
 def _over_inner_steps(axes: Any, found: Mapping[str, dict[str, Any]]) -> None:
-    for label, summary in found.items():
+    for number, (label, summary) in enumerate(found.items()):
         mean, half_width = np.asarray(summary["accuracy"]), np.asarray(summary["half_width"])
-        axes.errorbar(range(len(mean)), mean, half_width, marker="o", markersize=3, capsize=2, label=label)
+        style = {"linestyle": ("-", "--", ":")[number // 10 % 3], "marker": "o", "markersize": 3}  # Ten colours.
+        axes.errorbar(range(len(mean)), mean, half_width, capsize=2, label=label, **style)
     axes.set(xlabel="inner steps", ylabel="accuracy (%)", title="Test tasks, 95% intervals")
 
 

@@ -17,7 +17,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from maml_jax.workdir import InUseError, Lock, WorkdirError, cannot_write, make_directory, note, now, read_json, write
+from maml_jax.workdir import (
+    InUseError,
+    Lock,
+    WorkdirError,
+    cannot_write,
+    make_directory,
+    note,
+    now,
+    read_json,
+    utc,
+    write,
+)
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow", "tensorflow-datasets")
 
@@ -63,6 +74,8 @@ class RunDirectory:
         if changed is not None:
             note(f"{self.path} holds this run already, begun {self._earlier[0]['started']}: it goes on.")
             self._tell_changes(changed)
+            if self._metrics.exists():  # Nobody wrote since: how long the earlier start went.
+                self._earlier[-1]["until"] = utc(self._metrics.stat().st_mtime)
             self._mend()
         start = self._made_by | ({"changed": changed} if changed else {})
         content = {"name": name, "config": config, "starts": [*self._earlier, start]}
