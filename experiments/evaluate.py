@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from experiments import command_line, few_shot, miniimagenet, omniglot
-from experiments.few_shot import Classifier, Prepared, QueriesSeen, Split
+from experiments import classifier, command_line, few_shot, miniimagenet, omniglot
+from experiments.classifier import Classifier
+from experiments.few_shot import Prepared, QueriesSeen, Split
 from maml_jax import evaluation, plots, saved, validation
 from maml_jax.inner import adapted_part
 from maml_jax.normalisation import Normalisation
@@ -106,12 +107,12 @@ def load(path: Path, config: Config) -> Model:
     experiment = EXPERIMENTS[name]
     prepared = experiment.prepare(experiment.Config(**options))
     data = prepared.data
-    model = few_shot.classifier(prepared.config, prepared.setting, few_shot.image_shape(data), prepared.setting.ways)
+    model = classifier.classifier(prepared.config, prepared.setting, few_shot.image_shape(data), prepared.setting.ways)
     rates = jax.eval_shape(
         lambda params: model.method.inner.init_rates(adapted_part(model.method.inner, params)), content.params
     )
     like = MetaState(jnp.int32(0), (), rates, ())
-    return Model(str(path), prepared, model, few_shot.load_state(content, like))
+    return Model(str(path), prepared, model, classifier.load_state(content, like))
 
 
 def main(prepared: tuple[Config, list[Model]]) -> dict[str, Any]:
@@ -145,10 +146,10 @@ def evaluate(config: Config, models: list[Model], seen: QueriesSeen) -> evaluati
     first = models[0]
     keys = dict(zip(("init", "train", "val", "test"), jax.random.split(jax.random.key(config.seed), 4)))
     data, shape = first.prepared.data.split(config.split), first.prepared.shape
-    tasks = few_shot.fixed_tasks(keys[config.split], data, config.tasks, shape)
-    told = few_shot.protocol(first.prepared, config.split, config.tasks, config.seed)
+    tasks = classifier.fixed_tasks(keys[config.split], data, config.tasks, shape)
+    told = classifier.protocol(first.prepared, config.split, config.tasks, config.seed)
     pairs = [(model.classifier, model.state) for model in models]
-    return few_shot.evaluate(first.prepared, pairs, tasks, told, steps=config.steps, seen=seen)
+    return classifier.evaluate(first.prepared, pairs, tasks, told, steps=config.steps, seen=seen)
 
 
 if __name__ == "__main__":

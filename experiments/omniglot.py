@@ -10,7 +10,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal, get_args
 
-from experiments import command_line, few_shot
+from experiments import command_line, few_shot, few_shot_training
 from experiments.few_shot import DataSet, Net, Prepared, Recipe, Setting
 from maml_jax import losses, validation
 from maml_jax.tasks import download, episodes, omniglot
@@ -119,4 +119,4 @@ def prepare(config: Config) -> Prepared:
 
 
 if __name__ == "__main__":
-    command_line.run(Config, prepare, few_shot.main)
+    command_line.run(Config, prepare, few_shot_training.main)

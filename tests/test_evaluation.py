@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import few_shot, methods
+from experiments import classifier, methods
 from experiments.few_shot import DataSet, Prepared, Setting
 from experiments.omniglot import Config
 from maml_jax import evaluation, models, saved
@@ -104,24 +104,24 @@ def characters(shared_data, omniglot_cache):
 @pytest.mark.parametrize("method", methods.METHODS)
 def test_every_method_gets_better_on_real_characters(method, characters, monkeypatch):
     """A small net, a few meta-steps: beats where it started by more than three standard errors."""
-    monkeypatch.setattr(few_shot, "network", lambda s, kind, image, out: models.MLP((64, 32), out, kind))
+    monkeypatch.setattr(classifier, "network", lambda s, kind, image, out: models.MLP((64, 32), out, kind))
     inner_steps, rate = methods.inner_steps_of(method, 1), 0.2 if method == "imaml" else 1.0
     setting = Setting(5, 1, 5, "mlp", 8, rate, inner_steps, None)
     steps = 200 if method in ("pretrained", "reptile", "anil") else 60
     config = Config(method=method, steps=steps, outer_rate=5e-3)
     prepared = Prepared("omniglot", config, setting, characters, None, 1, 100)
-    model = few_shot.classifier(config, setting, (28, 28, 1), len(characters.train.counts))
+    model = classifier.classifier(config, setting, (28, 28, 1), len(characters.train.counts))
     learner = model.method.learner()
     state = learner.init(model.method.start(model.trained.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]))
-    tasks = few_shot.fixed_tasks(jax.random.key(1), characters.test, 200, prepared.shape)
+    tasks = classifier.fixed_tasks(jax.random.key(1), characters.test, 200, prepared.shape)
 
     def accuracy(state):
         finished = state._replace(params=model.method.finish(state.params))
-        told = few_shot.protocol(prepared, "test", 200, 1)
-        found = few_shot.evaluate(prepared, [(model, finished)], tasks, told, steps=inner_steps)
+        told = classifier.protocol(prepared, "test", 200, 1)
+        found = classifier.evaluate(prepared, [(model, finished)], tasks, told, steps=inner_steps)
         return found.accuracy[:, -1]
 
-    draw, data = few_shot.drawn_from(prepared, jax.random.key(2))
+    draw, data = classifier.drawn_from(prepared, jax.random.key(2))
     train = jax.jit(many_steps(learner, draw))
     after, metrics = train(state, data, steps)
     assert np.isfinite(metrics["loss"])

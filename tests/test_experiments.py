@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from experiments import few_shot, miniimagenet, omniglot, sinusoid
+from experiments import few_shot_training, miniimagenet, omniglot, sinusoid
 
 
 def launch(*args, cwd=None, timeout=300):
@@ -62,7 +62,7 @@ def test_bad_input_ends_before_anything_long_starts(name, options, message, monk
     monkeypatch.setattr(command_line.jax.config, "update", lambda *_: None)  # This process has its devices already.
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
-        command_line.run(module.Config, module.prepare, getattr(module, "main", few_shot.main))
+        command_line.run(module.Config, module.prepare, getattr(module, "main", few_shot_training.main))
     assert end.value.code == 2
     printed = capsys.readouterr()
     assert message in printed.err + printed.out

@@ -1,0 +1,142 @@
+"""Training of few-shot classifiers: from initial parameters to the best in validation, and its accuracy at test."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+
+from experiments.classifier import (
+    classifier,
+    drawn_from,
+    evaluate,
+    fixed_tasks,
+    load_state,
+    nearest,
+    protocol,
+)
+from experiments.few_shot import TEST_STEPS, Prepared, QueriesSeen, describe, harmless, image_shape, recorded
+from maml_jax import plots, saved
+from maml_jax.record import Progress, RunDirectory
+from maml_jax.resumable import Validate, resumable_train
+from maml_jax.task_axis import task_mesh
+from maml_jax.types import MetaState
+
+STEPS_PER_CALL = 20
+SAVE_EVERY = 500
+BEST = 5  # Models kept by their accuracy in validation.
+
+
+def main(prepared: Prepared) -> dict:
+    """Meta-trains, then evaluates the state that is best in validation; returns what it writes to `results.json`."""
+    config, setting, data, shape = prepared.config, prepared.setting, prepared.data, prepared.shape
+    model = classifier(config, setting, image_shape(data), len(data.train.counts))
+    learner = model.method.learner(tasks_at_once=config.tasks_at_once, mesh=task_mesh(setting.tasks))
+    init_key, train_key, val_key, test_key = jax.random.split(jax.random.key(config.seed), 4)
+    params = model.trained.init(init_key, jnp.zeros((1, *image_shape(data))))["params"]
+    state = learner.init(model.method.start(params))
+    draw, train_data = drawn_from(prepared, train_key)
+    val_tasks = fixed_tasks(val_key, data.val, prepared.val_tasks, shape)
+
+    train_tasks = fixed_tasks(jax.random.fold_in(val_key, 1), data.train, prepared.val_tasks, shape)
+    val_protocol = protocol(prepared, "val", prepared.val_tasks, config.seed)
+
+    name = run_name(prepared)
+    run = RunDirectory(config.workdir, name, recorded(config, setting), harmless=harmless(config))
+    print(f"{config.method}, order {config.order}: {setting}\nWriting to {run.path}", flush=True)
+    best = Best(run.path / "best", describe(prepared))
+
+    def validated(state: MetaState) -> dict[str, float]:
+        finished = model.finished(state, train_tasks, TEST_STEPS)
+        found = evaluate(prepared, [(model, finished)], val_tasks, val_protocol, steps=setting.inner_steps)
+        accuracy = float(found.accuracy[:, -1].mean())
+        best.add(finished, accuracy)
+        return {"val_accuracy": accuracy}
+
+    # The progress of ten to a hundred validations, between calls.
+    validate_every = STEPS_PER_CALL * max(1, min(1000, config.steps // 10) // STEPS_PER_CALL)
+    progress = Progress(config.steps, name)
+    for state, row in resumable_train(
+        learner,
+        state,
+        lambda data, step: model.tasks(draw(data, step)),
+        train_data,
+        steps=config.steps,
+        steps_per_call=STEPS_PER_CALL,
+        run=run,
+        save_every=SAVE_EVERY,
+        validate=Validate(validate_every, validated, lambda row: row["val_accuracy"]),
+        rates={"inner": setting.inner_rate, "outer": config.outer_rate},
+    ):
+        progress.update(row["step"], loss=row["loss"], accuracy=row["accuracy"])
+
+    selected = best.load(state)
+    test_tasks = fixed_tasks(test_key, data.test, config.test_tasks, shape)
+    test_protocol, found = protocol(prepared, "test", config.test_tasks, config.seed), {}
+    # With other normalisations the queries of a task are independent of each other.
+    for seen in get_args(QueriesSeen) if config.normalisation == "batch" else ("together",):
+        found[f"queries {seen}"] = evaluate(
+            prepared, [(model, selected)], test_tasks, test_protocol, steps=TEST_STEPS, seen=seen
+        )
+    if config.method == "pretrained":
+        found["nearest neighbour"] = nearest(model, selected, test_tasks, test_protocol)
+    for label, each in found.items():
+        print(f"{label}: {each}", end="\n\n")
+    if prepared.published:
+        mean, half_width = prepared.published
+        print(
+            f"published: {mean:.2f} +-{half_width:.2f}, queries together, after {prepared.published_steps} inner steps"
+        )
+    results = {
+        **describe(prepared),
+        "setting": dataclasses.asdict(setting),
+        "selected": {"by": "accuracy on validation tasks", "step": int(selected.step)},
+        "data": data.about,
+        "published": prepared.published,
+        "test": {label: each.summary() for label, each in found.items()},
+    }
+    path = run.write_results(results)
+    plots.few_shot(run.path / "curves.png", run.rows(), results)
+    print(f"Wrote {path}, curves.png beside it, and the best {BEST} models below {best.folder}.")
+    return results
+
+
+def run_name(prepared: Prepared) -> str:
+    """What the run is, as the name of a directory."""
+    config, setting = prepared.config, prepared.setting
+    parts = [prepared.experiment, f"{setting.ways}way-{setting.shots}shot", config.method]
+    parts += ["mlp"] if setting.net == "mlp" else []
+    parts += [config.normalisation] if config.normalisation != "batch" else []
+    parts += ["order1"] if config.order == 1 else []
+    return "-".join([*parts, f"seed{config.seed}"])
+
+
+class Best:
+    """The best states by `val_accuracy`, as files `step-N.msgpack` in a folder."""
+
+    def __init__(self, folder: Path, description: dict[str, Any]):
+        self.folder, self._description = folder, description
+        self._accuracy = {path: self._read(path) for path in folder.glob("step-*.msgpack")}
+
+    @staticmethod
+    def _read(path: Path) -> float:
+        return saved.load(path).description["val_accuracy"]
+
+    def add(self, state: MetaState, accuracy: float) -> None:
+        """Keeps the state if it is among the best."""
+        step = int(state.step)
+        path = self.folder / f"step-{step:07d}.msgpack"
+        saved.save(path, state.params, state.rates, self._description | {"step": step, "val_accuracy": accuracy})
+        self._accuracy[path] = accuracy
+        for worse in self.paths()[BEST:]:
+            worse.unlink()
+            del self._accuracy[worse]
+
+    def paths(self) -> list[Path]:
+        """From best to worst; of equals the later first."""
+        return sorted(self._accuracy, key=lambda path: (self._accuracy[path], path.name), reverse=True)
+
+    def load(self, like: MetaState) -> MetaState:
+        """The best state, in the structure of `like`."""
+        return load_state(saved.load(self.paths()[0]), like)
