@@ -10,23 +10,21 @@ With several models, each is compared with the first on the same tasks, by a pai
 import dataclasses
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import tyro
 
-from experiments import classifier, command_line, few_shot, miniimagenet, omniglot
+from experiments import classifier, command_line, few_shot
 from experiments.classifier import Classifier
 from experiments.few_shot import Prepared, QueriesSeen, Split
+from experiments.rows import EXPERIMENTS
 from maml_jax import evaluation, plots, saved, validation
 from maml_jax.inner import adapted_part
 from maml_jax.normalisation import Normalisation
 from maml_jax.record import plain, provenance
 from maml_jax.types import MetaState
-
-EXPERIMENTS: dict[str, ModuleType] = {"omniglot": omniglot, "miniimagenet": miniimagenet}
 
 
 @dataclasses.dataclass(frozen=True)
