@@ -14,7 +14,7 @@ from maml_jax.evaluation import Predictor
 from maml_jax.implicit import imaml, regularised
 from maml_jax.inner import InnerLearner
 from maml_jax.losses import Apply
-from maml_jax.reptile import reptile
+from maml_jax.reptile import one_of_each_class, reptile
 from maml_jax.tasks import episodes
 from maml_jax.tasks.episodes import ImageClasses
 from maml_jax.types import Batch, LossFn, Params, Task
@@ -108,7 +108,8 @@ def build(training: Training, net_apply: Apply, features: Apply, ways: int) -> M
         return _maml_plus_plus(training, loss_fn, outer, options)
     if name == "reptile":
         inner = maml_jax.sgd(rate, **options)
-        return Method(inner, lambda **others: reptile(loss_fn, inner, outer, **others))
+        batches = one_of_each_class(ways)
+        return Method(inner, lambda **others: reptile(loss_fn, inner, outer, batches=batches, **others))
     if name == "imaml":
         inner = maml_jax.sgd(rate, **options)
 

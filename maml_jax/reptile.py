@@ -1,5 +1,6 @@
 """Reptile: moves the parameters towards where adaptation took them, with no derivative of it (Nichol et al. 2018)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +12,10 @@ from maml_jax import validation
 from maml_jax.inner import InnerLearner, inner_loop
 from maml_jax.meta import MetaLearner, meta_learner
 from maml_jax.task_axis import AtOnce
-from maml_jax.types import LossFn, Params, Rates, Task
+from maml_jax.types import Batch, LossFn, Params, Rates, Task
+
+Batches = Callable[[Batch, int], Batch]
+"""`(support, steps) -> batches` of the inner steps in training: every leaf has a leading axis `[steps]`."""
 
 
 def reptile(
@@ -19,6 +23,7 @@ def reptile(
     inner: InnerLearner,
     outer: optax.GradientTransformation,
     *,
+    batches: Batches | None = None,
     query_loss_fn: LossFn | None = None,
     tasks_at_once: AtOnce = None,
     mesh: Mesh | None = None,
@@ -29,7 +34,11 @@ def reptile(
     the parameters by the fraction e towards the mean of the adapted ones. Only the support set is
     learned from; the query set is there for the metrics. With a single inner step it is joint training.
 
-    Args: as those of `maml`.
+    Args:
+      batches: what of the support set each inner step sees in training, such as `one_of_each_class(N)`; None:
+        all of it. Where steps see different examples, what one learns is made to help with the others
+        (section 5.1).
+      others: as those of `maml`.
 
     Raises:
       TypeError, ValueError: as `maml`, and for an inner learner with learned rates, of which Reptile has no gradient.
@@ -44,8 +53,26 @@ def reptile(
             raise ValueError(
                 "Reptile has no gradient for learned rates of the inner loop: give an inner learner with none."
             )
-        adapted, info = inner_loop(inner, support_loss, params, rates, task.support)
+        support = task.support if batches is None else batches(task.support, inner.steps)
+        adapted, info = inner_loop(inner, support_loss, params, rates, support, batch_per_step=batches is not None)
         loss, aux = query_loss(adapted, task.query)
         return (loss, (jax.tree.map(jnp.subtract, params, adapted), rates)), (aux, info)
 
     return meta_learner(gradient, support_loss, query_loss, inner, outer, tasks_at_once=tasks_at_once, mesh=mesh)
+
+
+def one_of_each_class(ways: int) -> Batches:
+    """Step i sees the i-th example of every class, and after the last the first again.
+
+    Args:
+      ways: N; the support set `[N * K, ...]` holds the K examples of a class together, as `episodes` do.
+    """
+
+    def batches(support: Batch, steps: int) -> Batch:
+        def of_leaf(leaf: jax.Array) -> jax.Array:
+            by_shot = leaf.reshape(ways, -1, *leaf.shape[1:]).swapaxes(0, 1)
+            return by_shot[jnp.arange(steps) % len(by_shot)]
+
+        return jax.tree.map(of_leaf, support)
+
+    return batches

@@ -13,7 +13,7 @@ import maml_jax
 from maml_jax import heads, losses, meta, models, per_step, schedules
 from maml_jax.curvature import meta_curvature
 from maml_jax.implicit import imaml, regularised
-from maml_jax.reptile import reptile
+from maml_jax.reptile import one_of_each_class, reptile
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -130,9 +130,18 @@ def test_reptile_moves_towards_the_adapted_parameters():
     mean = jax.tree.map(lambda *leaves: sum(leaves) / 3, *(each for each, _ in adapted))
     assert_close(after.params, jax.tree.map(lambda p, m: p + 0.25 * (m - p), params, mean))
     assert info.support_loss.shape == (3, 4)
+    # Each step on an example of every class: with four classes, two examples of each, the third step has the first.
+    of_steps = reptile(LOSS, inner, optax.sgd(1.0), batches=one_of_each_class(4))
+    task = jax.tree.map(lambda leaf: leaf[:1], tasks(1, shots=8))
+    after, _ = jax.jit(of_steps.step)(of_steps.init(params), task)
+    adapted = params
+    for rows in ([0, 2, 4, 6], [1, 3, 5, 7], [0, 2, 4, 6], [1, 3, 5, 7]):
+        batch = jax.tree.map(lambda leaf, rows=rows: leaf[0, jnp.array(rows)], task.support)
+        adapted, _ = maml_jax.adapt(LOSS, adapted, batch, learning_rate=0.3, steps=1)
+    assert_close(after.params, adapted)
     with pytest.raises(ValueError, match="Reptile has no gradient for learned rates"):
         rated = reptile(LOSS, maml_jax.sgd(0.3, steps=2, learn_rates="layer"), optax.sgd(1.0))
-        rated.step(rated.init(params), batch)
+        rated.step(rated.init(params), tasks(3))
 
 
 def test_implicit_gradient_of_a_quadratic_in_closed_form():
