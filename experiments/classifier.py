@@ -18,9 +18,10 @@ from experiments.methods import Training
 from maml_jax import evaluation, losses, models, per_step, running, saved
 from maml_jax.evaluation import Predictor, Protocol, Results
 from maml_jax.normalisation import NEEDS_CONTEXT, Normalisation
+from maml_jax.task_axis import task_axis, task_mesh
 from maml_jax.tasks import episodes, host
 from maml_jax.tasks.episodes import EpisodeShape, ImageClasses
-from maml_jax.types import MetaState, Task
+from maml_jax.types import MetaState, Params, Rates, Task
 
 
 class Classifier(NamedTuple):
@@ -45,15 +46,14 @@ class Classifier(NamedTuple):
 
         Args:
           state: of training.
-          tasks: of training classes, the first group of which statistics are gathered from.
+          tasks: of training classes, of which statistics are gathered.
           steps: inner steps of which they are.
         """
         params = self.method.finish(state.params)
         if self.gathers:
-            loss_fn = losses.cross_entropy(models.apply_params(self.trained))
-            params = jax.jit(running.gather, static_argnums=(0, 1, 2), static_argnames="steps")(
-                self.trained, self.method.inner, loss_fn, params, state.rates, next(iter(tasks())), steps=steps
-            )
+            gather = _gather_of(self, steps)
+            parts = [gather(params, state.rates, group) for group in tasks()]  # Groups of one size.
+            params = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *parts)
         return state._replace(params=params)
 
     def predictor(self, state: MetaState, steps: int, seen: QueriesSeen = "together") -> Predictor:
@@ -68,14 +68,26 @@ class Classifier(NamedTuple):
 
 
 @functools.cache  # Compiled once, for all validations.
+def _gather_of(model: Classifier, steps: int) -> Callable[[Params, Rates, Task], Params]:
+    loss_fn = losses.cross_entropy(models.apply_params(model.trained))
+    return jax.jit(
+        lambda params, rates, tasks: running.gather(
+            model.trained, model.method.inner, loss_fn, params, rates, tasks, steps=steps
+        )
+    )
+
+
+@functools.cache
 def _evaluation_of(model: Classifier, seen: QueriesSeen) -> Callable[[MetaState, Task, int], maml_jax.Evaluation]:
     apply, inner = models.apply_params(model.net), model.method.inner
     judged = losses.log_probabilities(losses.one_by_one(apply) if seen == "one by one" else apply)
     if model.gathers:
         apply = models.apply_params(model.trained)
         inner = inner._replace(at_step=per_step.choose(models.norms_only))
-    learner = maml_jax.maml(losses.cross_entropy(apply), inner, optax.identity(), query_loss_fn=judged)
-    return jax.jit(learner.evaluate, static_argnums=2)
+    mesh = task_mesh(jax.local_device_count())  # All devices of this process, each with its share of the tasks.
+    learner = maml_jax.maml(losses.cross_entropy(apply), inner, optax.identity(), query_loss_fn=judged, mesh=mesh)
+    evaluate = jax.jit(learner.evaluate, static_argnums=2)
+    return lambda state, tasks, steps: evaluate(task_axis(None, mesh).replicate(state), tasks, steps)
 
 
 def classifier(config: Config, setting: Setting, image: tuple[int, ...], classes: int) -> Classifier:
@@ -89,7 +101,7 @@ def classifier(config: Config, setting: Setting, image: tuple[int, ...], classes
         config.order,
         setting.inner_rate,
         setting.inner_steps,
-        config.outer_rate,
+        setting.outer_rate,
         setting.clip,
         config.steps,
     )
@@ -193,7 +205,9 @@ def nearest(model: Classifier, state: MetaState, groups: Callable[[], Iterable[T
 def protocol(prepared: Prepared, split: Split, tasks: int, seed: int) -> Protocol:
     """Of an evaluation without adaptation."""
     setting, data = prepared.setting, prepared.data
+    rates = "" if prepared.config.method in methods.FIXED_ORDER else f", order {prepared.config.order}"
     return Protocol(
+        method=prepared.config.method + rates,
         data=data.name,
         split=split,
         classes=len(data.split(split).counts),

@@ -215,10 +215,18 @@ def _lines(row: Row, runs: Sequence[Run]) -> Iterator[Line]:
     if not done:
         yield Line(row, TOGETHER, [], trained)
     for data, steps in sorted({(_data(run), run.steps) for run in done}, key=lambda key: (-key[1], key[0])):
-        same = sorted((run for run in done if (_data(run), run.steps) == (data, steps)), key=lambda run: run.seed)
+        same = _one_a_seed([run for run in done if (_data(run), run.steps) == (data, steps)])
         yield Line(row, TOGETHER, same, trained)
         if any(NEAREST in (run.results or {})["test"] for run in same):
             yield Line(row, NEAREST, same, trained)
+
+
+def _one_a_seed(runs: Sequence[Run]) -> list[Run]:
+    """A run may be there twice, such as below `runs/` and, committed, below `results/`: of each seed the latest."""
+    latest: dict[int, Run] = {}
+    for run in sorted(runs, key=lambda run: (run.results or {})["made_by"]["finished"]):
+        latest[run.seed] = run
+    return [latest[seed] for seed in sorted(latest)]
 
 
 def _data(run: Run) -> str:

@@ -41,7 +41,7 @@ class Config:
     """Classes to draw tasks from."""
     tasks: int = 600
     """Tasks to evaluate on."""
-    seed: int = 0
+    seed: int | None = None
     """Of the tasks; with that of the training and 600 tasks of 'test' they are those of its results."""
     shots: int | None = None
     """Support examples per class."""
@@ -54,11 +54,13 @@ class Config:
     inner_rate: float | None = None
     """Inner step size for the mean cross-entropy; without effect on learned rates, and refused there."""
     normalisation: Normalisation | None = None
-    """What activations are normalised by."""
+    """What activations are normalised by; only among those whose parameters are the same."""
     seen: Literal["together", "one by one", "both"] = "together"
     """Whether the queries of a task are one batch, or each is a batch of its own."""
     cache_dir: Path | None = None
     """Where resized images are kept; default: maml_jax in the user's cache directory."""
+    other_data: bool = False
+    """Take another data set than that of the training. Its test classes may be classes that the model has seen."""
     output: Path | None = None
     """Where to write the results as JSON, and beside it a plot as PNG."""
 
@@ -82,28 +84,57 @@ def prepare(config: Config) -> tuple[Config, list[Model]]:
         raise ValueError("models must be at least one file that training wrote to best/, but none was given.")
     validation.at_least("tasks", config.tasks, 1)
     validation.at_least("steps", config.steps, 0)
-    validation.at_least("seed", config.seed, 0)
+    if config.seed is not None:
+        validation.at_least("seed", config.seed, 0)
+    if config.output is not None and not config.output.parent.is_dir():
+        raise ValueError(f"output must be in a directory that exists, but {config.output.parent} does not.")
     if config.at_step is not None and not 0 <= config.at_step <= config.steps:
         raise ValueError(f"at_step must be from 0 to steps, {config.steps}, but got {config.at_step}.")
-    models = [load(path, config) for path in config.models]
-    if config.ensemble and len({(m.prepared.setting.ways, m.prepared.data.name) for m in models}) > 1:
-        raise ValueError("An ensemble needs models of the same data set and number of ways.")
+    prepared: dict[str, Prepared] = {}
+    models = [load(path, config, prepared) for path in config.models]
+    first = models[0]
+    for other in models[1:]:
+        if not protocol(config, first).same_tasks(protocol(config, other)):
+            raise ValueError(
+                f"{other.name} cannot be set beside {first.name}: they are for other tasks. Give --shots, --queries "
+                f"and --seed.\n  {protocol(config, first)}\n  {protocol(config, other)}"
+            )
     return config, models
 
 
-def load(path: Path, config: Config) -> Model:
-    """A saved model, prepared as the options say."""
+SAME_PARAMETERS = ("batch", "support", "instance", "layer", "group")
+"""Normalisations that one can be put in the place of another."""
+
+
+def load(path: Path, config: Config, known: dict[str, Prepared]) -> Model:
+    """A saved model, prepared as the options say. What models have in common is in `known` and read once."""
     content = saved.load(path)
-    name = content.description.get("experiment")
-    if name not in EXPERIMENTS:
-        raise ValueError(f"{path} is not a few-shot classifier: it says of itself that it is {name!r}.")
-    given = {name: getattr(config, name) for name in ("shots", "queries", "normalisation", "inner_rate")}
+    about = content.description
+    if about.get("experiment") not in EXPERIMENTS:
+        raise ValueError(f"{path} is not a few-shot classifier: it says of itself {about.get('experiment')!r}.")
     if config.inner_rate is not None and jax.tree.leaves(content.rates):
         raise ValueError(f"inner_rate cannot be given for {path}: its rates are learned.")
-    options = content.description["config"] | {key: value for key, value in given.items() if value is not None}
+    trained_with = about["config"]["normalisation"]
+    wanted = config.normalisation or trained_with
+    if wanted != trained_with and not {wanted, trained_with} <= {*SAME_PARAMETERS}:
+        raise ValueError(
+            f"normalisation cannot be {wanted!r} for {path}, which was trained with {trained_with!r} and has other "
+            f"parameters: only {', '.join(SAME_PARAMETERS)} can take each other's place."
+        )
+    given = {name: getattr(config, name) for name in ("shots", "queries", "normalisation", "inner_rate", "seed")}
+    options = about["config"] | {"queries": about["setting"]["queries"]}
+    options |= {key: value for key, value in given.items() if value is not None}
     options |= {"data_dir": config.data_dir, "cache_dir": config.cache_dir, "test_tasks": config.tasks}
-    experiment = EXPERIMENTS[name]
-    prepared = experiment.prepare(experiment.Config(**options))
+    experiment = EXPERIMENTS[about["experiment"]]
+    key = repr(sorted(options.items(), key=str))
+    if key not in known:
+        known[key] = experiment.prepare(experiment.Config(**options))
+    prepared = known[key]
+    if prepared.data.sha256 != about["data_sha256"] and not config.other_data:
+        raise ValueError(
+            f"{config.data_dir} is not the data set that {path} was trained on, whose classes it may have divided "
+            "otherwise. Give that one, or --other-data."
+        )
     data = prepared.data
     model = classifier.classifier(prepared.config, prepared.setting, few_shot.image_shape(data), prepared.setting.ways)
     rates = jax.eval_shape(
@@ -139,13 +170,18 @@ def main(prepared: tuple[Config, list[Model]]) -> dict[str, Any]:
     return rows
 
 
+def protocol(config: Config, model: Model) -> evaluation.Protocol:
+    """Of an evaluation without adaptation."""
+    return classifier.protocol(model.prepared, config.split, config.tasks, model.prepared.config.seed)
+
+
 def evaluate(config: Config, models: list[Model], seen: QueriesSeen) -> evaluation.Results:
     """Of one model, or of the ensemble of several."""
     first = models[0]
-    keys = dict(zip(("init", "train", "val", "test"), jax.random.split(jax.random.key(config.seed), 4)))
+    keys = dict(zip(("init", "train", "val", "test"), jax.random.split(jax.random.key(first.prepared.config.seed), 4)))
     data, shape = first.prepared.data.split(config.split), first.prepared.shape
     tasks = classifier.fixed_tasks(keys[config.split], data, config.tasks, shape)
-    told = classifier.protocol(first.prepared, config.split, config.tasks, config.seed)
+    told = protocol(config, first)
     pairs = [(model.classifier, model.state) for model in models]
     return classifier.evaluate(first.prepared, pairs, tasks, told, steps=config.steps, seen=seen)
 

@@ -47,8 +47,8 @@ class Config:
     """Inner step size for the MEAN cross-entropy over the support set; default: the recipe's."""
     inner_steps: int | None = None
     """Inner steps in training; default: the recipe's."""
-    outer_rate: float = 1e-3
-    """Adam's rate in the outer loop."""
+    outer_rate: float | None = None
+    """Adam's rate in the outer loop, or the fraction of the way that Reptile goes at first; default: .001, and .5."""
     tasks_at_once: int | None = None
     """Tasks computed together on a device, the rest after them. Default: what suits the backend and the net."""
     test_tasks: int = 600
@@ -87,6 +87,7 @@ class Setting:
     tasks: int
     inner_rate: float
     inner_steps: int
+    outer_rate: float
     clip: float | None
 
 
@@ -125,11 +126,14 @@ def resolve(config: Config, recipe: Callable[[int, int], Recipe]) -> Setting:
         queries=found.queries if config.queries is None else config.queries,
         net=net,
         tasks=found.tasks if config.tasks is None else config.tasks,
-        inner_rate=found.inner_rate if config.inner_rate is None else config.inner_rate,
+        inner_rate=methods.inner_rate_of(config.method, found.inner_rate)
+        if config.inner_rate is None
+        else config.inner_rate,
         inner_steps=methods.inner_steps_of(config.method, found.inner_steps)
         if config.inner_steps is None
         else config.inner_steps,
-        clip=found.clip,
+        outer_rate=methods.outer_rate_of(config.method) if config.outer_rate is None else config.outer_rate,
+        clip=None if config.method == "reptile" else found.clip,
     )
     for name in ("queries", "tasks", "inner_steps"):
         validation.at_least(name, getattr(setting, name), 1)
@@ -137,7 +141,7 @@ def resolve(config: Config, recipe: Callable[[int, int], Recipe]) -> Setting:
         validation.at_least(name, getattr(config, name), 1)
     validation.at_least("seed", config.seed, 0)
     validation.positive("inner_rate", setting.inner_rate)
-    validation.positive("outer_rate", config.outer_rate)
+    validation.positive("outer_rate", setting.outer_rate)
     if config.tasks_at_once is not None:
         validation.at_least("tasks_at_once", config.tasks_at_once, 1)
         mesh = task_mesh(setting.tasks)
@@ -187,8 +191,13 @@ class Prepared(NamedTuple):
 
 def describe(prepared: Prepared) -> dict[str, Any]:
     """What a saved model says of itself, from which `experiments.evaluate` builds everything again."""
-    config = {name: value for name, value in dataclasses.asdict(prepared.config).items() if name not in PLACES}
-    return {"experiment": prepared.experiment, "config": config}
+    options = dataclasses.asdict(prepared.config)
+    return {
+        "experiment": prepared.experiment,
+        "config": {name: value for name, value in options.items() if name not in (*PLACES, "tasks_at_once")},
+        "setting": dataclasses.asdict(prepared.setting),
+        "data_sha256": prepared.data.sha256,
+    }
 
 
 def recorded(config: Config, setting: Setting) -> dict[str, Any]:
@@ -203,12 +212,24 @@ def harmless(config: Config) -> tuple[str, ...]:
 
 
 def check_workdir(config: Config, setting: Setting) -> None:
-    """Raises WorkdirError or FileExistsError if the run cannot be in its work directory."""
-    RunDirectory.check(config.workdir, recorded(config, setting), harmless=harmless(config))
+    """Raises WorkdirError or FileExistsError if the run cannot be in its work directory, before data are read."""
+    RunDirectory.check(config.workdir, recorded(config, setting), harmless=(*harmless(config), "data_sha256"))
+
+
+def check_data(prepared: Prepared) -> None:
+    """Raises WorkdirError if the work directory holds a run on other data."""
+    config = prepared.config
+    RunDirectory.check(config.workdir, recorded_with_data(prepared), harmless=harmless(config))
+
+
+def recorded_with_data(prepared: Prepared) -> dict[str, Any]:
+    """What a run is compared with once its data are known."""
+    return recorded(prepared.config, prepared.setting) | {"data_sha256": prepared.data.sha256}
 
 
 def check_tasks(prepared: Prepared) -> None:
-    """Raises ValueError if a split has not the classes or the images that the tasks need."""
+    """Raises ValueError if a split has not the classes or the images that the tasks need; see also `check_data`."""
+    check_data(prepared)
     for name in get_args(Split):
         try:
             prepared.shape.check(prepared.data.split(name))

@@ -1,6 +1,5 @@
 """Training of few-shot classifiers: from initial parameters to the best in validation, and its accuracy at test."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,7 +15,7 @@ from experiments.classifier import (
     nearest,
     protocol,
 )
-from experiments.few_shot import TEST_STEPS, Prepared, QueriesSeen, describe, harmless, image_shape, recorded
+from experiments.few_shot import TEST_STEPS, Prepared, QueriesSeen, describe, harmless, image_shape, recorded_with_data
 from maml_jax import plots, saved
 from maml_jax.record import Progress, RunDirectory
 from maml_jax.resumable import Validate, resumable_train
@@ -43,7 +42,7 @@ def main(prepared: Prepared) -> dict:
     val_protocol = protocol(prepared, "val", prepared.val_tasks, config.seed)
 
     name = run_name(prepared)
-    run = RunDirectory(config.workdir, name, recorded(config, setting), harmless=harmless(config))
+    run = RunDirectory(config.workdir, name, recorded_with_data(prepared), harmless=harmless(config))
     print(f"{config.method}, order {config.order}: {setting}\nWriting to {run.path}", flush=True)
     best = Best(run.path / "best", describe(prepared))
 
@@ -67,7 +66,7 @@ def main(prepared: Prepared) -> dict:
         run=run,
         save_every=SAVE_EVERY,
         validate=Validate(validate_every, validated, lambda row: row["val_accuracy"]),
-        rates={"inner": setting.inner_rate, "outer": config.outer_rate},
+        rates={"inner": setting.inner_rate, "outer": setting.outer_rate},
     ):
         progress.update(row["step"], loss=row["loss"], accuracy=row["accuracy"])
 
@@ -90,7 +89,6 @@ def main(prepared: Prepared) -> dict:
         )
     results = {
         **describe(prepared),
-        "setting": dataclasses.asdict(setting),
         "selected": {"by": "accuracy on validation tasks", "step": int(selected.step)},
         "data": data.about,
         "published": prepared.published,

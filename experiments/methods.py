@@ -36,7 +36,7 @@ METHODS: tuple[MethodName, ...] = get_args(MethodName)
 FIXED_ORDER = ("reptile", "imaml", "pretrained")
 """Those in which nothing is differentiated through the inner steps, whatever the order."""
 
-STRENGTH, CG_STEPS = 0.5, 5  # Of iMAML; the paper's are 2 and 5, for a loss of other units.
+STRENGTH, CG_STEPS = 0.5, 5  # Of iMAML. The iterations are the paper's, the strength is chosen here.
 
 
 class Training(NamedTuple):
@@ -70,6 +70,17 @@ def inner_steps_of(method: MethodName, recipe: int) -> int:
     """Inner steps in training where none are given: the paper's recipe, unless the method cannot do with so few."""
     least = {"maml++": 5, "reptile": 5, "imaml": 16}
     return max(recipe, least.get(method, 1))
+
+
+def inner_rate_of(method: MethodName, recipe: float) -> float:
+    """The inner step size where none is given: the paper's recipe, unless the method cannot do with so large a one."""
+    # Beside the loss iMAML minimises a parabola of curvature `STRENGTH`, in many steps: large ones run away.
+    return min(recipe, 0.2) if method == "imaml" else recipe
+
+
+def outer_rate_of(method: MethodName) -> float:
+    """The outer rate where none is given: Adam's in the paper, or the fraction of the way that Reptile begins with."""
+    return 0.5 if method == "reptile" else 1e-3
 
 
 def build(training: Training, net_apply: Apply, features: Apply, ways: int) -> Method:
@@ -107,7 +118,8 @@ def build(training: Training, net_apply: Apply, features: Apply, ways: int) -> M
     if name == "maml++":
         return _maml_plus_plus(training, loss_fn, outer, options)
     if name == "reptile":
-        inner = maml_jax.sgd(rate, **options)
+        # Of everything: what the inner loop leaves as it is, Reptile does not learn.
+        inner = maml_jax.sgd(rate, **options | {"trainable": None})
         batches = one_of_each_class(ways)
         return Method(inner, lambda **others: reptile(loss_fn, inner, outer, batches=batches, **others))
     if name == "imaml":
@@ -129,8 +141,9 @@ def build(training: Training, net_apply: Apply, features: Apply, ways: int) -> M
 def _maml_plus_plus(
     training: Training, loss_fn: LossFn, outer: optax.GradientTransformation, options: dict[str, Any]
 ) -> Method:
-    """All six parts of Antoniou et al. (2019): rates and normalisation by step, the multi-step loss, first order in
-    the first half, a falling outer rate, and (in `evaluate`, of the best checkpoints) an ensemble."""
+    """Of Antoniou et al. (2019): rates by layer and step, norm parameters by step, the multi-step loss, first order in
+    the first half, and a falling outer rate. Running statistics are the normalisation 'running', and their ensemble
+    of five models `experiments.evaluate --ensemble`."""
     steps = training.inner_steps
     inner = maml_jax.sgd(
         training.inner_rate, learn_rates="layer_step", at_step=per_step.choose(models.norms_only), **options
@@ -149,8 +162,8 @@ def _maml_plus_plus(
 
 def _outer(training: Training) -> optax.GradientTransformation:
     if training.method == "reptile":
-        # Half of the way to the adapted parameters at first, then ever less (Nichol et al. 2018, section 6.1).
-        return optax.sgd(optax.linear_schedule(0.5, 0.0, training.steps))
+        # A part of the way to the adapted parameters, ever less (Nichol et al. 2018, section 6.1).
+        return optax.sgd(optax.linear_schedule(training.outer_rate, 0.0, training.steps))
     rate: Any = training.outer_rate
     if training.method == "maml++":
         rate = optax.cosine_decay_schedule(training.outer_rate, training.steps, alpha=0.01)

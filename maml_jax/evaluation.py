@@ -41,6 +41,8 @@ class Protocol(NamedTuple):
     """'together' in one batch, or 'one by one'."""
     models: int = 1
     """How many are averaged, in their predicted probabilities."""
+    method: str = "not recorded"
+    """How a task is learned."""
 
     def __str__(self) -> str:
         rate = "" if self.inner_rate is None else f" of {self.inner_rate:g}"
@@ -48,8 +50,8 @@ class Protocol(NamedTuple):
         return (
             f"{self.data}, {self.split} split ({self.classes} classes, sha256 {self.split_sha256[:12]}): {self.tasks} "
             f"tasks (seed {self.seed}) of {self.ways} ways, {self.shots} shots, {self.queries} queries per class, "
-            f"rotations {self.rotations}; 0 to {self.inner_steps} inner steps{rate}; normalisation "
-            f"{self.normalisation}, queries {self.queries_seen}{models}"
+            f"rotations {self.rotations}; method {self.method}, 0 to {self.inner_steps} inner steps{rate}; "
+            f"normalisation {self.normalisation}, queries {self.queries_seen}{models}"
         )
 
     def same_tasks(self, other: "Protocol") -> bool:

@@ -33,6 +33,7 @@ def reptile(
     The gradient of a task is where it started minus where it arrived, so `optax.sgd(e)` as `outer` moves
     the parameters by the fraction e towards the mean of the adapted ones. Only the support set is
     learned from; the query set is there for the metrics. With a single inner step it is joint training.
+    What the inner learner leaves as it is (`trainable`) is not meta-learned either.
 
     Args:
       batches: what of the support set each inner step sees in training, such as `one_of_each_class(N)`; None:

@@ -1,6 +1,7 @@
 """Fixtures: float64, real data, and two host devices so that tests of several devices run everywhere."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
@@ -32,3 +33,10 @@ def shared_data() -> Path:
 def omniglot_cache(tmp_path_factory) -> Path:
     """A cache directory that tests share, so that the images are prepared once."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Ctrl-C as on a terminal: what a shell starts in the background ignores it, and so would its children."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import classifier, methods
+from experiments import classifier, evaluate, few_shot, few_shot_training, methods
+from experiments import omniglot as omniglot_experiment
 from experiments.few_shot import DataSet, Prepared, Setting
 from experiments.omniglot import Config
-from maml_jax import evaluation, models, saved
+from maml_jax import evaluation, models, record, saved
 from maml_jax.evaluation import Protocol
 from maml_jax.tasks import episodes, omniglot
 from maml_jax.train import many_steps
@@ -105,10 +106,11 @@ def characters(shared_data, omniglot_cache):
 def test_every_method_gets_better_on_real_characters(method, characters, monkeypatch):
     """A small net, a few meta-steps: beats where it started by more than three standard errors."""
     monkeypatch.setattr(classifier, "network", lambda s, kind, image, out: models.MLP((64, 32), out, kind))
-    inner_steps, rate = methods.inner_steps_of(method, 1), 0.2 if method == "imaml" else 1.0
-    setting = Setting(5, 1, 5, "mlp", 8, rate, inner_steps, None)
+    inner_steps, rate = methods.inner_steps_of(method, 1), methods.inner_rate_of(method, 1.0)
+    outer_rate = 0.5 if method == "reptile" else 5e-3
+    setting = Setting(5, 1, 5, "mlp", 8, rate, inner_steps, outer_rate, None)
     steps = 200 if method in ("pretrained", "reptile", "anil") else 60
-    config = Config(method=method, steps=steps, outer_rate=5e-3)
+    config = Config(method=method, steps=steps)
     prepared = Prepared("omniglot", config, setting, characters, None, 1, 100)
     model = classifier.classifier(config, setting, (28, 28, 1), len(characters.train.counts))
     learner = model.method.learner()
@@ -125,5 +127,77 @@ def test_every_method_gets_better_on_real_characters(method, characters, monkeyp
     train = jax.jit(many_steps(learner, draw))
     after, metrics = train(state, data, steps)
     assert np.isfinite(metrics["loss"])
+    assert np.abs(after.params["Norm_0"]["offset"]).max() > 0  # All of the net is meta-learned.
     better = accuracy(after) - accuracy(state)
     assert better.mean() > 3 * better.std() / np.sqrt(200), (better.mean(), better.std())
+
+
+def prepared_with(characters, tmp_path, **options):
+    """A setting with the small net, its classifier and an initial state."""
+    config = Config(workdir=tmp_path / "run", **options)
+    _, setting = omniglot_experiment.settle(config)
+    prepared = Prepared("omniglot", config, setting, characters, None, 1, 20)
+    model = classifier.classifier(config, setting, (28, 28, 1), len(characters.train.counts))
+    params = model.trained.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
+    return prepared, model, model.method.learner().init(model.method.start(params))
+
+
+@pytest.fixture
+def small_net(monkeypatch):
+    monkeypatch.setattr(classifier, "network", lambda s, kind, image, out: models.MLP((16, 8), out, kind))
+
+
+def test_the_best_models_are_kept_by_validation(characters, tmp_path, small_net):
+    prepared, _, state = prepared_with(characters, tmp_path)
+    best = few_shot_training.Best(tmp_path / "best", few_shot.describe(prepared))
+    accuracies = [0.1, 0.5, 0.3, 0.5, 0.2, 0.4, 0.05, 0.6]
+    for step, accuracy in enumerate(accuracies[:5], 1):
+        best.add(state._replace(step=jnp.int32(step)), accuracy)
+    # As after a restart, with what is there already made once more.
+    best = few_shot_training.Best(tmp_path / "best", few_shot.describe(prepared))
+    for step, accuracy in enumerate(accuracies[4:], 5):
+        best.add(state._replace(step=jnp.int32(step)), accuracy)
+    assert [int(path.stem[5:]) for path in best.paths()] == [8, 4, 2, 6, 3]
+    assert sorted(best.paths()) == sorted((tmp_path / "best").iterdir())
+    assert best.load(state).step == 8
+
+
+@pytest.mark.parametrize("method", ["maml++", "meta-curvature"])
+def test_a_saved_model_is_what_was_trained(method, characters, tmp_path, small_net, monkeypatch):
+    """With its rates, in the structure that they had; and what does not fit is refused before anything is evaluated."""
+    prepared, _, state = prepared_with(characters, tmp_path, method=method)
+    state = jax.tree.map(lambda leaf: leaf + 0.01 if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, state)
+    few_shot_training.Best(tmp_path, few_shot.describe(prepared)).add(state._replace(step=jnp.int32(7)), 0.5)
+    monkeypatch.setattr(omniglot_experiment, "prepare", lambda config: prepared._replace(config=config))
+    path = tmp_path / "step-0000007.msgpack"
+    loaded = evaluate.load(path, evaluate.Config((path,)), {})
+    assert loaded.state.step == 7
+    jax.tree.map(np.testing.assert_array_equal, loaded.state[1:3], state[1:3])
+    for options, message in (
+        ({"inner_rate": 0.1}, "its rates are learned"),
+        ({"normalisation": "tasknorm"}, "normalisation cannot be 'tasknorm'"),
+        ({"normalisation": "running"}, "normalisation cannot be 'running'"),
+        ({"output": tmp_path / "nowhere" / "out.json"}, "output must be in a directory that exists"),
+        ({"models": ()}, "at least one file"),
+        ({"at_step": 11}, "at_step must be from 0 to steps, 10, but got 11"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate.prepare(evaluate.Config(**{"models": (path,), **options}))
+    other = characters._replace(sha256=dict.fromkeys(characters.sha256, "1" * 64))
+    monkeypatch.setattr(omniglot_experiment, "prepare", lambda config: prepared._replace(config=config, data=other))
+    with pytest.raises(ValueError, match="is not the data set that"):
+        evaluate.prepare(evaluate.Config((path,)))
+    evaluate.prepare(evaluate.Config((path,), other_data=True))
+    (tmp_path / "no.msgpack").write_text("{}")
+    with pytest.raises(ValueError, match=r"no\.msgpack is not a file of maml_jax\.saved\.save"):
+        evaluate.prepare(evaluate.Config((tmp_path / "no.msgpack",)))
+
+
+def test_a_run_goes_on_with_its_own_data_alone(characters, tmp_path, small_net):
+    prepared, _, _ = prepared_with(characters, tmp_path)
+    record.RunDirectory(prepared.config.workdir, "run", few_shot.recorded_with_data(prepared)).close()
+    few_shot.check_workdir(prepared.config, prepared.setting)
+    few_shot.check_data(prepared)
+    other = prepared._replace(data=characters._replace(sha256=characters.sha256 | {"test": "1" * 64}))
+    with pytest.raises(OSError, match="data_sha256"):
+        few_shot.check_data(other)

@@ -86,7 +86,7 @@ def test_sinusoid_from_beginning_to_end(tmp_path):
     results = json.loads((workdir / "results.json").read_text())
     errors = {(row["method"], row["shots"]): row["mean"] for row in results["rows"]}
     assert len(errors) == 6 and all(len(mean) == 11 for mean in errors.values())
-    assert errors["maml", 10][1] < 0.9 * errors["maml", 10][0]  # One step helps already.
+    assert errors["maml", 10][1] < 0.95 * errors["maml", 10][0]  # One step helps already.
     assert {"errors.png", "fits.png", "params.msgpack", "metrics.jsonl"} <= {p.name for p in workdir.iterdir()}
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["method"] == "oracle"] == [1000, 1500]
@@ -124,8 +124,6 @@ def test_omniglot_from_beginning_to_end(shared_data, omniglot_cache, tmp_path):
     (evaluated,) = json.loads(output.read_text())["test"].values()
     assert evaluated == results["test"]["queries together"]
     assert output.with_suffix(".png").stat().st_size > 10_000
-    ended = launch("experiments.evaluate", workdir / "metrics.jsonl", *data)
-    assert ended.returncode == 2 and "metrics.jsonl is not a file of maml_jax.saved.save" in ended.stderr
 
 
 def test_recipes_are_the_papers():
