@@ -7,13 +7,22 @@ the paper's. `--steps` shortens a run; the recipes take hours.
 """
 
 import dataclasses
+from functools import partial
+from pathlib import Path
 from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
 
 from experiments import command_line, reinforcement
 from maml_jax import validation
 from maml_jax.rl import plots
-from maml_jax.rl.locomotion import ant, half_cheetah
+from maml_jax.rl.engine import MODELS, Engine
+from maml_jax.rl.locomotion import ant, half_cheetah, positions
 
+FRAMES = 8
 PresetName = Literal["half-cheetah-velocity", "half-cheetah-direction", "ant-velocity", "ant-direction"]
 
 
@@ -23,6 +32,8 @@ class Config(reinforcement.Config):
 
     preset: PresetName = "half-cheetah-velocity"
     """The body, and what is asked of it."""
+    render: bool = False
+    """Also draw an episode before and after each gradient step, in rows, for a task at either end of the range."""
 
 
 def problem(preset: PresetName) -> reinforcement.Problem:
@@ -100,16 +111,45 @@ def prepare(config: Config) -> reinforcement.Prepared:
     """Checks the options. Raises ValueError or OSError, saying what is wrong and what to do."""
     validation.one_of("preset", config.preset, get_args(PresetName))
     try:
-        return reinforcement.prepare(config, problem(config.preset))
-    except ModuleNotFoundError as error:
+        prepared = reinforcement.prepare(config, problem(config.preset))
+        if config.render:
+            body(config).pictures(body(config).start[None])
+    except (ModuleNotFoundError, RuntimeError) as error:
         raise ValueError(str(error)) from error
+    return prepared
+
+
+def body(config: Config) -> Engine:
+    """The preset's model."""
+    return Engine(MODELS / ("ant.xml" if config.preset.startswith("ant") else "half_cheetah.xml"))
 
 
 def main(prepared: reinforcement.Prepared) -> dict:
     """Runs the experiment; returns what it writes to `results.json`."""
-    directory, results, history, _ = reinforcement.run(prepared)
+    directory, results, history, policies = reinforcement.run(prepared)
     plots.returns(directory.path / "returns.png", history, results["rows"], results["paper"])
+    config = prepared.config
+    assert isinstance(config, Config)
+    if config.render:
+        for method, trained in policies.items():
+            if method != "oracle":
+                rate = next(row["rate"] for row in reversed(results["rows"]) if row["method"] == method)
+                draw(directory.path / f"{method}.png", config, trained, rate, prepared.setting.test_episodes)
     return results
+
+
+def draw(path: Path, config: Config, trained: reinforcement.Trained, rate: float, episodes: int) -> None:
+    """One episode of each of two tasks before and after each gradient step: a row each, time from left to right."""
+    engine = body(config)
+    ends = (-1.0, 1.0) if config.preset.endswith("direction") else (0.5, 2.0)
+    seen, mask = reinforcement.show(trained, rate, episodes, ends)
+    seen, mask = (array[:, :, 0].reshape(-1, *array.shape[3:]) for array in (seen, mask))
+    rows = []
+    for observations, happened in zip(seen, mask):
+        times = np.linspace(0, max(0, happened.sum() - 1), FRAMES).astype(int)
+        poses = jax.vmap(partial(positions, engine))(jnp.asarray(observations[times]))
+        rows.append(np.concatenate(engine.pictures(np.asarray(poses)), 1))
+    Image.fromarray(np.concatenate(rows)).save(path)
 
 
 def launch() -> None:
