@@ -46,7 +46,7 @@ def problem(preset: PresetName) -> reinforcement.Problem:
             episodes=20,
             inner_rate=0.1,
             kl_limit=0.01,
-            test_rates=(0.1,),
+            test_rates=((0.1, 0.05),),
             test_episodes=20,
             paper={
                 "maml": (-129.5, -78.6, -66.6, -60.8),
@@ -63,7 +63,7 @@ def problem(preset: PresetName) -> reinforcement.Problem:
             episodes=20,
             inner_rate=0.1,
             kl_limit=0.02,
-            test_rates=(0.1,),
+            test_rates=((0.1, 0.05),),
             test_episodes=20,
             paper={
                 "maml": (-50.7, 293.0, 313.0, 316.0),
@@ -80,7 +80,7 @@ def problem(preset: PresetName) -> reinforcement.Problem:
             episodes=20,
             inner_rate=0.1,
             kl_limit=0.01,
-            test_rates=(0.1,),
+            test_rates=((0.1, 0.05),),
             test_episodes=20,
             paper={
                 "maml": (30.6, 96.7, 100.0, 101.0),
@@ -96,7 +96,7 @@ def problem(preset: PresetName) -> reinforcement.Problem:
         episodes=40,
         inner_rate=0.1,
         kl_limit=0.01,
-        test_rates=(0.1,),
+        test_rates=((0.1, 0.001),),
         test_episodes=40,
         paper={
             "maml": (8.7, 499.0, 501.0, 499.0),
@@ -133,16 +133,16 @@ def main(prepared: reinforcement.Prepared) -> dict:
     if config.render:
         for method, trained in policies.items():
             if method != "oracle":
-                rate = next(row["rate"] for row in reversed(results["rows"]) if row["method"] == method)
-                draw(directory.path / f"{method}.png", config, trained, rate, prepared.setting.test_episodes)
+                rates = next(row["rates"] for row in reversed(results["rows"]) if row["method"] == method)
+                draw(directory.path / f"{method}.png", config, trained, rates, prepared.setting.test_episodes)
     return results
 
 
-def draw(path: Path, config: Config, trained: reinforcement.Trained, rate: float, episodes: int) -> None:
+def draw(path: Path, config: Config, trained: reinforcement.Trained, rates: tuple[float, float], episodes: int) -> None:
     """One episode of each of two tasks before and after each gradient step: a row each, time from left to right."""
     engine = body(config)
     ends = (-1.0, 1.0) if config.preset.endswith("direction") else (0.5, 2.0)
-    seen, mask = reinforcement.show(trained, rate, episodes, ends)
+    seen, mask = reinforcement.show(trained, rates, episodes, ends)
     seen, mask = (array[:, :, 0].reshape(-1, *array.shape[3:]) for array in (seen, mask))
     rows = []
     for observations, happened in zip(seen, mask):

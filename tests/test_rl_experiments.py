@@ -60,8 +60,8 @@ def quickly_compiled():
 
 
 def test_navigation_from_beginning_to_end(quickly_compiled, monkeypatch, capsys, tmp_path):
-    options = ["--steps", 2, "--tasks", 3, "--episodes", 4, "--test-tasks", 3,
-               "--test-episodes", 6, "--test-rates", 0.1, "--outer", "policy_gradient", "--workdir", "run"]  # fmt: skip
+    options = ["--steps", 2, "--tasks", 3, "--episodes", 4, "--test-tasks", 3, "--test-episodes", 6,
+               "--outer", "policy_gradient", "--workdir", "run"]  # fmt: skip
     start(navigation, options, monkeypatch, tmp_path)
     printed = capsys.readouterr().out
     assert "the paper" in printed and "3 steps" in printed
