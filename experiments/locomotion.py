@@ -8,6 +8,7 @@ the paper's. `--steps` shortens a run; the recipes take hours.
 
 import dataclasses
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -126,7 +127,7 @@ def body(config: Config) -> Engine:
 
 def main(prepared: reinforcement.Prepared) -> dict:
     """Runs the experiment; returns what it writes to `results.json`."""
-    directory, results, history, policies = reinforcement.run(prepared)
+    directory, results, history, policies = reinforcement.run(prepared, mujoco=metadata.version("mujoco"))
     plots.returns(directory.path / "returns.png", history, results["rows"], results["paper"])
     config = prepared.config
     assert isinstance(config, Config)

@@ -260,8 +260,10 @@ def show(trained: Trained, rates: tuple[float, float], episodes: int, tasks: Any
     return np.asarray(seen.observation), np.asarray(seen.mask)
 
 
-def run(prepared: Prepared) -> tuple[RunDirectory, dict[str, Any], list[dict[str, Any]], dict[MethodName, Trained]]:
-    """Trains and tests what the options name, and writes parameters and results.
+def run(
+    prepared: Prepared, **about: Any
+) -> tuple[RunDirectory, dict[str, Any], list[dict[str, Any]], dict[MethodName, Trained]]:
+    """Trains and tests what the options name, and writes parameters and results, with what else is given.
 
     Returns:
       The run's directory, its results, the metrics of every meta-iteration, and the last seed's policies.
@@ -291,6 +293,7 @@ def run(prepared: Prepared) -> tuple[RunDirectory, dict[str, Any], list[dict[str
             "intervals are 95% over the tasks"
         ),
         "paper": problem.paper,
+        **about,
         "rows": rows,
     }
     print(table(results))
