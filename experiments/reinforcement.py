@@ -161,7 +161,8 @@ class Trained(NamedTuple):
     policy: Policy
     state: maml_jax.MetaState
     cpu_seconds: float | None = None
-    """Of a meta-iteration, over all cores and without the first, which compiles; None if there was no second."""
+    """Of a meta-iteration, over all cores and without the first, which compiles; None for fewer than ten, as the next
+    is under way before the last has been read."""
 
 
 def prepare(config: Config, problem: Problem) -> Prepared:
@@ -209,7 +210,7 @@ def meta_train(prepared: Prepared, method: MethodName, seed: int, log: Callable[
         progress.update(metrics["step"], before=metrics.get("return_before", np.nan), after=metrics["return"])
         if metrics["step"] == 1:
             compiled_at = time.process_time()
-        else:
+        elif metrics["step"] >= 10:
             cpu_seconds = (time.process_time() - compiled_at) / (metrics["step"] - 1)
     return Trained(environment, policy, state, cpu_seconds)
 
