@@ -234,8 +234,9 @@ def evaluate(prepared: Prepared, method: MethodName, trained: Trained) -> dict[s
         return tester(trained, rates, setting.test_episodes).evaluate(state, trials, steps)
 
     def tuned(rates: tuple[float, float]) -> float:
-        """Mean return over the tuning tasks and the gradient steps."""
-        return float(test(trained.state, rates, TUNING * config.test_tasks, tuning_key).aux.total[:, 1:].mean())
+        """Mean return over the tuning tasks and the gradient steps. Episodes cut short by numbers gone wrong rule out."""
+        aux = test(trained.state, rates, TUNING * config.test_tasks, tuning_key).aux
+        return -np.inf if aux.broken.any() else float(aux.total[:, 1:].mean())
 
     pairs = setting.test_rates
     rates = pairs[0] if len(pairs) == 1 or not steps else max(pairs, key=tuned)
@@ -317,9 +318,10 @@ def table(results: dict[str, Any]) -> str:
             if row["rates"]:
                 rates, better = "{:g}, {:g}".format(*row["rates"]), f"{row['improved'][0]:.0%}"
             cost = "" if row["cpu_seconds"] is None else f"{row['cpu_seconds']:.2f}"
-            lines.append(
-                f"{method.replace('_', ' '):<18}{row['seed']:>4} {rates:>11} {cells}{better:>17}{cost:>32}".rstrip()
-            )
+            name = method.replace("_", " ")
+            lines.append(f"{name:<18}{row['seed']:>4} {rates:>11} {cells}{better:>17}{cost:>32}".rstrip())
+            if row["broken"]:
+                lines.append(f"  {row['broken']:.0f} of these episodes ended early by something that was not finite")
         if len(mine) > 1:
             means = np.mean([row["return"] for row in mine], 0)
             lines.append(f"{'  mean of seeds':<35}" + "".join(f"{mean:10.2f}        " for mean in means))
