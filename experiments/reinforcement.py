@@ -234,7 +234,7 @@ def evaluate(prepared: Prepared, method: MethodName, trained: Trained) -> dict[s
         return tester(trained, rates, setting.test_episodes).evaluate(state, trials, steps)
 
     def tuned(rates: tuple[float, float]) -> float:
-        """Mean return over the tuning tasks and the gradient steps. Episodes cut short by numbers gone wrong rule out."""
+        """Mean return over the tuning tasks and the gradient steps; an episode that broke rules the rates out."""
         aux = test(trained.state, rates, TUNING * config.test_tasks, tuning_key).aux
         return -np.inf if aux.broken.any() else float(aux.total[:, 1:].mean())
 
