@@ -7,13 +7,23 @@ the paper's. `--steps` shortens a run; the recipes take hours.
 """
 
 import dataclasses
+from functools import partial
+from importlib import metadata
+from pathlib import Path
 from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
 
 from experiments import command_line, reinforcement
 from maml_jax import validation
 from maml_jax.rl import plots
-from maml_jax.rl.locomotion import ant, half_cheetah
+from maml_jax.rl.engine import MODELS, Engine
+from maml_jax.rl.locomotion import ant, half_cheetah, positions
 
+FRAMES = 8
 PresetName = Literal["half-cheetah-velocity", "half-cheetah-direction", "ant-velocity", "ant-direction"]
 
 
@@ -23,6 +33,8 @@ class Config(reinforcement.Config):
 
     preset: PresetName = "half-cheetah-velocity"
     """The body, and what is asked of it."""
+    render: bool = False
+    """Also draw an episode before and after each gradient step, in rows, for a task at either end of the range."""
 
 
 def problem(preset: PresetName) -> reinforcement.Problem:
@@ -35,7 +47,7 @@ def problem(preset: PresetName) -> reinforcement.Problem:
             episodes=20,
             inner_rate=0.1,
             kl_limit=0.01,
-            test_rates=(0.1,),
+            test_rates=((0.1, 0.05),),
             test_episodes=20,
             paper={
                 "maml": (-129.5, -78.6, -66.6, -60.8),
@@ -52,7 +64,7 @@ def problem(preset: PresetName) -> reinforcement.Problem:
             episodes=20,
             inner_rate=0.1,
             kl_limit=0.02,
-            test_rates=(0.1,),
+            test_rates=((0.1, 0.05),),
             test_episodes=20,
             paper={
                 "maml": (-50.7, 293.0, 313.0, 316.0),
@@ -69,7 +81,7 @@ def problem(preset: PresetName) -> reinforcement.Problem:
             episodes=20,
             inner_rate=0.1,
             kl_limit=0.01,
-            test_rates=(0.1,),
+            test_rates=((0.1, 0.05),),
             test_episodes=20,
             paper={
                 "maml": (30.6, 96.7, 100.0, 101.0),
@@ -85,7 +97,7 @@ def problem(preset: PresetName) -> reinforcement.Problem:
         episodes=40,
         inner_rate=0.1,
         kl_limit=0.01,
-        test_rates=(0.1,),
+        test_rates=((0.1, 0.001),),
         test_episodes=40,
         paper={
             "maml": (8.7, 499.0, 501.0, 499.0),
@@ -100,16 +112,45 @@ def prepare(config: Config) -> reinforcement.Prepared:
     """Checks the options. Raises ValueError or OSError, saying what is wrong and what to do."""
     validation.one_of("preset", config.preset, get_args(PresetName))
     try:
-        return reinforcement.prepare(config, problem(config.preset))
-    except ModuleNotFoundError as error:
+        prepared = reinforcement.prepare(config, problem(config.preset))
+        if config.render:
+            body(config).pictures(body(config).start[None])
+    except (ModuleNotFoundError, RuntimeError) as error:
         raise ValueError(str(error)) from error
+    return prepared
+
+
+def body(config: Config) -> Engine:
+    """The preset's model."""
+    return Engine(MODELS / ("ant.xml" if config.preset.startswith("ant") else "half_cheetah.xml"))
 
 
 def main(prepared: reinforcement.Prepared) -> dict:
     """Runs the experiment; returns what it writes to `results.json`."""
-    directory, results, history, _ = reinforcement.run(prepared)
+    directory, results, history, policies = reinforcement.run(prepared, mujoco=metadata.version("mujoco"))
     plots.returns(directory.path / "returns.png", history, results["rows"], results["paper"])
+    config = prepared.config
+    assert isinstance(config, Config)
+    if config.render:
+        for method, trained in policies.items():
+            if method != "oracle":
+                rates = next(row["rates"] for row in reversed(results["rows"]) if row["method"] == method)
+                draw(directory.path / f"{method}.png", config, trained, rates, prepared.setting.test_episodes)
     return results
+
+
+def draw(path: Path, config: Config, trained: reinforcement.Trained, rates: tuple[float, float], episodes: int) -> None:
+    """One episode of each of two tasks before and after each gradient step: a row each, time from left to right."""
+    engine = body(config)
+    ends = (-1.0, 1.0) if config.preset.endswith("direction") else (0.5, 2.0)
+    seen, mask = reinforcement.show(trained, rates, episodes, ends)
+    seen, mask = (array[:, :, 0].reshape(-1, *array.shape[3:]) for array in (seen, mask))
+    rows = []
+    for observations, happened in zip(seen, mask):
+        times = np.linspace(0, max(0, happened.sum() - 1), FRAMES).astype(int)
+        poses = jax.vmap(partial(positions, engine))(jnp.asarray(observations[times]))
+        rows.append(np.concatenate(engine.pictures(np.asarray(poses)), 1))
+    Image.fromarray(np.concatenate(rows)).save(path)
 
 
 def launch() -> None:

@@ -25,7 +25,7 @@ def problem() -> reinforcement.Problem:
         episodes=20,
         inner_rate=0.1,
         kl_limit=0.01,
-        test_rates=(0.05, 0.1, 0.2, 0.5),
+        test_rates=((0.1, 0.05), (0.12, 0.05), (0.2, 0.1), (0.5, 0.25)),
         test_episodes=40,
         paper={
             "maml": (-40.4, -11.7, -3.3, -3.2),
@@ -43,7 +43,7 @@ def main(prepared: reinforcement.Prepared) -> dict:
     for method, trained in policies.items():
         if method != "oracle":
             (row, *_) = (row for row in reversed(results["rows"]) if row["method"] == method)
-            walks, mask = reinforcement.show(trained, row["rate"], prepared.setting.test_episodes, SHOWN_GOALS)
+            walks, mask = reinforcement.show(trained, row["rates"], prepared.setting.test_episodes, SHOWN_GOALS)
             plots.navigation_paths(
                 directory.path / f"paths-{method}.png", SHOWN_GOALS, walks[:, :, :SHOWN_EPISODES], mask
             )

@@ -28,6 +28,7 @@ from maml_jax.rl.trust_region import trpo
 from maml_jax.statistics import interval
 
 TEST_STEPS = 3
+TUNING = 3  # Times as many tasks as are tested choose the rates.
 TEST_SEED = 600  # Apart from every training seed's keys: the test tasks are the same for all of them.
 
 MethodName = Literal["maml", "first_order", "pretrained", "random", "oracle"]
@@ -44,8 +45,8 @@ class Problem(NamedTuple):
     episodes: int
     inner_rate: float
     kl_limit: float
-    test_rates: tuple[float, ...]
-    """First inner rates at test, of which the best on other tasks is taken."""
+    test_rates: tuple[tuple[float, float], ...]
+    """Inner rates at test, of the first step and of later ones: the best pair on other tasks is taken."""
     test_episodes: int
     paper: dict[MethodName, tuple[float, ...]]
     """Returns after 0 to 3 gradient steps; one number for the oracle, which takes none."""
@@ -82,9 +83,9 @@ class Config:
     """Tasks of which 'trpo' takes the curvature; default: all."""
     outer_rate: float = 1e-3
     """Adam's rate for 'policy_gradient' and 'promp'."""
-    test_rates: tuple[float, ...] | None = None
-    """Size of the first gradient step at test, the later ones half as large; of several, the best on other tasks
-    is taken, for each method."""
+    test_rates: tuple[float, float] | None = None
+    """Sizes of the first gradient step at test and of later ones. Default: for each method, the best of the
+    recipe's pairs on other tasks."""
     test_tasks: int = 40
     """Tasks to evaluate on."""
     test_episodes: int | None = None
@@ -98,9 +99,10 @@ class Config:
         Raises:
           ValueError: naming the option, what was given and what is allowed.
         """
-        names = ("steps", "tasks", "episodes", "inner_rate", "kl_limit", "test_rates", "test_episodes")
+        names = ("steps", "tasks", "episodes", "inner_rate", "kl_limit", "test_episodes")
         chosen = {name: getattr(problem, name) if (own := getattr(self, name)) is None else own for name in names}
-        setting = Setting(**chosen)
+        pairs = problem.test_rates if self.test_rates is None else (self.test_rates,)
+        setting = Setting(**chosen, test_rates=pairs)
         for name in ("steps", "tasks", "episodes", "test_episodes"):
             validation.at_least(name, chosen[name], 1)
         validation.at_least("test_tasks", self.test_tasks, 2)
@@ -108,10 +110,10 @@ class Config:
         for name in ("inner_rate", "kl_limit"):
             validation.positive(name, chosen[name])
         validation.positive("outer_rate", self.outer_rate)
-        for name, given in (("methods", self.methods), ("seeds", self.seeds), ("test_rates", setting.test_rates)):
+        for name, given in (("methods", self.methods), ("seeds", self.seeds)):
             if not given:
                 raise ValueError(f"{name} must name at least one, but got none.")
-        for rate in setting.test_rates:
+        for rate in (rate for pair in setting.test_rates for rate in pair):
             validation.positive("test_rates", rate)
         for method in self.methods:
             validation.one_of("methods", method, get_args(MethodName))
@@ -139,7 +141,7 @@ class Setting(NamedTuple):
     episodes: int
     inner_rate: float
     kl_limit: float
-    test_rates: tuple[float, ...]
+    test_rates: tuple[tuple[float, float], ...]
     test_episodes: int
 
 
@@ -158,8 +160,8 @@ class Trained(NamedTuple):
     policy: Policy
     state: maml_jax.MetaState
     cpu_seconds: float | None = None
-    """Of a meta-iteration, over all cores and without this process's first, which compiles; None if there was no
-    second."""
+    """Of a meta-iteration, over all cores and without this process's first, which compiles; None for fewer than ten,
+    as the next is under way before the last has been read."""
 
 
 HARMLESS = ("steps", "test_rates", "test_tasks", "test_episodes", "workdir")
@@ -228,38 +230,40 @@ def meta_train(prepared: Prepared, run: RunDirectory, method: MethodName, seed: 
         progress.update(row["step"], before=row.get("return_before", np.nan), after=row["return"])
         if begun is None:
             begun = (row["step"], time.process_time())
-        else:
-            cpu_seconds = (time.process_time() - begun[1]) / (row["step"] - begun[0])
+        elif (taken := row["step"] - begun[0]) >= 9:
+            cpu_seconds = (time.process_time() - begun[1]) / taken
     return Trained(environment, policy, state, cpu_seconds)
 
 
-def tester(trained: Trained, rate: float, episodes: int) -> maml_jax.MetaLearner:
-    """For adaptation at test alone, later steps half as large as the first: the outer step plays no part."""
-    rates = optax.piecewise_constant_schedule(rate, {1: 0.5})
-    inner = maml_jax.unrolled(optax.sgd(rates), steps=TEST_STEPS)
+def tester(trained: Trained, rates: tuple[float, float], episodes: int) -> maml_jax.MetaLearner:
+    """For adaptation at test alone, by the rates of the first step and of later ones: the outer step plays no part."""
+    first, later = rates
+    inner = maml_jax.unrolled(optax.sgd(lambda step: jnp.where(step == 0, first, later)), steps=TEST_STEPS)
     return maml_rl(trained.environment, trained.policy, inner, policy_gradient(optax.identity()), episodes=episodes)
 
 
 def evaluate(prepared: Prepared, method: MethodName, trained: Trained) -> dict[str, Any]:
-    """Adapts to the test tasks. Where there is a choice of rates, the best for as many other tasks is taken."""
+    """Adapts to the test tasks. Where there is a choice of rates, the best on other tasks is taken."""
     config, _, setting = prepared
     steps = 0 if method == "oracle" else TEST_STEPS
     test_key, tuning_key = jax.random.split(jax.random.key(TEST_SEED))
 
-    @partial(jax.jit, static_argnums=1)
-    def test(state: maml_jax.MetaState, rate: float, key: jax.Array) -> maml_jax.Evaluation:
-        trials = draw_trials(trained.environment, key, config.test_tasks)
-        return tester(trained, rate, setting.test_episodes).evaluate(state, trials, steps)
+    @partial(jax.jit, static_argnums=2)
+    def test(state: maml_jax.MetaState, rates: tuple[float, float], tasks: int, key: jax.Array) -> maml_jax.Evaluation:
+        trials = draw_trials(trained.environment, key, tasks)
+        return tester(trained, rates, setting.test_episodes).evaluate(state, trials, steps)
 
-    def last_return(rate: float) -> float:
-        return float(test(trained.state, rate, tuning_key).aux.total[:, -1].mean())
+    def tuned(rates: tuple[float, float]) -> float:
+        """Mean return over the tuning tasks and the gradient steps; an episode that broke rules the rates out."""
+        aux = test(trained.state, rates, TUNING * config.test_tasks, tuning_key).aux
+        return -np.inf if aux.broken.any() else float(aux.total[:, 1:].mean())
 
-    rates = setting.test_rates
-    rate = rates[0] if len(rates) == 1 or not steps else max(rates, key=last_return)
-    evaluation = test(trained.state, rate, test_key)
+    pairs = setting.test_rates
+    rates = pairs[0] if len(pairs) == 1 or not steps else max(pairs, key=tuned)
+    evaluation = test(trained.state, rates, config.test_tasks, test_key)
     mean, half_width = interval(np.asarray(evaluation.aux.total))
     return {
-        "rate": rate if steps else None,
+        "rates": rates if steps else None,
         "return": mean,
         "half_width": half_width,
         "improved": (np.diff(evaluation.aux.total, axis=1)[:, :1] > 0).mean(0),
@@ -269,17 +273,19 @@ def evaluate(prepared: Prepared, method: MethodName, trained: Trained) -> dict[s
     }
 
 
-def show(trained: Trained, rate: float, episodes: int, tasks: Any) -> tuple[np.ndarray, np.ndarray]:
+def show(trained: Trained, rates: tuple[float, float], episodes: int, tasks: Any) -> tuple[np.ndarray, np.ndarray]:
     """Observations `[T, S + 1, E, H, O]` and mask of episodes before and after each step at the test tasks."""
     trials = Trials(jax.random.split(jax.random.key(TEST_SEED + 1), len(tasks)), jnp.asarray(tasks))
-    learner = tester(trained, rate, episodes)
+    learner = tester(trained, rates, episodes)
     _, info = jax.jit(jax.vmap(lambda trial: learner.adapt(trained.state, trial)))(trials)
     seen = info.aux[1].episodes
     return np.asarray(seen.observation), np.asarray(seen.mask)
 
 
-def run(prepared: Prepared) -> tuple[RunDirectory, dict[str, Any], list[dict[str, Any]], dict[MethodName, Trained]]:
-    """Trains and tests what the options name, and writes parameters and results.
+def run(
+    prepared: Prepared, **about: Any
+) -> tuple[RunDirectory, dict[str, Any], list[dict[str, Any]], dict[MethodName, Trained]]:
+    """Trains and tests what the options name, and writes parameters and results, with what else is given.
 
     Returns:
       The run's directory, its results, the metrics of every meta-iteration, and the last seed's policies.
@@ -300,10 +306,11 @@ def run(prepared: Prepared) -> tuple[RunDirectory, dict[str, Any], list[dict[str
         "protocol": (
             f"{problem.environment.name}: mean return over {config.test_tasks} held-out tasks before and after 1 to "
             f"{TEST_STEPS} gradient steps, each on {setting.test_episodes} new episodes of at most "
-            f"{problem.environment.horizon} steps, later steps half as large as the first; intervals are 95% over the "
-            "tasks"
+            f"{problem.environment.horizon} time steps, by the rates shown (of the first and of later gradient steps); "
+            "intervals are 95% over the tasks"
         ),
         "paper": problem.paper,
+        **about,
         "rows": rows,
     }
     print(table(results))
@@ -315,21 +322,24 @@ def run(prepared: Prepared) -> tuple[RunDirectory, dict[str, Any], list[dict[str
 
 def table(results: dict[str, Any]) -> str:
     """Returns of every method and seed, with the mean over seeds and the paper's numbers."""
-    title = f"{'':<18}seed  rate" + "".join(f"{f'{step} steps':>18}" for step in range(TEST_STEPS + 1))
+    title = f"{'':<18}seed       rates" + "".join(f"{f'{step} steps':>18}" for step in range(TEST_STEPS + 1))
     lines = [results["protocol"], "", title + "   better after 1   cpu seconds a meta-iteration"]
     for method in dict.fromkeys(row["method"] for row in results["rows"]):
         mine = [row for row in results["rows"] if row["method"] == method]
         for row in mine:
             cells = "".join(f"{mean:10.2f} +-{half:6.2f}" for mean, half in zip(row["return"], row["half_width"]))
             cells = f"{cells:<{18 * (TEST_STEPS + 1)}}"
-            rate, better = (f"{row['rate']:g}", f"{row['improved'][0]:.0%}") if row["rate"] else ("", "")
+            rates, better = "", ""
+            if row["rates"]:
+                rates, better = "{:g}, {:g}".format(*row["rates"]), f"{row['improved'][0]:.0%}"
             cost = "" if row["cpu_seconds"] is None else f"{row['cpu_seconds']:.2f}"
-            lines.append(
-                f"{method.replace('_', ' '):<18}{row['seed']:>4} {rate:>5} {cells}{better:>17}{cost:>32}".rstrip()
-            )
+            name = method.replace("_", " ")
+            lines.append(f"{name:<18}{row['seed']:>4} {rates:>11} {cells}{better:>17}{cost:>32}".rstrip())
+            if row["broken"]:
+                lines.append(f"  {row['broken']:.0f} of these episodes ended early by something that was not finite")
         if len(mine) > 1:
             means = np.mean([row["return"] for row in mine], 0)
-            lines.append(f"{'  mean of seeds':<29}" + "".join(f"{mean:10.2f}        " for mean in means))
+            lines.append(f"{'  mean of seeds':<35}" + "".join(f"{mean:10.2f}        " for mean in means))
         if method in results["paper"]:
-            lines.append(f"{'  the paper':<29}" + "".join(f"{v:10.2f}        " for v in results["paper"][method]))
+            lines.append(f"{'  the paper':<35}" + "".join(f"{v:10.2f}        " for v in results["paper"][method]))
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -27,9 +28,10 @@ BAD = [
 def start(module, options, monkeypatch, tmp_path):
     """As `python -m` does, in this process."""
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, options)])
-    monkeypatch.setattr(command_line.jax.config, "update", lambda *_: None)  # This process has its devices already.
-    monkeypatch.chdir(tmp_path)
-    module.launch()
+    with monkeypatch.context() as patch:
+        patch.setattr(command_line.jax.config, "update", lambda *_: None)  # This process has its devices already.
+        patch.chdir(tmp_path)
+        module.launch()
 
 
 @pytest.mark.parametrize(("module", "options", "message"), BAD)
@@ -49,9 +51,17 @@ def test_a_missing_engine_ends_with_the_way_to_install_it(monkeypatch, capsys, t
     assert end.value.code == 2 and "pip install 'maml-jax[mujoco]'" in capsys.readouterr().err
 
 
-def test_navigation_from_beginning_to_end(monkeypatch, capsys, tmp_path):
-    options = ["--steps", 2, "--tasks", 3, "--episodes", 4, "--test-tasks", 3,
-               "--test-episodes", 6, "--test-rates", 0.1, "--outer", "policy_gradient", "--workdir", "run"]  # fmt: skip
+@pytest.fixture
+def quickly_compiled():
+    """Programs that run once are not worth optimising."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def test_navigation_from_beginning_to_end(quickly_compiled, monkeypatch, capsys, tmp_path):
+    options = ["--steps", 2, "--tasks", 3, "--episodes", 4, "--test-tasks", 3, "--test-episodes", 6,
+               "--outer", "policy_gradient", "--workdir", "run"]  # fmt: skip
     start(navigation, options, monkeypatch, tmp_path)
     printed = capsys.readouterr().out
     assert "the paper" in printed and "3 steps" in printed

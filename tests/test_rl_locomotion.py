@@ -1,5 +1,7 @@
 """Half-cheetah and ant against MuJoCo's own loop."""
 
+import os
+import subprocess
 import sys
 
 import jax
@@ -10,7 +12,7 @@ import pytest
 from rl_cases import compiled
 
 from maml_jax.rl.engine import MODELS, Engine
-from maml_jax.rl.locomotion import ant, contact_forces, half_cheetah, planar_centre_of_mass, rotation
+from maml_jax.rl.locomotion import ant, contact_forces, half_cheetah, planar_centre_of_mass, positions, rotation
 from maml_jax.rl.meta_rl import given_trials
 
 NAMES = ("half_cheetah", "ant")
@@ -97,7 +99,7 @@ def test_what_goes_wrong_stays_where_it_is(engines, name, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize(("make", "goal"), [(half_cheetah, "velocity"), (half_cheetah, "direction"), (ant, "velocity"),
                                             (ant, "direction")])  # fmt: skip
-def test_rewards_and_observations_are_the_papers(x64, make, goal):
+def test_rewards_and_observations_are_the_papers(x64, engines, make, goal):
     environment = make(goal)
     name = make.__name__
     task = jnp.array(-1.0 if goal == "direction" else 0.7)
@@ -119,10 +121,27 @@ def test_rewards_and_observations_are_the_papers(x64, make, goal):
     seen = environment.observe(step.state, task)
     assert seen.shape == (environment.observation_size,) and not step.done
     np.testing.assert_allclose(seen, np.concatenate(observation), atol=1e-9)
+    np.testing.assert_allclose(positions(engines[name], seen), data.qpos, atol=1e-9)
     if name == "ant":
         for height, ends in ((0.1, True), (0.5, False), (1.2, True)):
             at = body._replace(state=body.state.at[2].set(height))
             assert bool(environment.step(at, jnp.zeros(8), task).done) == ends
+
+
+def test_pictures_show_the_pose():
+    """In a process of its own: the engine chooses its OpenGL when it is imported."""
+    code = (
+        "import numpy as np; from maml_jax.rl.engine import MODELS, Engine\n"
+        "engine = Engine(MODELS / 'half_cheetah.xml'); lifted = engine.start + np.eye(9)[1]\n"
+        "standing, flying, again = engine.pictures(np.stack([engine.start, lifted, engine.start]), 60, 80)\n"
+        "assert (standing == again).all() and standing.shape == (60, 80, 3)\n"
+        "assert (standing != flying).any(-1).mean() > 0.02"
+    )
+    environment = {"MUJOCO_GL": "egl", **os.environ}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    if "Rendering found no OpenGL" in ended.stderr:
+        pytest.skip("This machine has no OpenGL.")
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_tasks_missing_engine_and_horizon_are_told(monkeypatch):

@@ -68,6 +68,31 @@ class Engine:
         """The state itself with its sensors, under no control."""
         return self._call(self._read, state, jnp.zeros(self.model.nu, state.dtype))
 
+    def pictures(self, positions: np.ndarray, height: int = 120, width: int = 160) -> np.ndarray:
+        """Renders `[N, nq]` from the side: `[N, height, width, 3]`, bytes.
+
+        Raises:
+          RuntimeError: if there is no OpenGL, saying what to set.
+        """
+        import mujoco
+
+        try:
+            renderer = mujoco.Renderer(self.model, height, width)
+        except Exception as error:  # Each of OpenGL's many ways has errors of its own.
+            raise RuntimeError(
+                f"Rendering found no OpenGL ({error!r}). Without a display, set the variable MUJOCO_GL to egl or "
+                "osmesa."
+            ) from error
+        data = mujoco.MjData(self.model)
+        images = []
+        with renderer:
+            for position in positions:
+                data.qpos[:] = position
+                mujoco.mj_forward(self.model, data)
+                renderer.update_scene(data, camera="side")
+                images.append(renderer.render())
+        return np.stack(images)
+
     def _call(self, function: Any, state: jax.Array, control: jax.Array) -> Seen:
         shapes = Seen(
             jax.ShapeDtypeStruct(state.shape, state.dtype),

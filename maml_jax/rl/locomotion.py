@@ -18,6 +18,8 @@ from maml_jax.rl.environment import Environment, Step
 
 Goal = Literal["velocity", "direction"]
 
+CHEETAH_OBSERVATION, ANT_OBSERVATION = 20, 125
+"""Numbers in an observation."""
 HEIGHTS = (0.2, 1.0)
 """The ant's torso; outside, the episode ends."""
 
@@ -53,7 +55,7 @@ def half_cheetah(goal: Goal, horizon: int = 200) -> Environment:
         ).sum()
         return Step(body, reward, jnp.zeros([], bool))
 
-    return _environment("half-cheetah", goal, (0.0, 2.0), engine, horizon, 20, observe, step)
+    return _environment("half-cheetah", goal, (0.0, 2.0), engine, horizon, CHEETAH_OBSERVATION, observe, step)
 
 
 def ant(goal: Goal, horizon: int = 200) -> Environment:
@@ -80,7 +82,7 @@ def ant(goal: Goal, horizon: int = 200) -> Environment:
         costs += 0.0005 * jnp.square(jnp.clip(contact_forces(body.sensors), -1, 1)).sum()
         return Step(body, progress - costs + 0.05, (height < HEIGHTS[0]) | (height > HEIGHTS[1]))
 
-    return _environment("ant", goal, (0.0, 3.0), engine, horizon, 125, observe, step)
+    return _environment("ant", goal, (0.0, 3.0), engine, horizon, ANT_OBSERVATION, observe, step)
 
 
 def _environment(
@@ -157,6 +159,16 @@ def planar_centre_of_mass(engine: Engine) -> Callable[[jax.Array], jax.Array]:
         return jnp.stack([position[0] + along, jnp.zeros_like(along), position[1] + up])
 
     return centre
+
+
+def positions(engine: Engine, observation: jax.Array) -> jax.Array:
+    """The engine's `qpos` `[nq]` from what `observe` gave, to be rendered."""
+    count = engine.sizes[0]
+    if observation.size == ANT_OBSERVATION:
+        return observation[:count]
+    # The cheetah does not see its own x, but its centre of mass.
+    standing = jnp.concatenate([jnp.zeros_like(observation[:1]), observation[: count - 1]])
+    return standing.at[0].set(observation[-3] - planar_centre_of_mass(engine)(standing)[0])
 
 
 def contact_forces(sensors: jax.Array) -> jax.Array:

@@ -85,8 +85,11 @@ def maml_rl(
         raise TypeError(f"inner must come from maml_jax.sgd, unrolled or no_adaptation, but got {inner!r}.")
     if not isinstance(outer, Outer):
         raise TypeError(f"outer must come from trpo, policy_gradient or promp, but got {outer!r}.")
-    if outer.forwards and inner.checkpoint == "mixed":
-        raise ValueError("checkpoint='mixed' has no forward-mode derivatives, which trpo takes: use 'none' or 'step'.")
+    if inner.checkpoint == "mixed":
+        raise ValueError(
+            "checkpoint='mixed' has no forward-mode derivatives, which trpo takes, and none through what an inner loss "
+            "reports, which promp and the sampling term take: use 'none' or 'step'."
+        )
     validation.at_least("episodes", episodes, 1)
     for name, value in (("discount", discount), ("gae_lambda", gae_lambda)):
         if not 0 <= value <= 1:

@@ -1,5 +1,7 @@
-"""The outer step as a value: how meta-parameters follow from an objective. Policy gradient and ProMP; see also
-`trust_region`."""
+"""The outer step as a value: how meta-parameters follow from an objective.
+
+Here are the policy gradient and ProMP; `trust_region` has TRPO.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -32,8 +34,7 @@ class Outer(NamedTuple):
     init: Callable[[MetaParams], Any]
     """Its state, from the meta-parameters."""
     update: Callable[[Objective, MetaParams, Any], tuple[MetaParams, Any, OuterInfo]]
-    forwards: bool = False
-    """Whether it takes forward-mode derivatives of the inner steps."""
+    """`(objective, meta_params, state) -> (meta_params, state, info)`."""
 
 
 def policy_gradient(optimizer: optax.GradientTransformation) -> Outer:

@@ -18,7 +18,7 @@ def returns(
     paper: Mapping[str, Sequence[float]],
 ) -> None:
     """Return over meta-iterations, after the inner steps (left); over gradient steps on the test tasks (right)."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     methods = list(dict.fromkeys(row["method"] for row in rows))
     colors = dict(zip(methods, plt.rcParams["axes.prop_cycle"].by_key()["color"]))
     for method in methods:
@@ -43,7 +43,7 @@ def returns(
     right.set_xticks(range(max(len(row["return"]) for row in rows)))
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    right.legend(fontsize="small")
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -61,7 +61,7 @@ def trpo(
         new, after = line_search(objective, meta_params, step, loss, kl_limit, backtracking, attempts)
         return new, opt_state, OuterInfo(optax.tree.norm(grads), loss - after.loss, after.kl)
 
-    return Outer(lambda meta_params: (), update, forwards=True)
+    return Outer(lambda meta_params: (), update)
 
 
 def curvature_product(
