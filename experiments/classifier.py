@@ -17,6 +17,7 @@ from experiments.few_shot import Config, Prepared, QueriesSeen, Setting, Split
 from experiments.methods import Training
 from maml_jax import evaluation, losses, models, per_step, running, saved
 from maml_jax.evaluation import Predictor, Protocol, Results
+from maml_jax.inner import adapted_part
 from maml_jax.normalisation import NEEDS_CONTEXT, Normalisation
 from maml_jax.task_axis import task_axis, task_mesh
 from maml_jax.tasks import episodes, host
@@ -230,3 +231,10 @@ def load_state(content: saved.Saved, like: MetaState) -> MetaState:
     rates = serialization.from_state_dict(like.rates, content.rates or {})
     params, rates = jax.tree.map(jnp.asarray, (content.params, rates))
     return like._replace(step=jnp.int32(content.description["step"]), params=params, rates=rates)
+
+
+def load_trained(content: saved.Saved, model: Classifier) -> MetaState:
+    """A saved state, without one of the same model at hand."""
+    inner = model.method.inner
+    rates = jax.eval_shape(lambda params: inner.init_rates(adapted_part(inner, params)), content.params)
+    return load_state(content, MetaState(jnp.int32(0), (), rates, ()))

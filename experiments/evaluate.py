@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import tyro
 
 from experiments import classifier, command_line, few_shot
@@ -21,7 +20,6 @@ from experiments.classifier import Classifier
 from experiments.few_shot import Prepared, QueriesSeen, Split
 from experiments.rows import EXPERIMENTS
 from maml_jax import evaluation, plots, saved, validation
-from maml_jax.inner import adapted_part
 from maml_jax.normalisation import Normalisation
 from maml_jax.record import plain, provenance
 from maml_jax.types import MetaState
@@ -137,11 +135,7 @@ def load(path: Path, config: Config, known: dict[str, Prepared]) -> Model:
         )
     data = prepared.data
     model = classifier.classifier(prepared.config, prepared.setting, few_shot.image_shape(data), prepared.setting.ways)
-    rates = jax.eval_shape(
-        lambda params: model.method.inner.init_rates(adapted_part(model.method.inner, params)), content.params
-    )
-    like = MetaState(jnp.int32(0), (), rates, ())
-    return Model(str(path), prepared, model, classifier.load_state(content, like))
+    return Model(str(path), prepared, model, classifier.load_trained(content, model))
 
 
 def main(prepared: tuple[Config, list[Model]]) -> dict[str, Any]:

@@ -45,6 +45,27 @@ def inner_steps(target: Path | BinaryIO, found: Mapping[str, dict[str, Any]]) ->
     plt.close(figure)
 
 
+def predictions(
+    path: Path, labelled: Mapping[str, Sequence[np.ndarray]], predicted: Sequence[tuple[np.ndarray, str, float]]
+) -> None:
+    """Labelled pictures, a column for each class, and below them the others, each with its class and confidence."""
+    columns = max(len(labelled), 5)
+    examples = max(len(pictures) for pictures in labelled.values())
+    rows = examples + -(-len(predicted) // columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(1.6 * columns, 1.8 * rows), squeeze=False, layout="constrained")
+    for axes in grid.flat:
+        axes.axis("off")
+    for column, (name, pictures) in zip(grid.T, labelled.items()):
+        for axes, picture in zip(column, pictures):
+            axes.imshow(picture, cmap="gray", vmin=0, vmax=255)
+        column[0].set_title(name, fontsize="small", fontweight="bold")
+    for axes, (picture, name, confidence) in zip(grid[examples:].flat, predicted):
+        axes.imshow(picture, cmap="gray", vmin=0, vmax=255)
+        axes.set_title(f"{name}, {confidence:.0%}", fontsize="small", color="tab:blue")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def _over_inner_steps(axes: Any, found: Mapping[str, dict[str, Any]]) -> None:
     for number, (label, summary) in enumerate(found.items()):
         mean, half_width = np.asarray(summary["accuracy"]), np.asarray(summary["half_width"])

@@ -143,6 +143,21 @@ def _digest(arrays: cache.Arrays) -> str:
 # Reading images
 
 
+def pictures(folder: str | Path, *, size: int = 84, resampling: Resampling = "lanczos") -> dict[str, np.ndarray]:
+    """All images in a folder or zip archive, RGB uint8 `[size, size, 3]`, by their path in it, sorted.
+
+    Raises:
+      DataError: naming the folder that does not exist, or the image that is damaged or too large.
+    """
+    from PIL import Image
+
+    resample = Image.Resampling[resampling.upper()]
+    with image_sources.open_tree(folder) as tree, warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        names = sorted(name for name in tree.sizes if name.lower().endswith(image_sources.IMAGES))
+        return {name: _fitted(_decoded(tree, name), size, resample) for name in names}
+
+
 def _resized(tree: Tree, found: Contents, size: int, resampling: Resampling) -> dict[str, np.ndarray]:
     """All images as arrays: for each split `<split>_images`, `_names` and `_counts`, and `sha256` of them."""
     from PIL import Image
