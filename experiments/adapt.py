@@ -121,6 +121,10 @@ def predict(prepared: Prepared) -> np.ndarray:
     query = (inputs(others), jnp.zeros((1, len(others)), jnp.int32))  # No label is known, and none is used.
     log_probabilities, _ = prepared.model.predictor(prepared.state, prepared.config.steps)(Task(support, query))
     of_classes = np.exp(np.asarray(log_probabilities[0, -1, :, : len(labelled)], np.float64))
+    if not np.isfinite(of_classes).all():
+        raise FloatingPointError(
+            f"After {prepared.config.steps} inner steps the predictions are no numbers any more: give fewer --steps."
+        )
     return of_classes / of_classes.sum(-1, keepdims=True)
 
 

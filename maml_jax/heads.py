@@ -29,7 +29,8 @@ def shared(name: str = HEAD) -> Start:
 
 def prototypes(features: Callable[..., jax.Array], name: str = HEAD) -> Start:
     """Each class starts from the mean of its support features, such that the first predictions are those of
-    prototypical networks (Proto-MAML, Triantafillou et al. 2020, section 3.1).
+    prototypical networks (Proto-MAML, Triantafillou et al. 2020, section 3.1). A class of which there is no
+    example starts from zero.
 
     Args:
       features: `(params, inputs [B, ...]) -> [B, features]`, what goes into the head.
@@ -40,7 +41,7 @@ def prototypes(features: Callable[..., jax.Array], name: str = HEAD) -> Start:
         inputs, labels = support
         x = features(params, inputs)
         belongs = jax.nn.one_hot(labels, params[name]["bias"].shape[-1], dtype=x.dtype)
-        means = belongs.T @ x / belongs.sum(0)[:, None]
+        means = belongs.T @ x / jnp.maximum(belongs.sum(0), 1)[:, None]
         return {**params, name: {"kernel": 2 * means.T, "bias": -jnp.square(means).sum(-1)}}
 
     return start
