@@ -86,15 +86,15 @@ def test_the_peers_take_the_same_step(order):
 
 
 def test_from_beginning_to_end(tmp_path):
-    options = ("--workloads", "sinusoid", "--inner-steps", "1", "2", "--checkpoints", "none", "mixed")
+    options = ("--workloads", "sinusoid", "--inner-steps", "2", "--checkpoints", "none", "mixed")
     done = launch(
         "experiments.benchmark", *options, "--rounds", "1", "--seconds", "0.1", "--workdir", "run", cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     rows = results["rows"]
-    assert len(rows) == 6 and all(row["ms"] > 0 and 0 < row["share_of_limit"] < 1 for row in rows)
-    assert [r["second_over_first"]["operations"] > 1 for r in results["ratios"] if r["order"] == 2] == [True] * 4
+    assert len(rows) == 3 and all(row["ms"] > 0 and 0 < row["share_of_limit"] < 1 for row in rows)
+    assert [r["second_over_first"]["operations"] > 1 for r in results["ratios"] if r["order"] == 2] == [True] * 2
     assert (tmp_path / "run" / "benchmark.png").stat().st_size > 10_000
     assert "second over first order: time" in done.stdout
 

@@ -59,8 +59,7 @@ def test_for_every_library(library):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("checkpoint", ["step", "mixed"])
-@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize(("pooled", "checkpoint"), [(False, "mixed"), (True, "step"), (True, "mixed")])
 def test_on_the_convolutional_nets(pooled, checkpoint):
     """Against one slow reference: task by task, without checkpoint, with JAX's own convolution."""
     random = np.random.default_rng(5)
