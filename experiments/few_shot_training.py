@@ -1,5 +1,7 @@
 """Training of few-shot classifiers: from initial parameters to the best in validation, and its accuracy at test."""
 
+import dataclasses
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -7,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.classifier import (
+    Classifier,
     classifier,
     drawn_from,
     evaluate,
@@ -20,7 +23,7 @@ from maml_jax import plots, saved
 from maml_jax.record import Progress, RunDirectory
 from maml_jax.resumable import Validate, resumable_train
 from maml_jax.task_axis import task_mesh
-from maml_jax.types import MetaState
+from maml_jax.types import MetaState, Task
 
 STEPS_PER_CALL = 20
 SAVE_EVERY = 500
@@ -71,6 +74,8 @@ def main(prepared: Prepared) -> dict:
         progress.update(row["step"], loss=row["loss"], accuracy=row["accuracy"])
 
     selected = best.load(state)
+    if config.method == "pretrained":
+        prepared, model = tuned(prepared, selected, val_tasks)
     test_tasks = fixed_tasks(test_key, data.test, config.test_tasks, shape)
     test_protocol, found = protocol(prepared, "test", config.test_tasks, config.seed), {}
     # With other normalisations the queries of a task are independent of each other.
@@ -98,6 +103,25 @@ def main(prepared: Prepared) -> dict:
     plots.few_shot(run.path / "curves.png", run.rows(), results)
     print(f"Wrote {path}, curves.png beside it, and the best {BEST} models below {best.folder}.")
     return results
+
+
+def tuned(prepared: Prepared, state: MetaState, val_tasks: Callable[[], Iterable[Task]]) -> tuple[Prepared, Classifier]:
+    """The setting with the inner rate that fine-tunes best on validation tasks, as no training has fitted one."""
+    found = []
+    for factor in FACTORS:
+        setting = dataclasses.replace(prepared.setting, inner_rate=prepared.setting.inner_rate * factor)
+        other = prepared._replace(setting=setting)
+        model = classifier(prepared.config, setting, image_shape(prepared.data), len(prepared.data.train.counts))
+        told = protocol(other, "val", prepared.val_tasks, prepared.config.seed)
+        judged = evaluate(other, [(model, state)], val_tasks, told, steps=TEST_STEPS)
+        found.append((judged.accuracy[:, -1].mean(), other, model))
+    _, best, model = max(found, key=lambda each: each[0])
+    print(f"Fine-tuning at a rate of {best.setting.inner_rate:g}, the best on validation tasks.")
+    return best, model
+
+
+FACTORS = (0.03, 0.1, 0.3, 1.0, 3.0)
+"""Times the recipe's inner rate, to fine-tune with."""
 
 
 def run_name(prepared: Prepared) -> str:

@@ -196,7 +196,9 @@ def _identity(index: int) -> tuple[str, dict[str, Any]]:
     row = ROWS[index]
     module = EXPERIMENTS[row.experiment]
     every = few_shot.recorded(*module.settle(module.Config(**row.options)))
-    return row.experiment, {name: value for name, value in every.items() if name not in _OPEN}
+    # Fine-tuning chooses its rate in validation.
+    chosen = (*_OPEN, "inner_rate") if every["method"] == "pretrained" else _OPEN
+    return row.experiment, {name: value for name, value in every.items() if name not in chosen}
 
 
 def row_of(results: Mapping[str, Any]) -> Row | None:

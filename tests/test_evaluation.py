@@ -11,6 +11,7 @@ from experiments.few_shot import DataSet, Prepared, Setting
 from experiments.omniglot import Config
 from maml_jax import evaluation, models, record, saved
 from maml_jax.evaluation import Protocol
+from maml_jax.inner import inner_loop
 from maml_jax.tasks import episodes, omniglot
 from maml_jax.train import many_steps
 from maml_jax.types import Task
@@ -201,3 +202,26 @@ def test_a_run_goes_on_with_its_own_data_alone(characters, tmp_path, small_net):
     other = prepared._replace(data=characters._replace(sha256=characters.sha256 | {"test": "1" * 64}))
     with pytest.raises(OSError, match="data_sha256"):
         few_shot.check_data(other)
+
+
+def test_fine_tuning_takes_the_rate_that_is_best_in_validation(characters, tmp_path, small_net, monkeypatch):
+    prepared, model, state = prepared_with(characters, tmp_path, method="pretrained")
+    state = state._replace(params=model.method.finish(state.params))
+    tasks = classifier.fixed_tasks(jax.random.key(0), characters.val, 20, prepared.shape)
+    seen = []
+
+    def evaluate(prepared, models, groups, told, *, steps):
+        assert groups is tasks and told.split == "val" and steps == 10
+        rate = prepared.setting.inner_rate
+        # The rate is that which the model adapts with.
+        adapted, _ = inner_loop(models[0][0].method.inner, quadratic, {"x": jnp.array(1.0)}, (), None, steps=1)
+        np.testing.assert_allclose(adapted["x"], 1 - rate, rtol=1e-6)
+        seen.append(rate)
+        return evaluation.Results(told, np.full((20, 11), -abs(rate - 0.2)), np.zeros((20, 11), bool))
+
+    def quadratic(params, batch):
+        return params["x"] ** 2 / 2, {}
+
+    monkeypatch.setattr(few_shot_training, "evaluate", evaluate)
+    best, _ = few_shot_training.tuned(prepared, state, tasks)
+    assert len(seen) == len(few_shot_training.FACTORS) and best.setting.inner_rate == pytest.approx(0.2)
