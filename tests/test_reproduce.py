@@ -399,3 +399,14 @@ def test_bad_options_end_before_anything_starts(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         reproduce.prepare(config)
     assert not (tmp_path / "work").exists()
+
+
+def test_a_run_that_is_there_twice_is_one_seed(tmp_path):
+    """Such as in a work directory and, committed, in another: of each seed the latest counts."""
+    made_up(tmp_path / "first", "omniglot-5w1s", accuracy=0.5)
+    made_up(tmp_path / "second", "omniglot-5w1s", accuracy=0.9)
+    path = tmp_path / "second" / "results.json"
+    path.write_text(path.read_text().replace("2026-01-01T02:30:00Z", "2026-01-02T02:30:00Z"))
+    made_up(tmp_path / "third", "omniglot-5w1s", seed=1)
+    (line,) = compare.group([], compare.find([tmp_path]))[0].lines
+    assert [(run.path.name, run.seed) for run in line.runs] == [("second", 0), ("third", 1)]
