@@ -39,7 +39,7 @@ class Normalised(nn.Module):
 
 
 def conv_net(ways, size, channels, filters, pooled):
-    layers = []
+    layers: list[nn.Module] = []
     for inputs in (channels, filters, filters, filters):
         layers.append(nn.Conv2d(inputs, filters, 3, stride=1 if pooled else 2, padding=1, bias=False))
         layers += [Normalised(filters), nn.ReLU()] + ([nn.MaxPool2d(2)] if pooled else [])

@@ -38,6 +38,10 @@ def convolution(platform: str, operation: str, channels: int, window: Sequence[i
     return "direct" if fast_in_xla else "patches"
 
 
-def one_image_at_a_time(images: Sequence[int], features: int) -> bool:
-    """Whether a layer that reduces its convolution goes through images `[B, H, W]` in a loop, for the caches' sake."""
-    return jax.default_backend() == "cpu" and math.prod(images) * features > LARGE_OUTPUT
+def one_image_at_a_time(images: Sequence[int], channels: int, features: int) -> bool:
+    """Whether the convolution of images `[B, H, W]` is made image by image, for the caches' sake.
+
+    Where it is the largest array of all, and with so few channels that making it again costs little.
+    """
+    large = math.prod(images) * features > LARGE_OUTPUT
+    return jax.default_backend() == "cpu" and large and channels < FEW_CHANNELS

@@ -1,14 +1,21 @@
 """Linen layers of the paper's networks, with derivatives that are exact at any order."""
 
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from maml_jax import backend
 from maml_jax.convolution import ImplementationName, conv
-from maml_jax.normalisation import Moments, of_each
+from maml_jax.normalisation import Moments, Norm, of_each
+
+WINNER = "maml_jax_winner"
+"""Name of the places of maxima, for the policies of `jax.checkpoint`."""
 
 
 class Conv(nn.Module):
@@ -16,6 +23,11 @@ class Conv(nn.Module):
 
     Maps `[B, H, W, C]` to `[B, ceil(H / stride), ceil(W / stride), features]`; use it in place of
     `nn.Conv` in nets that are meta-trained.
+
+    Called with a `Norm`, and with the number of examples at the beginning that are the support set
+    (None: all), it returns the normalised output. By the moments of the batch, and with few channels,
+    it normalises its kernel and not its far larger output, whose moments it knows from its input
+    (`output_moments`).
     """
 
     features: int
@@ -25,12 +37,27 @@ class Conv(nn.Module):
     kernel_init: Any = nn.initializers.xavier_uniform()
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return conv(x, self.kernel(x), stride=self.stride, implementation=self.implementation)
+    def __call__(self, x: jax.Array, norm: Norm | None = None, support: int | None = None) -> jax.Array:
+        kernel = self.kernel(x)
+        if norm is None:
+            return self.of_images(x, kernel)
+        if norm.kind == "batch" and math.prod(kernel.shape[:3]) <= self.features:
+            mean, scale, offset = norm.parts(output_moments(x, kernel, self.stride))
+            kernel, shift = (leaf.astype(kernel.dtype) for leaf in (kernel * scale, offset - mean * scale))
+            return self.of_images(x, kernel) + shift
+        return self.normalised(x, kernel, norm, support)
 
     def kernel(self, x: jax.Array) -> jax.Array:
         """The parameter, for such images."""
         return self.param("kernel", self.kernel_init, (self.size, self.size, x.shape[-1], self.features))
+
+    def of_images(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """What the layer makes of images and a kernel."""
+        return conv(x, kernel, stride=self.stride, implementation=self.implementation)
+
+    def normalised(self, x: jax.Array, kernel: jax.Array, norm: Norm, support: int | None) -> jax.Array:
+        """The same, normalised by moments of its own."""
+        return norm(self.of_images(x, kernel), support)
 
 
 class Dense(nn.Module):
@@ -52,27 +79,71 @@ class Dense(nn.Module):
 
 
 class PooledConv(Conv):
-    """A convolution and 2x2 max-pooling, `[B, H, W, C] -> [B, H / 2, W / 2, features]` at stride 1.
+    """A convolution, the normalisation, and 2x2 max-pooling, `[B, H, W, C] -> [B, H / 2, W / 2, features]` at stride 1.
 
-    Returns the pooled images, and the `Moments` `[B, features]` of each image before pooling: a
-    normalisation that comes before the pooling can then be applied after it. It grows with its input,
-    so the maximum stays where it is.
+    The pooling comes first, which leaves less to normalise: a normalisation grows with its input, so the
+    maximum stays where it is. The moments are those before the pooling all the same.
     """
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, Moments]:  # type: ignore[override]
-        kernel = self.kernel(x)
+    def of_images(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return self._each(lambda images: max_pool(Conv.of_images(self, images, kernel)), x)
 
-        def of_images(x: jax.Array) -> tuple[jax.Array, Moments]:
-            y = conv(x, kernel, stride=self.stride, implementation=self.implementation)
+    def normalised(self, x: jax.Array, kernel: jax.Array, norm: Norm, support: int | None) -> jax.Array:
+        def of_images(images: jax.Array) -> tuple[jax.Array, Moments]:
+            y = Conv.of_images(self, images, kernel)
             return max_pool(y), of_each(y)
 
-        if not backend.one_image_at_a_time(x.shape[:3], self.features):
-            return of_images(x)
+        pooled, each = self._each(of_images, x)
+        return norm(pooled, support, each)
+
+    def _each(self, fn: Callable[[jax.Array], Any], x: jax.Array) -> Any:
+        """`fn` of all images, which may be one at a time."""
+        if not backend.one_image_at_a_time(x.shape[:3], x.shape[3], self.features):
+            return fn(x)
         # The convolution of all images is far larger than what is left of it, so it is made, and for
-        # the gradient made again, image by image, and never leaves the caches.
-        made = jax.lax.map(jax.checkpoint(lambda image: of_images(image[None]), prevent_cse=False), x)
+        # the gradient made again, image by image, and never leaves the caches. Kept is where the maxima
+        # are, which is small, and for some normalisations all that the gradient needs.
+        kept = jax.checkpoint_policies.save_only_these_names(WINNER)
+        made = jax.lax.map(jax.checkpoint(lambda image: fn(image[None]), prevent_cse=False, policy=kept), x)
         return jax.tree.map(lambda leaf: leaf[:, 0], made)
+
+
+def output_moments(x: jax.Array, kernel: jax.Array, stride: int = 1) -> Moments:
+    """The `Moments` `[D]` of `conv(x, kernel)` over images and space, from `x` and the kernel alone.
+
+    Every output pixel is the product of the kernel with a window of the image, so the mean of the output is
+    that of the windows times the kernel, and its variance the quadratic form of their covariance. That pays
+    where a window has no more entries than there are features; and none of it is as large as the output.
+
+    Args:
+      x: images `[B, H, W, C]`.
+      kernel: `[h, w, C, D]`.
+      stride: of the convolution.
+    """
+    exact = jnp.promote_types(jnp.float32, kernel.dtype)
+    x, kernel = x.astype(exact), kernel.astype(exact)
+    entries = math.prod(kernel.shape[:3])
+    unit = jnp.eye(entries, dtype=exact).reshape(*kernel.shape[:3], entries)
+    # Near the mean of each entry (but for the borders), so that little is lost when it is made the mean.
+    centre = jnp.tile(x.mean((0, 1, 2)), entries // x.shape[3])
+
+    def sums(images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Over all windows: every entry times every entry less its centre, and the entries less their centres."""
+        values = conv(images, unit, stride=stride) - centre
+        products = jax.linear_transpose(partial(conv, images, stride=stride), unit)(values)[0]
+        return products.reshape(entries, entries), values.sum((0, 1, 2))
+
+    if backend.one_image_at_a_time(x.shape[:3], x.shape[3], entries):
+        zeros = (jnp.zeros((entries, entries), exact), jnp.zeros(entries, exact))
+        total, _ = jax.lax.scan(lambda total, image: (jax.tree.map(jnp.add, total, sums(image[None])), None), zeros, x)
+    else:
+        total = sums(x)
+    count = len(x) * math.prod(-(-size // stride) for size in x.shape[1:3])
+    products, off_centre = (leaf / count for leaf in total)
+    mean = centre + off_centre
+    covariance = products - mean[:, None] * off_centre
+    weights = kernel.reshape(entries, -1)
+    return Moments(mean @ weights, (weights * (covariance @ weights)).sum(0))
 
 
 def max_pool(x: jax.Array) -> jax.Array:
@@ -91,5 +162,6 @@ def max_pool(x: jax.Array) -> jax.Array:
     upper = (jnp.maximum(a, b) >= jnp.maximum(c, d)) | jnp.isnan(a) | jnp.isnan(b)
     first, third = (a >= b) | jnp.isnan(a), (c >= d) | jnp.isnan(c)
     winner = jnp.where(upper, jnp.where(first, 0, 1), jnp.where(third, 2, 3)).astype(jnp.int8)
+    winner = checkpoint_name(winner, WINNER)
     place = jnp.arange(4, dtype=jnp.int8).reshape(2, 1, 2, 1)
     return jnp.where(winner[:, :, None, :, None] == place, x, 0).sum((2, 4))

@@ -6,6 +6,7 @@ normalisation by the support set has to see beside the queries; others make noth
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import flax.linen as nn
@@ -63,13 +64,9 @@ class ConvNet(nn.Module):
     def __call__(self, x: jax.Array, context: jax.Array | None = None, *, head: bool = True) -> jax.Array:
         x, support = _beside(context, x, self.normalisation)
         for block in range(4):
-            name, norm = f"Conv_{block}", Norm(self.normalisation)
-            if self.pooled:
-                x, each = PooledConv(self.filters, implementation=self.implementation, name=name)(x)
-                x = norm(x, support, each)
-            else:
-                x = norm(Conv(self.filters, stride=2, implementation=self.implementation, name=name)(x), support)
-            x = nn.relu(x)
+            layer = PooledConv if self.pooled else partial(Conv, stride=2)
+            convolution = layer(self.filters, implementation=self.implementation, name=f"Conv_{block}")
+            x = nn.relu(convolution(x, Norm(self.normalisation), support))
         x = x[support:].reshape(len(x[support:]), -1) if self.pooled else x[support:].mean((1, 2))
         init = nn.initializers.xavier_uniform() if self.pooled else nn.initializers.normal(1.0)
         return Dense(self.ways, kernel_init=init, name=HEAD)(x) if head else x

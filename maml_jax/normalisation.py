@@ -74,16 +74,28 @@ class Norm(nn.Module):
     kind: Normalisation = "batch"
     epsilon: float = 1e-3
 
-    @nn.compact
     def __call__(self, x: jax.Array, support: int | None = None, each: Moments | None = None) -> jax.Array:
-        offset = self.param("offset", nn.initializers.zeros, (x.shape[-1],))
-        if self.kind == "batch" and each is None:
-            mean, variance = self.seen(of_all(x))
-        else:
-            found = self.statistics(of_each(x) if each is None else each, support)
-            # [B or 1, C], with an axis for every one of space.
-            mean, variance = (leaf.reshape(len(leaf), *[1] * (x.ndim - 2), -1) for leaf in found)
-        return (x - mean) * jax.lax.rsqrt(variance + self.epsilon) + offset
+        if each is None:
+            each = of_all(x) if self.kind == "batch" else of_each(x)
+        mean, scale, offset = self.parts(each, support)
+        if mean.ndim > 1:  # [B or 1, C], with an axis for every one of space.
+            mean, scale = (leaf.reshape(len(leaf), *[1] * (x.ndim - 2), -1) for leaf in (mean, scale))
+        return (x - mean) * scale + offset
+
+    @nn.compact
+    def parts(self, moments: Moments, support: int | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Mean, scale and offset, with which `x` becomes `(x - mean) * scale + offset`.
+
+        Args:
+          moments: of each example, `[B, C]`; for 'batch' those of all together, `[C]`, will do.
+          support: as in a call.
+
+        Returns:
+          Mean and scale `[C]`, `[1, C]` or `[B, C]`, and the offset `[C]`.
+        """
+        offset = self.param("offset", nn.initializers.zeros, moments.mean.shape[-1:])
+        mean, variance = self.statistics(moments, support)
+        return mean, jax.lax.rsqrt(variance + self.epsilon), offset
 
     def seen(self, batch: Moments) -> Moments:
         """The same, left for `running.gather` to collect."""
@@ -93,7 +105,7 @@ class Norm(nn.Module):
     def statistics(self, each: Moments, support: int | None) -> Moments:
         """What each example is normalised by, `[B or 1, C]`, from the moments of each."""
         if self.kind == "batch":
-            return self.seen(together(each))
+            return self.seen(each if each.mean.ndim == 1 else together(each))
         if self.kind == "running":
             shape = each.mean.shape[-1:]
             mean = self.param("mean", nn.initializers.zeros, shape)

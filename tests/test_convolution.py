@@ -224,35 +224,83 @@ def test_max_pool_takes_one_of_equals():
     assert gradient.sum() == 4 and set(np.unique(gradient)) == {0, 1}
 
 
-@pytest.mark.parametrize("size", [6, 7])
-def test_pooled_convolution_image_by_image_is_the_same(size, monkeypatch):
-    """Pooled images, the moments of what was pooled, and second derivatives, in a loop over images and at once."""
+@pytest.mark.parametrize(("size", "kind", "features"), [(6, "batch", 4), (7, "instance", 4), (6, "batch", 18)])
+def test_pooled_convolution_image_by_image_is_the_same(size, kind, features, monkeypatch):
+    """Pooled and normalised images, and second derivatives, in a loop over images and at once."""
     random = np.random.default_rng(0)
-    x, params = random.standard_normal((3, size, size, 2)), {"kernel": random.standard_normal((3, 3, 2, 4))}
-    layer = layers.PooledConv(4)
+    x, params = random.standard_normal((3, size, size, 2)), {"kernel": random.standard_normal((3, 3, 2, features))}
+    layer = layers.PooledConv(features)
+    norm = normalisation.Norm(kind).bind({"params": {"offset": random.standard_normal(features)}})
 
     def value_and_derivatives(at_a_time):
-        monkeypatch.setattr(backend, "one_image_at_a_time", lambda images, features: at_a_time)
+        monkeypatch.setattr(backend, "one_image_at_a_time", lambda images, channels, features: at_a_time)
+
+        def apply(params):
+            return layer.apply({"params": params}, x, norm)
 
         def loss(params):
-            pooled, each = layer.apply({"params": params}, x)
-            mean, variance = normalisation.together(each)
-            return jnp.sum(jnp.sin((pooled - mean) / jnp.sqrt(variance)))
+            return jnp.sum(jnp.sin(apply(params)))
 
         def along(params):
             return (jax.grad(loss)(params)["kernel"] * jnp.cos(params["kernel"])).sum()
 
-        return jax.jit(lambda p: (layer.apply({"params": p}, x), jax.grad(loss)(p), jax.grad(along)(p)))(params)
+        return jax.jit(lambda p: (apply(p), jax.grad(loss)(p), jax.grad(along)(p)))(params)
 
     whole, looped = value_and_derivatives(False), value_and_derivatives(True)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12), looped, whole)
-    convolved = conv(x, params["kernel"])
-    np.testing.assert_allclose(whole[0][0], layers.max_pool(convolved), rtol=1e-12)
-    np.testing.assert_allclose(whole[0][1].mean, convolved.mean((1, 2)), rtol=1e-10)
-    np.testing.assert_allclose(whole[0][1].variance, convolved.var((1, 2)), rtol=1e-10)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), looped, whole)
+    # Normalised before the pooling, which is the same.
+    expected = layers.max_pool(norm(conv(x, params["kernel"])))
+    np.testing.assert_allclose(whole[0], expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+@pytest.mark.parametrize(("size", "stride", "channels"), [(8, 1, 1), (7, 2, 1), (8, 2, 3)])
+def test_moments_of_a_convolution_from_its_input(size, stride, channels, one_by_one, x64, monkeypatch):
+    """They are those of the output, at any order of derivatives in kernel and images, vmapped over kernels."""
+    random = np.random.default_rng(1)
+    monkeypatch.setattr(backend, "one_image_at_a_time", lambda images, channels, features: one_by_one)
+    x, kernels = random.random((3, size, size, channels)) + 5, random.standard_normal((2, 3, 3, channels, 30))
+
+    def derivatives(moments):
+        def scalar(kernel, x):
+            mean, variance = moments(kernel, x)
+            return jnp.sum(jnp.cos(mean) * jnp.sqrt(variance))
+
+        def along(kernel, x):
+            return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.grad(scalar, (0, 1))(kernel, x))
+
+        return jax.jit(jax.vmap(lambda kernel: (moments(kernel, x), jax.grad(along, (0, 1))(kernel, x))))(kernels)
+
+    got = derivatives(lambda kernel, x: layers.output_moments(x, kernel, stride))
+    expected = derivatives(lambda kernel, x: normalisation.of_all(conv(x, kernel, stride=stride)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9), got, expected)
+
+
+def test_moments_lose_nothing_to_a_bright_background():
+    """In float32, of images whose mean is far from zero for their variance."""
+    random = np.random.default_rng(2)
+    x = (random.standard_normal((4, 12, 12, 3)) * 0.001 + 1).astype(np.float32)
+    kernel = random.standard_normal((1, 1, 3, 32)).astype(np.float32)
+    exact = x.astype(np.float64) @ kernel[0, 0].astype(np.float64)
+    got = layers.output_moments(jnp.asarray(x), jnp.asarray(kernel))
+    np.testing.assert_allclose(got.variance, exact.var((0, 1, 2)), rtol=1e-3)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_kernel_is_normalised_in_place_of_its_output(stride, x64):
+    """A layer given its normalisation is the layer followed by it, for many channels and for few."""
+    random = np.random.default_rng(3)
+    norm = normalisation.Norm("batch").bind({"params": {"offset": random.standard_normal(32)}})
+    for channels in (3, 4):
+        x, kernel = random.random((4, 9, 9, channels)), random.standard_normal((3, 3, channels, 32))
+        got = layers.Conv(32, stride=stride).apply({"params": {"kernel": kernel}}, x, norm)
+        np.testing.assert_allclose(got, norm(conv(x, kernel, stride=stride)), rtol=1e-9, atol=1e-11)
+    products = jax.make_jaxpr(lambda x: layers.Conv(32).apply({"params": {"kernel": kernel[:, :, :3]}}, x, norm))
+    assert "square" not in str(products(x[..., :3]))  # Which the moments of the output would need.
 
 
 def test_large_images_are_convolved_one_at_a_time_on_a_cpu_alone(monkeypatch):
-    assert backend.one_image_at_a_time((75, 84, 84), 32) and not backend.one_image_at_a_time((20, 28, 28), 16)
+    assert backend.one_image_at_a_time((75, 84, 84), 3, 32) and not backend.one_image_at_a_time((20, 28, 28), 3, 16)
+    assert not backend.one_image_at_a_time((75, 84, 84), 32, 32)  # To make it again would cost more.
     monkeypatch.setattr(backend.jax, "default_backend", lambda: "gpu")
-    assert not backend.one_image_at_a_time((75, 84, 84), 32)
+    assert not backend.one_image_at_a_time((75, 84, 84), 3, 32)
