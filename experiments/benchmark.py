@@ -192,7 +192,7 @@ def summary(row: dict[str, Any]) -> dict[str, Any]:
     medians = [float(np.median(outcome["ms"])) for outcome in rounds]
     row |= {"ms": float(np.median(medians)), "ms_least": min(medians), "ms_most": max(medians)}
     if row["kind"] == "ours":
-        row |= {key: rounds[0][key] for key in ("tasks", "compile_s", "memory_compiled", "gflop")}
+        row |= {key: rounds[0][key] for key in ("tasks", "compile_s", "memory_compiled", "memory_measured", "gflop")}
         row["devices_used"] = rounds[0]["devices_used"]
         row["limit_gflops"] = float(np.median([outcome["limit_gflops"] for outcome in rounds]))
         # Each round against the limit of its own process.
@@ -244,7 +244,9 @@ def title(row: dict[str, Any]) -> str:
 def table(results: dict) -> str:
     """Times of a meta-step, memory, share of the machine's limit; then the ratios."""
     width = max(len(title(row)) for row in results["rows"])
-    head = f"{'':{width}}   ms a meta-step (least - most)   tasks/s  compile s      MB a device   GFLOP  of limit"
+    head = (
+        f"{'':{width}}   ms a meta-step (least - most)   tasks/s  compile s  MB a device  MB measured   GFLOP  of limit"
+    )
     lines = ["", head]
     for row in results["rows"]:
         if "ms" not in row:
@@ -253,7 +255,9 @@ def table(results: dict) -> str:
         line = f"{title(row):{width}}   {row['ms']:9.3f} ({row['ms_least']:.3f} - {row['ms_most']:.3f})"
         if row["kind"] == "ours":
             line = f"{line:{width + 33}} {row['tasks_per_second']:8.0f} {row['compile_s']:10.1f}"
-            line += f" {(row['memory_compiled'] or np.nan) / 1e6:15.1f}"
+            line += (
+                f" {(row['memory_compiled'] or np.nan) / 1e6:12.1f} {(row['memory_measured'] or np.nan) / 1e6:12.1f}"
+            )
             line += f" {row['gflop']:9.2f} {row['share_of_limit']:8.0%}"
         lines.append(line)
     lines.append("")

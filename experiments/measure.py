@@ -9,6 +9,8 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -70,7 +72,7 @@ def measure(variant: Variant, seconds: float) -> dict[str, Any]:
     run = lowered.compile()
     compilation = time.perf_counter() - start
     memory = run.memory_analysis()
-    state = jax.block_until_ready(run(state, work.tasks, 1))
+    state, memory_measured = with_peak_memory(lambda: run(state, work.tasks, 1))
     start = time.perf_counter()
     state = jax.block_until_ready(run(state, work.tasks, 1))
     per_call = max(1, int(0.3 / (time.perf_counter() - start)))
@@ -87,10 +89,35 @@ def measure(variant: Variant, seconds: float) -> dict[str, Any]:
         "tasks": count,
         "compile_s": compilation,
         "memory_compiled": memory.temp_size_in_bytes if memory else None,
+        "memory_measured": memory_measured,
         "gflop": operations / 1e9,
         "limit_gflops": product_rate(variant.dtype),
         "devices_used": mesh.size if mesh is not None else 1,
     }
+
+
+def with_peak_memory(run: Callable[[], Any]) -> tuple[Any, int | None]:
+    """What `run` returns, and the bytes that its first call needed at most, beyond those in use before.
+
+    Of all devices together on a CPU, where Linux tells the process's peak; of the first device on an
+    accelerator, as its allocator tells it; None where neither is known.
+    """
+    device, status, reset = jax.devices()[0], Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if device.platform != "cpu":
+        before = (device.memory_stats() or {}).get("bytes_in_use")
+        result = jax.block_until_ready(run())
+        peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
+        return result, None if before is None or peak is None else peak - before
+    if not reset.exists():
+        return jax.block_until_ready(run()), None
+
+    def resident(kind: str) -> int:
+        return 1024 * int(status.read_text().split(f"{kind}:")[1].split()[0])
+
+    reset.write_text("5")  # Sets the peak to what is in use now.
+    before = resident("VmRSS")
+    result = jax.block_until_ready(run())
+    return result, resident("VmHWM") - before
 
 
 def product_rate(dtype: str) -> float:

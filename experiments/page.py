@@ -74,6 +74,15 @@ def _so_far(line: Line) -> str:
 # HTML
 
 
+def head(title: str) -> str:
+    """How a page begins, up to its body."""
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>"
+    )
+
+
 def html(groups: Sequence[Group], strays: Sequence[Run]) -> str:
     """The whole page."""
     lines = [line for group in groups for line in _longest(group)]
@@ -82,9 +91,7 @@ def html(groups: Sequence[Group], strays: Sequence[Run]) -> str:
     summary = f"{len(lines)} rows: {len(full)} of the full schedule, {len(begun) - len(full)} short of it, "
     summary += f"{len(lines) - len(begun)} without a result."
     parts = [
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>maml_jax: reproduction</title><style>{STYLE}</style></head><body>",
+        head("maml_jax: reproduction"),
         f"<h1>Few-shot classification, reproduced</h1><p>{summary} {LEGEND}</p>",
         *map(_section, groups),
     ]
@@ -99,11 +106,11 @@ def html(groups: Sequence[Group], strays: Sequence[Run]) -> str:
 
 def _section(group: Group) -> str:
     parts = [f"<section><h2>{escape(group.title)}</h2>"]
-    head = "".join(f"<th>{name}</th>" for name in ("method", "ours", "published", "cost"))
+    names = "".join(f"<th>{name}</th>" for name in ("method", "ours", "published", "cost"))
     body = "".join(map(_line, group.lines))
     for method, number in group.others.items():
         body += f"<tr><td>{escape(METHODS[method])}</td><td></td>{_published(number)}<td></td></tr>"
-    parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+    parts.append(f"<table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table>")
     if group.paired:
         parts.append("<h3>Differences on the same tasks, paired bootstrap, 95%</h3><ul>")
         for pair in group.paired:
@@ -111,11 +118,11 @@ def _section(group: Group) -> str:
             parts.append(f"<li>{escape(what)}: <b>{pair.difference}</b></li>")
         parts.append("</ul>")
     if any(line.runs for line in group.lines):
-        parts.append(_image(_curves(group), f"{group.title}: accuracy over inner steps"))
+        parts.append(image(_curves(group), f"{group.title}: accuracy over inner steps"))
     for path in dict.fromkeys(run.path / "curves.png" for line in group.lines for run in line.runs):
         if path.exists():
-            image = _image(path.read_bytes(), f"training of {path.parent.name}")
-            parts.append(f"<details><summary>{escape(path.parent.name)}: training</summary>{image}</details>")
+            picture = image(path.read_bytes(), f"training of {path.parent.name}")
+            parts.append(f"<details><summary>{escape(path.parent.name)}: training</summary>{picture}</details>")
     return "\n".join([*parts, "</section>"])
 
 
@@ -157,7 +164,8 @@ def _curves(group: Group) -> bytes:
     return target.getvalue()
 
 
-def _image(png: bytes, alt: str) -> str:
+def image(png: bytes, alt: str) -> str:
+    """A PNG as part of the page."""
     return f'<img alt="{escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 

@@ -30,6 +30,34 @@ def few_shot(path: Path, history: Sequence[dict[str, Any]], results: dict[str, A
     plt.close(figure)
 
 
+def training(
+    target: Path | BinaryIO, curves: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]
+) -> None:
+    """Metrics over meta-steps, a panel for each metric and a line for each training.
+
+    Args:
+      target: file to write the PNG to.
+      curves: by metric and line, steps and values.
+    """
+    columns = min(3, len(curves))
+    rows = -(-len(curves) // columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(4.5 * columns, 3 * rows), squeeze=False, layout="constrained")
+    for axes in grid.flat[len(curves) :]:
+        axes.axis("off")
+    colours: dict[str, str] = {}  # One for a line, in whichever panels it is.
+    for axes, (metric, lines) in zip(grid.flat, curves.items()):
+        for label, (steps, values) in lines.items():
+            colour = colours.setdefault(label, f"C{len(colours) % 10}")
+            marker = "." if len(steps) <= 20 else None
+            axes.plot(*_smoothed(np.array(steps), np.array(values)), color=colour, marker=marker, label=label)
+        axes.set(title=metric, xlabel="meta-steps")
+        axes.grid(alpha=0.3)
+    handles = [plt.Line2D([], [], color=colour, label=label) for label, colour in colours.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize="small")
+    figure.savefig(target, dpi=120, format="png")
+    plt.close(figure)
+
+
 def inner_steps(target: Path | BinaryIO, found: Mapping[str, dict[str, Any]]) -> None:
     """Accuracy over inner steps of several evaluations, each a summary of `evaluation.Results`, by label.
 

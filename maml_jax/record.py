@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from maml_jax.events import Events
 from maml_jax.workdir import (
     InUseError,
     Lock,
@@ -34,7 +35,8 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pill
 
 
 class RunDirectory:
-    """The directory of one run: `run.json`, `metrics.jsonl`, `results.json`, `params.msgpack`, checkpoints, pictures.
+    """The directory of one run: `run.json`, `metrics.jsonl` and the same for TensorBoard in `events`, `results.json`,
+    `params.msgpack`, checkpoints, pictures.
 
     With a configuration, the same command goes on where the run stopped: the directory may hold a run of
     the same configuration. While the object lives, no other process can open the directory.
@@ -69,6 +71,7 @@ class RunDirectory:
             self.close()
             raise
         self._metrics = self.path / "metrics.jsonl"
+        self._events: Events | None = None
         self._made_by = provenance()  # Now: the checkout may have moved on by the end of the run.
         self._earlier = read_json(self.path / "run.json")["starts"] if changed is not None else []
         if changed is not None:
@@ -91,11 +94,19 @@ class RunDirectory:
 
     def close(self) -> None:
         """Lets other processes in."""
+        self._close_events()
         self._lock.close()
 
     def log(self, **row: Any) -> None:
         """Appends one line to `metrics.jsonl`. Raises WorkdirError if that cannot be."""
         self._write_lines("a", [row])
+        try:
+            if self._events is None:
+                self._events = Events(self.path / "events", self.rows())
+            else:
+                self._events.add(plain(row))
+        except OSError as error:
+            raise cannot_write(self.path / "events", error) from error
 
     def rows(self, **labels: Any) -> list[dict]:
         """The rows of `metrics.jsonl` that have these entries, those of earlier starts of this run included."""
@@ -109,9 +120,11 @@ class RunDirectory:
         if len(kept) < len(rows):
             note(f"{self._metrics}: {len(rows) - len(kept)} rows after step {step} are dropped, and made again.")
             write(self._metrics, _lines(kept).encode())
+            self._close_events()  # To be made anew.
 
     def write_results(self, results: dict[str, Any]) -> Path:
         """Writes `results.json`: the results, and what made them."""
+        self._close_events()
         made_by = self._made_by | {"finished": now()}
         if self._earlier:
             made_by["earlier_starts"] = self._earlier
@@ -122,6 +135,11 @@ class RunDirectory:
         from flax import serialization
 
         return write(self.path / "params.msgpack", serialization.to_bytes(params))
+
+    def _close_events(self) -> None:
+        if self._events is not None:
+            self._events.close()
+            self._events = None
 
     def _tell_changes(self, changed: dict[str, tuple[Any, Any]]) -> None:
         for field, (old, new) in changed.items():

@@ -1,6 +1,7 @@
 """What the benchmark counts, what it compares, and that it runs from its command line."""
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from test_experiments import launch
 
-from experiments import benchmark, flops, workloads
+from experiments import benchmark, flops, measure, workloads
 from maml_jax.convolution import conv
 
 
@@ -97,6 +98,16 @@ def test_from_beginning_to_end(tmp_path):
     assert [r["second_over_first"]["operations"] > 1 for r in results["ratios"] if r["order"] == 2] == [True] * 2
     assert (tmp_path / "run" / "benchmark.png").stat().st_size > 10_000
     assert "second over first order: time" in done.stdout
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="The peak is read where Linux tells it.")
+def test_peak_memory_is_what_a_call_needs():
+    """An array of 256 MB, and next to nothing."""
+    size = 1 << 26
+    large = jax.jit(lambda x: x + jnp.arange(size, dtype=jnp.float32)).lower(1.0).compile()
+    result, peak = measure.with_peak_memory(lambda: large(1.0))
+    assert result[-1] == size and 4 * size <= peak < 4 * size * 1.5
+    assert measure.with_peak_memory(lambda: 1)[1] < size
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import maml_jax
 
-HEAVY = ("tensorflow", "tensorflow_datasets", "orbax", "matplotlib", "PIL", "flax", "tyro", "mujoco")
+HEAVY = ("tensorflow", "tensorflow_datasets", "orbax", "matplotlib", "PIL", "flax", "tyro", "mujoco", "tensorboardX")
 ROOT = Path(maml_jax.__file__).parent
 
 
@@ -17,7 +17,7 @@ def test_import_is_light_and_touches_no_device():
         "import os, sys; os.environ['JAX_PLATFORMS'] = 'nonexistent'; import maml_jax, maml_jax.losses, "
         "maml_jax.tasks.sinusoid, maml_jax.tasks.episodes, maml_jax.tasks.omniglot, maml_jax.tasks.images, "
         "maml_jax.convolution, maml_jax.train, maml_jax.task_axis, maml_jax.checkpoint, maml_jax.signals, "
-        "maml_jax.workdir; "
+        "maml_jax.workdir, maml_jax.record; "
         f"print([m for m in {HEAVY} if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -32,7 +32,7 @@ def test_models_and_plots_bring_no_tensorflow():
 
 
 LAYERS = [  # Each may import only from those before it.
-    {"types", "trees", "backend", "workdir"},
+    {"types", "trees", "backend", "workdir", "events"},
     {"validation", "mixed", "signals", "tasks.cache"},
     {"inner", "task_axis", "convolution", "losses", "statistics", "tasks.sinusoid", "tasks.episodes", "tasks.omniglot"},
     {"tasks.published", "tasks.pickles", "checkpoint", "saved"},

@@ -1,0 +1,193 @@
+"""Draws runs as one page that needs no network: curves of training, results, pictures, options and cost.
+
+    python -m experiments.report runs/NAME
+    python -m experiments.report runs/FIRST runs/SECOND --output comparison.html
+
+Works from what a run has written, while it trains, too. Of several runs it says in which options they differ.
+"""
+
+import dataclasses
+import io
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tyro
+
+from experiments import command_line, page
+from maml_jax import plots
+from maml_jax.workdir import WorkdirError, read_json, write
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Runs to draw."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Directories that experiments wrote to, or folders of `results/`."""
+    output: Path | None = None
+    """Where to write the page; default: report.html in the first run's directory."""
+
+
+class Run(NamedTuple):
+    """What is left of one run."""
+
+    path: Path
+    name: str
+    config: dict[str, Any]
+    starts: list[dict[str, Any]]
+    """What `record.provenance` told at each start."""
+    rows: list[dict[str, Any]]
+    """Of `metrics.jsonl`; none where only results were kept."""
+    results: dict[str, Any] | None
+
+
+def read(path: Path) -> Run:
+    """Reads a run's directory.
+
+    Raises:
+      ValueError: if there is no run.
+      WorkdirError: if a file of it is damaged.
+    """
+    files = {name: path / f"{name}.json" for name in ("run", "results")}
+    found = {name: read_json(file) for name, file in files.items() if file.exists()}
+    if not found:
+        raise ValueError(f"{path} holds no run: there is neither a run.json nor a results.json in it.")
+    results = found.get("results")
+    made_by = (results or {}).get("made_by", {})
+    run = found.get("run") or {"name": path.name, "config": (results or {}).get("config")}
+    starts = run.get("starts") or [*made_by.get("earlier_starts", []), made_by]
+    return Run(path, run["name"], run["config"] or {}, starts, _rows(path / "metrics.jsonl"), results)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    if lines.pop():  # A run that is at work may be writing its last line; a run that goes on mends it.
+        print(f"{path}: the last line is not whole yet, and left out.")
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise WorkdirError(f"{path} is damaged: {error}.") from error
+
+
+def prepare(config: Config) -> tuple[list[Run], Path]:
+    """Reads all runs. Raises ValueError, WorkdirError or OSError, naming the run and what is wrong."""
+    if not config.runs:
+        raise ValueError("runs must name at least one directory, but got none.")
+    output = config.output or config.runs[0] / "report.html"
+    runs = [read(path) for path in dict.fromkeys(config.runs)]
+    if not output.parent.is_dir():
+        raise ValueError(f"output must be in a directory that exists, but {output.parent} does not.")
+    return runs, output
+
+
+def main(prepared: tuple[list[Run], Path]) -> None:
+    """Writes the page."""
+    runs, output = prepared
+    write(output, html(runs).encode())
+    print(f"Wrote {output}.")
+
+
+def html(runs: Sequence[Run]) -> str:
+    """The whole page."""
+    title = ", ".join(run.path.name for run in runs)
+    parts = [page.head(title), f"<h1>{escape(title)}</h1>"]
+    if len(runs) > 1:
+        parts.append(f"<section><h2>Where they differ</h2>{_comparison(runs)}</section>")
+    curves = training_curves(runs)
+    if curves:
+        target = io.BytesIO()
+        plots.training(target, curves)
+        parts.append(f"<section><h2>Training</h2>{page.image(target.getvalue(), 'metrics over meta-steps')}</section>")
+    if tested := _tested(runs):
+        target = io.BytesIO()
+        plots.inner_steps(target, tested)
+        picture = page.image(target.getvalue(), "accuracy over inner steps")
+        parts.append(f"<section><h2>Accuracy over inner steps</h2>{picture}</section>")
+    return "\n".join([*parts, *map(_section, runs), "</body></html>\n"])
+
+
+def training_curves(runs: Sequence[Run]) -> dict[str, dict[str, tuple[list[float], list[float]]]]:
+    """By metric and line: steps and values. A line is a run, or each of the trainings that a run labels."""
+    curves: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+    for run in runs:
+        for row in run.rows:
+            if "step" not in row:
+                continue
+            labels = [f"{value}" for value in row.values() if isinstance(value, str)]
+            labels += [f"seed {row['seed']}"] if "seed" in row else []
+            name = ", ".join([*([run.path.name] if len(runs) > 1 or not labels else []), *labels])
+            for metric, value in row.items():
+                if metric not in ("step", "seed") and isinstance(value, (int, float)):
+                    steps, values = curves.setdefault(metric, {}).setdefault(name, ([], []))
+                    steps.append(row["step"])
+                    values.append(value)
+    return curves
+
+
+def _tested(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    found = {}
+    for run in runs:
+        for label, summary in (run.results or {}).get("test", {}).items():
+            if isinstance(summary, Mapping) and {"accuracy", "half_width"} <= summary.keys():
+                found[f"{run.path.name}, {label}"] = dict(summary)
+    return found
+
+
+def _section(run: Run) -> str:
+    parts = [f"<section><h2>{escape(run.path.name)}</h2>"]
+    parts += [f"<p>{escape(line)}</p>" for line in cost(run)]
+    for path in sorted(run.path.glob("*.png")):
+        parts.append(f"<h3>{escape(path.stem)}</h3>{page.image(path.read_bytes(), path.stem)}")
+    options = "".join(f"<tr><td>{escape(key)}</td>{_value(value)}</tr>" for key, value in run.config.items())
+    parts.append(f"<details><summary>Options</summary><table>{options}</table></details>")
+    starts = escape(json.dumps(run.starts, indent=1))
+    parts.append(f"<details><summary>Commands, versions, hardware</summary><pre>{starts}</pre></details>")
+    return "\n".join([*parts, "</section>"])
+
+
+def cost(run: Run) -> list[str]:
+    """What the run took, in words: time, meta-steps, hardware."""
+    last = run.starts[-1]
+    finished = (run.results or {}).get("made_by", {}).get("finished")
+    ends = [*(start.get("until") for start in run.starts[:-1]), finished]
+    seconds = [_between(start["started"], end) for start, end in zip(run.starts, ends) if end and "started" in start]
+    lines = ["Finished." if run.results is not None else "Not finished."]
+    if seconds:
+        lines[0] += f" {sum(seconds) / 3600:.2f} hours"
+        lines[0] += f", in {len(run.starts)} starts." if len(run.starts) > 1 else "."
+    if steps := max((row.get("step", 0) for row in run.rows), default=0):
+        lines.append(f"{steps:,} meta-steps.")
+    if "hardware" in last:
+        lines.append(f"On {last['hardware']}, commit {last.get('commit')}.")
+    return lines
+
+
+def _between(start: str, end: str) -> float:
+    return (datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds()
+
+
+def _comparison(runs: Sequence[Run]) -> str:
+    """The options in which the runs differ, a column for each run."""
+    keys = dict.fromkeys(key for run in runs for key in run.config)
+    differing = [key for key in keys if len({json.dumps(run.config.get(key)) for run in runs}) > 1]
+    head = "".join(f"<th>{escape(run.path.name)}</th>" for run in runs)
+    body = ""
+    for key in differing:
+        body += f"<tr><td>{escape(key)}</td>{''.join(_value(run.config.get(key)) for run in runs)}</tr>"
+    if not body:
+        return "<p>In no option.</p>"
+    return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _value(value: Any) -> str:
+    return f"<td><code>{escape(value if isinstance(value, str) else json.dumps(value))}</code></td>"
+
+
+if __name__ == "__main__":
+    command_line.run(Config, prepare, main)

@@ -1,0 +1,55 @@
+"""The notebooks run from top to bottom, and find what they say."""
+
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "notebooks"
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Runs a notebook; returns what it defined, and the number of pictures that it showed."""
+
+    def run(name):
+        shown = []
+        plt.close("all")
+        matplotlib.use("Agg")
+        monkeypatch.setattr(plt, "show", lambda: shown.append([len(axes.lines) for axes in plt.gcf().axes]))
+        scope = {"__name__": "__main__"}
+        try:
+            exec(compile((FOLDER / f"{name}.py").read_text(), name, "exec"), scope)
+        finally:
+            plt.close("all")
+        return scope, shown
+
+    return run
+
+
+def test_every_notebook_is_run():
+    assert {path.stem for path in FOLDER.glob("*.py")} == {"first_look", "own_model", "first_and_second_order"}
+
+
+def test_first_look(run):
+    scope, shown = run("first_look")
+    assert scope["error"][1] < 0.6 * scope["error"][0] and scope["error"][10] < 0.5
+    assert shown == [[1], [1 + 5]]
+
+
+def test_own_model(run):
+    scope, _ = run("own_model")
+    assert scope["report"].exact
+    for error in scope["results"].values():
+        assert error[3] < 0.3 * error[0]
+
+
+def test_first_and_second_order(run):
+    scope, shown = run("first_and_second_order")
+    assert scope["report"].exact and shown == [[4, 4]]
+    first, exact, step, mixed = ([row["gradient"] for row in rows] for rows in scope["found"].values())
+    for same in (step, mixed):
+        np.testing.assert_allclose(np.linalg.norm(np.subtract(same, exact), axis=1), 0, atol=1e-4)
+    assert np.linalg.norm(first[2] - exact[2]) > 0.01 * np.linalg.norm(exact[2])
