@@ -97,17 +97,20 @@ def measure(variant: Variant, seconds: float) -> dict[str, Any]:
 
 
 def with_peak_memory(run: Callable[[], Any]) -> tuple[Any, int | None]:
-    """What `run` returns, and the bytes that its first call needed at most, beyond those in use before.
+    """What `run` returns, and the bytes that its call needed at most, beyond those in use before.
 
-    Of all devices together on a CPU, where Linux tells the process's peak; of the first device on an
-    accelerator, as its allocator tells it; None where neither is known.
+    On a CPU of all devices together, as Linux tells the peak of the process: somewhat less than what was
+    used, where memory that was freed before is used again. On an accelerator of the first device, as its
+    allocator tells it. None where neither tells.
     """
     device, status, reset = jax.devices()[0], Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if device.platform != "cpu":
-        before = (device.memory_stats() or {}).get("bytes_in_use")
+        before = device.memory_stats() or {}
         result = jax.block_until_ready(run())
-        peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
-        return result, None if before is None or peak is None else peak - before
+        peak = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
+        # The peak is of the whole process: known only if it is this call's.
+        known = peak > before.get("peak_bytes_in_use", peak)
+        return result, peak - before["bytes_in_use"] if known else None
     if not reset.exists():
         return jax.block_until_ready(run()), None
 
@@ -115,9 +118,9 @@ def with_peak_memory(run: Callable[[], Any]) -> tuple[Any, int | None]:
         return 1024 * int(status.read_text().split(f"{kind}:")[1].split()[0])
 
     reset.write_text("5")  # Sets the peak to what is in use now.
-    before = resident("VmRSS")
+    before_call = resident("VmRSS")
     result = jax.block_until_ready(run())
-    return result, resident("VmHWM") - before
+    return result, resident("VmHWM") - before_call
 
 
 def product_rate(dtype: str) -> float:

@@ -19,6 +19,7 @@ import tyro
 
 from experiments import command_line, page
 from maml_jax import plots
+from maml_jax.events import training_of
 from maml_jax.workdir import WorkdirError, read_json, write
 
 
@@ -32,17 +33,29 @@ class Config:
     """Where to write the page; default: report.html in the first run's directory."""
 
 
+ABSENT = ""
+"""Shown for an option that a run does not have."""
+
+
 class Run(NamedTuple):
     """What is left of one run."""
 
     path: Path
-    name: str
+    label: str
+    """What it is called on the page."""
     config: dict[str, Any]
     starts: list[dict[str, Any]]
     """What `record.provenance` told at each start."""
     rows: list[dict[str, Any]]
     """Of `metrics.jsonl`; none where only results were kept."""
     results: dict[str, Any] | None
+
+
+def read_all(paths: Sequence[Path]) -> list[Run]:
+    """Reads runs, called by their directories, or by the paths to these where two are called the same."""
+    runs = [read(path) for path in dict.fromkeys(paths)]
+    names = [run.label for run in runs]
+    return [run if names.count(run.label) == 1 else run._replace(label=str(run.path)) for run in runs]
 
 
 def read(path: Path) -> Run:
@@ -58,9 +71,10 @@ def read(path: Path) -> Run:
         raise ValueError(f"{path} holds no run: there is neither a run.json nor a results.json in it.")
     results = found.get("results")
     made_by = (results or {}).get("made_by", {})
-    run = found.get("run") or {"name": path.name, "config": (results or {}).get("config")}
+    run = found.get("run", {})
     starts = run.get("starts") or [*made_by.get("earlier_starts", []), made_by]
-    return Run(path, run["name"], run["config"] or {}, starts, _rows(path / "metrics.jsonl"), results)
+    config = run.get("config") or (results or {}).get("config") or {}
+    return Run(path, path.resolve().name, config, starts, _rows(path / "metrics.jsonl"), results)
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -70,9 +84,12 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     if lines.pop():  # A run that is at work may be writing its last line; a run that goes on mends it.
         print(f"{path}: the last line is not whole yet, and left out.")
     try:
-        return [json.loads(line) for line in lines]
+        rows = [json.loads(line) for line in lines]
     except ValueError as error:
         raise WorkdirError(f"{path} is damaged: {error}.") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise WorkdirError(f"{path} is damaged: a line of it is no JSON object.")
+    return rows
 
 
 def prepare(config: Config) -> tuple[list[Run], Path]:
@@ -80,7 +97,7 @@ def prepare(config: Config) -> tuple[list[Run], Path]:
     if not config.runs:
         raise ValueError("runs must name at least one directory, but got none.")
     output = config.output or config.runs[0] / "report.html"
-    runs = [read(path) for path in dict.fromkeys(config.runs)]
+    runs = read_all(config.runs)
     if not output.parent.is_dir():
         raise ValueError(f"output must be in a directory that exists, but {output.parent} does not.")
     return runs, output
@@ -95,7 +112,7 @@ def main(prepared: tuple[list[Run], Path]) -> None:
 
 def html(runs: Sequence[Run]) -> str:
     """The whole page."""
-    title = ", ".join(run.path.name for run in runs)
+    title = ", ".join(run.label for run in runs)
     parts = [page.head(title), f"<h1>{escape(title)}</h1>"]
     if len(runs) > 1:
         parts.append(f"<section><h2>Where they differ</h2>{_comparison(runs)}</section>")
@@ -117,30 +134,33 @@ def training_curves(runs: Sequence[Run]) -> dict[str, dict[str, tuple[list[float
     curves: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
     for run in runs:
         for row in run.rows:
-            if "step" not in row:
+            if not _is_training(row):
                 continue
-            labels = [f"{value}" for value in row.values() if isinstance(value, str)]
-            labels += [f"seed {row['seed']}"] if "seed" in row else []
-            name = ", ".join([*([run.path.name] if len(runs) > 1 or not labels else []), *labels])
-            for metric, value in row.items():
-                if metric not in ("step", "seed") and isinstance(value, (int, float)):
-                    steps, values = curves.setdefault(metric, {}).setdefault(name, ([], []))
-                    steps.append(row["step"])
-                    values.append(value)
+            labels, numbers = training_of(row)
+            name = ", ".join([*([run.label] if len(runs) > 1 or not labels else []), *labels])
+            for metric, value in numbers.items():
+                steps, values = curves.setdefault(metric, {}).setdefault(name, ([], []))
+                steps.append(row["step"])
+                values.append(value)
     return curves
+
+
+def _is_training(row: Mapping[str, Any]) -> bool:
+    return isinstance(row.get("step"), (int, float))
 
 
 def _tested(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
     found = {}
     for run in runs:
-        for label, summary in (run.results or {}).get("test", {}).items():
+        tested = (run.results or {}).get("test")
+        for label, summary in tested.items() if isinstance(tested, Mapping) else ():
             if isinstance(summary, Mapping) and {"accuracy", "half_width"} <= summary.keys():
-                found[f"{run.path.name}, {label}"] = dict(summary)
+                found[f"{run.label}, {label}"] = dict(summary)
     return found
 
 
 def _section(run: Run) -> str:
-    parts = [f"<section><h2>{escape(run.path.name)}</h2>"]
+    parts = [f"<section><h2>{escape(run.label)}</h2>"]
     parts += [f"<p>{escape(line)}</p>" for line in cost(run)]
     for path in sorted(run.path.glob("*.png")):
         parts.append(f"<h3>{escape(path.stem)}</h3>{page.image(path.read_bytes(), path.stem)}")
@@ -155,13 +175,17 @@ def cost(run: Run) -> list[str]:
     """What the run took, in words: time, meta-steps, hardware."""
     last = run.starts[-1]
     finished = (run.results or {}).get("made_by", {}).get("finished")
+    if finished and finished < last.get("started", ""):
+        said, finished = "At work again, with more to do: the results are of an earlier start.", None
+    else:
+        said = "Finished." if finished else "Not finished."
     ends = [*(start.get("until") for start in run.starts[:-1]), finished]
     seconds = [_between(start["started"], end) for start, end in zip(run.starts, ends) if end and "started" in start]
-    lines = ["Finished." if run.results is not None else "Not finished."]
+    lines = [said]
     if seconds:
         lines[0] += f" {sum(seconds) / 3600:.2f} hours"
         lines[0] += f", in {len(run.starts)} starts." if len(run.starts) > 1 else "."
-    if steps := max((row.get("step", 0) for row in run.rows), default=0):
+    if steps := max((row["step"] for row in run.rows if _is_training(row)), default=0):
         lines.append(f"{steps:,} meta-steps.")
     if "hardware" in last:
         lines.append(f"On {last['hardware']}, commit {last.get('commit')}.")
@@ -175,11 +199,12 @@ def _between(start: str, end: str) -> float:
 def _comparison(runs: Sequence[Run]) -> str:
     """The options in which the runs differ, a column for each run."""
     keys = dict.fromkeys(key for run in runs for key in run.config)
-    differing = [key for key in keys if len({json.dumps(run.config.get(key)) for run in runs}) > 1]
-    head = "".join(f"<th>{escape(run.path.name)}</th>" for run in runs)
+    keys.pop("workdir", None)
+    differing = [key for key in keys if len({json.dumps(run.config.get(key, ABSENT)) for run in runs}) > 1]
+    head = "".join(f"<th>{escape(run.label)}</th>" for run in runs)
     body = ""
     for key in differing:
-        body += f"<tr><td>{escape(key)}</td>{''.join(_value(run.config.get(key)) for run in runs)}</tr>"
+        body += f"<tr><td>{escape(key)}</td>{''.join(_value(run.config.get(key, ABSENT)) for run in runs)}</tr>"
     if not body:
         return "<p>In no option.</p>"
     return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"

@@ -45,3 +45,11 @@ def one_image_at_a_time(images: Sequence[int], channels: int, features: int) -> 
     """
     large = math.prod(images) * features > LARGE_OUTPUT
     return jax.default_backend() == "cpu" and large and channels < FEW_CHANNELS
+
+
+def normalises_kernel(entries: int, features: int) -> bool:
+    """Whether a layer of windows of so many entries normalises its kernel in place of its output.
+
+    On a CPU, where passes over a large output cost more than the products of so few entries.
+    """
+    return jax.default_backend() == "cpu" and entries <= features

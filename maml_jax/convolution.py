@@ -68,6 +68,17 @@ def conv(
     return conv_p.bind(x, kernel, geometry=geometry, implementation=implementation)[0]
 
 
+def windows(x: jax.Array, window: tuple[int, ...], stride: int = 1) -> jax.Array:
+    """What each output pixel of a convolution sees: `[B, H, W, C] -> [B, H', W', h * w * C]`, zero outside the image.
+
+    Args:
+      x: images.
+      window: rows and columns of the kernel, `(h, w)`.
+      stride: as in `conv`.
+    """
+    return _windows(x, Geometry((x.shape[1], x.shape[2]), (window[0], window[1]), stride))
+
+
 class Geometry(NamedTuple):
     """What the three operations have in common."""
 

@@ -1,5 +1,6 @@
 """Linen layers of the paper's networks, with derivatives that are exact at any order."""
 
+import functools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -11,10 +12,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from maml_jax import backend
-from maml_jax.convolution import ImplementationName, conv
+from maml_jax.convolution import ImplementationName, conv, windows
 from maml_jax.normalisation import Moments, Norm, of_each
 
-WINNER = "maml_jax_winner"
+POOL_WINNER = "maml_jax_winner"
 """Name of the places of maxima, for the policies of `jax.checkpoint`."""
 
 
@@ -25,9 +26,9 @@ class Conv(nn.Module):
     `nn.Conv` in nets that are meta-trained.
 
     Called with a `Norm`, and with the number of examples at the beginning that are the support set
-    (None: all), it returns the normalised output. By the moments of the batch, and with few channels,
-    it normalises its kernel and not its far larger output, whose moments it knows from its input
-    (`output_moments`).
+    (None: all), it returns the normalised output. By the moments of the batch, and with few channels
+    (`backend.normalises_kernel`), it normalises its kernel and not its far larger output, whose moments
+    it knows from its input (`output_moments`).
     """
 
     features: int
@@ -40,24 +41,24 @@ class Conv(nn.Module):
     def __call__(self, x: jax.Array, norm: Norm | None = None, support: int | None = None) -> jax.Array:
         kernel = self.kernel(x)
         if norm is None:
-            return self.of_images(x, kernel)
-        if norm.kind == "batch" and math.prod(kernel.shape[:3]) <= self.features:
-            mean, scale, offset = norm.parts(output_moments(x, kernel, self.stride))
+            return self.convolve(x, kernel)
+        if norm.kind == "batch" and backend.normalises_kernel(math.prod(kernel.shape[:3]), self.features):
+            mean, scale, offset = norm.affine(output_moments(x, kernel, self.stride))
             kernel, shift = (leaf.astype(kernel.dtype) for leaf in (kernel * scale, offset - mean * scale))
-            return self.of_images(x, kernel) + shift
-        return self.normalised(x, kernel, norm, support)
+            return self.convolve(x, kernel) + shift
+        return self.convolve_and_normalise(x, kernel, norm, support)
 
     def kernel(self, x: jax.Array) -> jax.Array:
         """The parameter, for such images."""
         return self.param("kernel", self.kernel_init, (self.size, self.size, x.shape[-1], self.features))
 
-    def of_images(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        """What the layer makes of images and a kernel."""
+    def convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """`[B, H, W, C]` and a kernel to what the layer gives without a normalisation."""
         return conv(x, kernel, stride=self.stride, implementation=self.implementation)
 
-    def normalised(self, x: jax.Array, kernel: jax.Array, norm: Norm, support: int | None) -> jax.Array:
-        """The same, normalised by moments of its own."""
-        return norm(self.of_images(x, kernel), support)
+    def convolve_and_normalise(self, x: jax.Array, kernel: jax.Array, norm: Norm, support: int | None) -> jax.Array:
+        """The same, normalised by the moments of the convolution."""
+        return norm(self.convolve(x, kernel), support)
 
 
 class Dense(nn.Module):
@@ -85,25 +86,25 @@ class PooledConv(Conv):
     maximum stays where it is. The moments are those before the pooling all the same.
     """
 
-    def of_images(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return self._each(lambda images: max_pool(Conv.of_images(self, images, kernel)), x)
+    def convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return self._map_images(lambda images: max_pool(Conv.convolve(self, images, kernel)), x)
 
-    def normalised(self, x: jax.Array, kernel: jax.Array, norm: Norm, support: int | None) -> jax.Array:
+    def convolve_and_normalise(self, x: jax.Array, kernel: jax.Array, norm: Norm, support: int | None) -> jax.Array:
         def of_images(images: jax.Array) -> tuple[jax.Array, Moments]:
-            y = Conv.of_images(self, images, kernel)
+            y = Conv.convolve(self, images, kernel)
             return max_pool(y), of_each(y)
 
-        pooled, each = self._each(of_images, x)
+        pooled, each = self._map_images(of_images, x)
         return norm(pooled, support, each)
 
-    def _each(self, fn: Callable[[jax.Array], Any], x: jax.Array) -> Any:
+    def _map_images(self, fn: Callable[[jax.Array], Any], x: jax.Array) -> Any:
         """`fn` of all images, which may be one at a time."""
         if not backend.one_image_at_a_time(x.shape[:3], x.shape[3], self.features):
             return fn(x)
         # The convolution of all images is far larger than what is left of it, so it is made, and for
         # the gradient made again, image by image, and never leaves the caches. Kept is where the maxima
         # are, which is small, and for some normalisations all that the gradient needs.
-        kept = jax.checkpoint_policies.save_only_these_names(WINNER)
+        kept = jax.checkpoint_policies.save_only_these_names(POOL_WINNER)
         made = jax.lax.map(jax.checkpoint(lambda image: fn(image[None]), prevent_cse=False, policy=kept), x)
         return jax.tree.map(lambda leaf: leaf[:, 0], made)
 
@@ -112,26 +113,25 @@ def output_moments(x: jax.Array, kernel: jax.Array, stride: int = 1) -> Moments:
     """The `Moments` `[D]` of `conv(x, kernel)` over images and space, from `x` and the kernel alone.
 
     Every output pixel is the product of the kernel with a window of the image, so the mean of the output is
-    that of the windows times the kernel, and its variance the quadratic form of their covariance. That pays
-    where a window has no more entries than there are features; and none of it is as large as the output.
+    that of the windows times the kernel, and its variance the quadratic form of their covariance. Neither
+    changes with the kernel, and so not from one inner step to the next.
 
     Args:
       x: images `[B, H, W, C]`.
       kernel: `[h, w, C, D]`.
       stride: of the convolution.
     """
-    exact = jnp.promote_types(jnp.float32, kernel.dtype)
-    x, kernel = x.astype(exact), kernel.astype(exact)
-    entries = math.prod(kernel.shape[:3])
-    unit = jnp.eye(entries, dtype=exact).reshape(*kernel.shape[:3], entries)
+    exact = functools.reduce(jnp.promote_types, (x.dtype, kernel.dtype, jnp.float32))
+    product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)  # A variance is a small difference.
+    x, weights = x.astype(exact), kernel.reshape(-1, kernel.shape[3]).astype(exact)
+    entries = len(weights)
     # Near the mean of each entry (but for the borders), so that little is lost when it is made the mean.
     centre = jnp.tile(x.mean((0, 1, 2)), entries // x.shape[3])
 
     def sums(images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Over all windows: every entry times every entry less its centre, and the entries less their centres."""
-        values = conv(images, unit, stride=stride) - centre
-        products = jax.linear_transpose(partial(conv, images, stride=stride), unit)(values)[0]
-        return products.reshape(entries, entries), values.sum((0, 1, 2))
+        """Of the entries of all windows less their centres: the products of each two, and themselves."""
+        rows = windows(images, kernel.shape[:2], stride).reshape(-1, entries) - centre
+        return product(rows.T, rows), rows.sum(0)
 
     if backend.one_image_at_a_time(x.shape[:3], x.shape[3], entries):
         zeros = (jnp.zeros((entries, entries), exact), jnp.zeros(entries, exact))
@@ -140,10 +140,8 @@ def output_moments(x: jax.Array, kernel: jax.Array, stride: int = 1) -> Moments:
         total = sums(x)
     count = len(x) * math.prod(-(-size // stride) for size in x.shape[1:3])
     products, off_centre = (leaf / count for leaf in total)
-    mean = centre + off_centre
-    covariance = products - mean[:, None] * off_centre
-    weights = kernel.reshape(entries, -1)
-    return Moments(mean @ weights, (weights * (covariance @ weights)).sum(0))
+    covariance = products - jnp.outer(off_centre, off_centre)
+    return Moments(product(centre + off_centre, weights), (weights * product(covariance, weights)).sum(0))
 
 
 def max_pool(x: jax.Array) -> jax.Array:
@@ -162,6 +160,6 @@ def max_pool(x: jax.Array) -> jax.Array:
     upper = (jnp.maximum(a, b) >= jnp.maximum(c, d)) | jnp.isnan(a) | jnp.isnan(b)
     first, third = (a >= b) | jnp.isnan(a), (c >= d) | jnp.isnan(c)
     winner = jnp.where(upper, jnp.where(first, 0, 1), jnp.where(third, 2, 3)).astype(jnp.int8)
-    winner = checkpoint_name(winner, WINNER)
+    winner = checkpoint_name(winner, POOL_WINNER)
     place = jnp.arange(4, dtype=jnp.int8).reshape(2, 1, 2, 1)
     return jnp.where(winner[:, :, None, :, None] == place, x, 0).sum((2, 4))

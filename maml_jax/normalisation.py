@@ -77,13 +77,13 @@ class Norm(nn.Module):
     def __call__(self, x: jax.Array, support: int | None = None, each: Moments | None = None) -> jax.Array:
         if each is None:
             each = of_all(x) if self.kind == "batch" else of_each(x)
-        mean, scale, offset = self.parts(each, support)
+        mean, scale, offset = self.affine(each, support)
         if mean.ndim > 1:  # [B or 1, C], with an axis for every one of space.
             mean, scale = (leaf.reshape(len(leaf), *[1] * (x.ndim - 2), -1) for leaf in (mean, scale))
         return (x - mean) * scale + offset
 
     @nn.compact
-    def parts(self, moments: Moments, support: int | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def affine(self, moments: Moments, support: int | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Mean, scale and offset, with which `x` becomes `(x - mean) * scale + offset`.
 
         Args:
@@ -103,7 +103,7 @@ class Norm(nn.Module):
         return batch
 
     def statistics(self, each: Moments, support: int | None) -> Moments:
-        """What each example is normalised by, `[B or 1, C]`, from the moments of each."""
+        """What each example is normalised by, `[B, C]` or `[1, C]`, from the moments of each; `[C]` from `[C]`."""
         if self.kind == "batch":
             return self.seen(each if each.mean.ndim == 1 else together(each))
         if self.kind == "running":

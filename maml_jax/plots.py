@@ -52,7 +52,8 @@ def training(
             axes.plot(*_smoothed(np.array(steps), np.array(values)), color=colour, marker=marker, label=label)
         axes.set(title=metric, xlabel="meta-steps")
         axes.grid(alpha=0.3)
-    handles = [plt.Line2D([], [], color=colour, label=label) for label, colour in colours.items()]
+    # A name is no formula.
+    handles = [plt.Line2D([], [], color=colour, label=label.replace("$", r"\$")) for label, colour in colours.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize="small")
     figure.savefig(target, dpi=120, format="png")
     plt.close(figure)

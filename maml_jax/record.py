@@ -94,11 +94,17 @@ class RunDirectory:
 
     def close(self) -> None:
         """Lets other processes in."""
-        self._close_events()
-        self._lock.close()
+        try:
+            self._close_events()
+        finally:
+            self._lock.close()
 
     def log(self, **row: Any) -> None:
-        """Appends one line to `metrics.jsonl`. Raises WorkdirError if that cannot be."""
+        """Appends one line to `metrics.jsonl`; text in it, and its `seed`, tell its training from others of the run.
+
+        Raises:
+          WorkdirError: if it cannot be written.
+        """
         self._write_lines("a", [row])
         try:
             if self._events is None:
@@ -137,9 +143,12 @@ class RunDirectory:
         return write(self.path / "params.msgpack", serialization.to_bytes(params))
 
     def _close_events(self) -> None:
-        if self._events is not None:
-            self._events.close()
-            self._events = None
+        events, self._events = self._events, None
+        if events is not None:
+            try:
+                events.close()
+            except OSError as error:
+                raise cannot_write(self.path / "events", error) from error
 
     def _tell_changes(self, changed: dict[str, tuple[Any, Any]]) -> None:
         for field, (old, new) in changed.items():

@@ -106,7 +106,7 @@ def test_peak_memory_is_what_a_call_needs():
     size = 1 << 26
     large = jax.jit(lambda x: x + jnp.arange(size, dtype=jnp.float32)).lower(1.0).compile()
     result, peak = measure.with_peak_memory(lambda: large(1.0))
-    assert result[-1] == size and 4 * size <= peak < 4 * size * 1.5
+    assert result[-1] == size and 0.95 * 4 * size < peak < 1.5 * 4 * size
     assert measure.with_peak_memory(lambda: 1)[1] < size
 
 

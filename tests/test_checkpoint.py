@@ -12,9 +12,9 @@ import pytest
 from model_zoo import ZOO, drawn_params, tasks
 
 import maml_jax
-from maml_jax import layers, losses, models
+from maml_jax import backend, layers, losses, models
 from maml_jax.convolution import IMPLEMENTATIONS, ImplementationName
-from maml_jax.normalisation import Norm, of_all
+from maml_jax.normalisation import Norm
 from maml_jax.task_axis import task_mesh
 
 
@@ -63,15 +63,16 @@ def test_for_every_library(library):
 
 
 class SmallNet(nn.Module):
-    """Every kind of layer of the paper's nets, those that normalise their kernels and those that do not."""
+    """Layers of the paper's nets: a first one that normalises its kernel, strided or pooled, and one that does not."""
 
+    pooled: bool
     implementation: ImplementationName | None = None
 
     @nn.compact
     def __call__(self, x, context=None):
-        options = {"size": 2, "implementation": self.implementation}
-        x = nn.relu(layers.Conv(4, stride=2, **options)(x, Norm("batch")))
-        x = nn.relu(layers.PooledConv(3, **options)(x, Norm("batch")))
+        first = layers.PooledConv if self.pooled else functools.partial(layers.Conv, stride=2)
+        x = nn.relu(first(4, size=2, implementation=self.implementation)(x, Norm("batch")))
+        x = nn.relu(layers.PooledConv(3, size=2, implementation=self.implementation)(x, Norm("batch")))
         return layers.Dense(2)(x.reshape(len(x), -1))
 
 
@@ -84,23 +85,24 @@ def images_of_two_tasks():
     return maml_jax.Task(batch(), batch())
 
 
+def lax_conv(x, kernel, *, stride=1, implementation=None):
+    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
 @functools.cache
-def slow_reference(order):
-    """The net with JAX's own convolution and all moments from the outputs, task by task, nothing compiled."""
+def slow_reference(order, pooled):
+    """With JAX's own convolution and its derivatives, outputs normalised as they are, task by task, not compiled."""
     batch = images_of_two_tasks()
-    net = SmallNet("lax")
+    net = SmallNet(pooled)
     params = jax.tree.map(lambda leaf: leaf.astype(float), drawn_params(net, batch.support[0][0]))
     inner = maml_jax.sgd(0.3, steps=2, order=order)
     learner = maml_jax.maml(losses.cross_entropy(models.apply_params(net)), inner, optax.sgd(1.0))
     state = learner.init(params)
     with pytest.MonkeyPatch.context() as patch, jax.disable_jit():
-        patch.setattr(layers, "output_moments", lambda x, kernel, stride: of_all(lax_conv(x, kernel, stride)))
+        patch.setattr(layers, "conv", lax_conv)
+        patch.setattr(backend, "normalises_kernel", lambda entries, features: False)
         each = [learner.step(state, jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], batch))[0].params for i in (0, 1)]
     return params, jax.tree.map(lambda p, a, b: p - (a + b) / 2, params, *each)
-
-
-def lax_conv(x, kernel, stride):
-    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 POLICIES = {"vmap": {"tasks_at_once": "all"}, "scan": {"tasks_at_once": 1}, "devices": {"mesh": task_mesh(2)}}
@@ -109,11 +111,13 @@ POLICIES = {"vmap": {"tasks_at_once": "all"}, "scan": {"tasks_at_once": 1}, "dev
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("order", "checkpoint"), [(1, "none"), (2, "none"), (2, "step"), (2, "mixed")])
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, None])
-def test_every_path_against_one_slow_reference(implementation, policy, order, checkpoint):
-    params, expected = slow_reference(order)
-    loss_fn = losses.cross_entropy(models.apply_params(SmallNet(implementation)))
+@pytest.mark.parametrize("pooled, implementation", [*((False, name) for name in IMPLEMENTATIONS), (True, None)])
+def test_every_path_against_one_slow_reference(pooled, implementation, policy, order, checkpoint, monkeypatch):
+    params, expected = slow_reference(order, pooled)
+    loss_fn = losses.cross_entropy(models.apply_params(SmallNet(pooled, implementation)))
     inner = maml_jax.sgd(0.3, steps=2, order=order, checkpoint=checkpoint)
+    if pooled:  # As large images are.
+        monkeypatch.setattr(backend, "one_image_at_a_time", lambda images, channels, features: True)
     (got, _), _ = meta_gradient(loss_fn, inner, params, images_of_two_tasks(), **POLICIES[policy])
     assert_same(got, expected, rtol=1e-8, atol=1e-12)
 

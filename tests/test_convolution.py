@@ -286,6 +286,17 @@ def test_moments_lose_nothing_to_a_bright_background():
     np.testing.assert_allclose(got.variance, exact.var((0, 1, 2)), rtol=1e-3)
 
 
+def test_moments_of_colours_that_a_kernel_hardly_sees():
+    """In float32, of grey images with a little colour, by kernels that do not see grey."""
+    random = np.random.default_rng(4)
+    grey, colour = random.random((4, 12, 12, 1)), random.standard_normal((4, 12, 12, 3))
+    x = (grey + 0.02 * colour).astype(np.float32)
+    kernel = random.standard_normal((3, 3, 3, 32)).astype(np.float32)
+    kernel -= kernel.mean(2, keepdims=True)
+    exact = normalisation.of_all(conv(x.astype(np.float64), kernel.astype(np.float64)))
+    np.testing.assert_allclose(layers.output_moments(x, kernel).variance, exact.variance, rtol=1e-3)
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_kernel_is_normalised_in_place_of_its_output(stride, x64):
     """A layer given its normalisation is the layer followed by it, for many channels and for few."""
@@ -301,6 +312,7 @@ def test_a_kernel_is_normalised_in_place_of_its_output(stride, x64):
 
 def test_large_images_are_convolved_one_at_a_time_on_a_cpu_alone(monkeypatch):
     assert backend.one_image_at_a_time((75, 84, 84), 3, 32) and not backend.one_image_at_a_time((20, 28, 28), 3, 16)
+    assert backend.normalises_kernel(27, 32) and not backend.normalises_kernel(36, 32)
     assert not backend.one_image_at_a_time((75, 84, 84), 32, 32)  # To make it again would cost more.
     monkeypatch.setattr(backend.jax, "default_backend", lambda: "gpu")
-    assert not backend.one_image_at_a_time((75, 84, 84), 3, 32)
+    assert not backend.one_image_at_a_time((75, 84, 84), 3, 32) and not backend.normalises_kernel(27, 32)

@@ -7,6 +7,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from maml_jax.record import RunDirectory
+from maml_jax.workdir import WorkdirError
 
 
 def scalars(folder):
@@ -32,8 +33,8 @@ def test_numbers_of_each_training(tmp_path):
     run.log(round=1, ms=3.0)  # Of no training.
     run.close()
     assert scalars(run.path / "events") == {
-        ("maml-seed3", "loss"): [(10, 0.1), (20, 0.05)],
-        ("other-seed3", "loss"): [(5, 0.5)],
+        ("maml-seed_3", "loss"): [(10, 0.1), (20, 0.05)],
+        ("other-seed_3", "loss"): [(5, 0.5)],
     }
 
 
@@ -50,3 +51,21 @@ def test_a_run_that_goes_on_from_an_earlier_step(tmp_path):
         run.log(step=step, loss=10.0 * step)
     run.close()
     assert scalars(run.path / "events") == {(".", "loss"): [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0)]}
+
+
+def test_text_is_no_path(tmp_path):
+    run = RunDirectory(tmp_path / "run", "test", {})
+    run.log(data="../../elsewhere", step=1, loss=1.0)
+    run.log(data="x" * 300, step=1.0, loss=2.0)
+    run.close()
+    assert {name for name, _ in scalars(run.path / "events")} == {"_elsewhere", "x" * 100}
+    assert {path.name for path in tmp_path.rglob("*") if "elsewhere" in path.name} == {"_elsewhere"}
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    run = RunDirectory(tmp_path / "run", "test", {})
+    (run.path / "events").write_text("a file where the folder should be")
+    with pytest.raises(WorkdirError, match="events"):
+        run.log(step=1, loss=1.0)
+    run.close()
+    RunDirectory(tmp_path / "run", "test", {}).close()  # Not locked any more.

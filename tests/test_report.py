@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from test_experiments import launch
 
 from experiments import report
+from maml_jax.workdir import WorkdirError
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +87,39 @@ def test_accuracy_over_inner_steps_and_cost(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(content))
     run = report.read(tmp_path)
     assert report.cost(run) == ["Finished. 4.50 hours, in 2 starts.", "On abacus, commit c."]
-    assert "Accuracy over inner steps" in report.html([run])
+    page = report.html([run, run._replace(config={"shots": None, "workdir": "elsewhere"})])
+    assert "Accuracy over inner steps" in page
+    assert "<td>ways</td><td><code>5</code></td><td><code></code></td>" in page
+    assert "<td>shots</td><td><code></code></td><td><code>null</code></td>" in page
+    assert "<td>workdir</td>" not in page.split("<h2>Accuracy")[0]
+
+
+def test_names_and_options_are_text(tmp_path):
+    """Neither HTML nor formulas; two runs of one name are told apart, and lines that are no training left out."""
+    paths = [tmp_path / folder / "<b>$x$" for folder in ("first", "second")]
+    for number, path in enumerate(paths):
+        path.mkdir(parents=True)
+        (path / "run.json").write_text(
+            json.dumps({"name": "x", "config": {"<i>": f"<script>{number}"}, "starts": [{}]})
+        )
+        (path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": null, "loss": 3.0}\n{"round": 1}\n')
+    runs = report.read_all(paths)
+    assert report.training_curves(runs)["loss"] == {str(path): ([1], [2.0]) for path in paths}
+    page = report.html(runs)
+    assert not {"<b>", "<i>", "<script>"} & set(re.findall("<[^>]*>", page.split("<body>")[1]))
+    (paths[0] / "metrics.jsonl").write_text("[]\n")
+    with pytest.raises(WorkdirError, match="a line of it is no JSON object"):
+        report.read_all(paths)
+
+
+def test_a_finished_run_that_is_at_work_again():
+    run = report.Run(
+        Path("x"), "x", {}, [{"started": "2026-01-01T08:00:00Z", "until": "2026-01-01T09:00:00Z"}], [], None
+    )
+    run = run._replace(results={"made_by": {"finished": "2026-01-01T09:00:00Z"}})
+    assert report.cost(run) == ["Finished. 1.00 hours."]
+    again = run._replace(starts=[*run.starts, {"started": "2026-01-02T08:00:00Z"}])
+    assert report.cost(again)[0].startswith("At work again, with more to do") and "1.00 hours" in report.cost(again)[0]
 
 
 @pytest.mark.parametrize(
