@@ -12,7 +12,7 @@ import time
 from collections.abc import Collection, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -71,7 +71,7 @@ class RunDirectory:
             self.close()
             raise
         self._metrics = self.path / "metrics.jsonl"
-        self._events: Events | None = None
+        self._events: Events | Literal["lost"] | None = None  # Made at the first row, of all rows that there are.
         self._made_by = provenance()  # Now: the checkout may have moved on by the end of the run.
         self._earlier = read_json(self.path / "run.json")["starts"] if changed is not None else []
         if changed is not None:
@@ -94,10 +94,8 @@ class RunDirectory:
 
     def close(self) -> None:
         """Lets other processes in."""
-        try:
-            self._close_events()
-        finally:
-            self._lock.close()
+        self._close_events()
+        self._lock.close()
 
     def log(self, **row: Any) -> None:
         """Appends one line to `metrics.jsonl`; text in it, and its `seed`, tell its training from others of the run.
@@ -106,13 +104,15 @@ class RunDirectory:
           WorkdirError: if it cannot be written.
         """
         self._write_lines("a", [row])
+        if self._events == "lost":
+            return
         try:
             if self._events is None:
                 self._events = Events(self.path / "events", self.rows())
             else:
                 self._events.add(plain(row))
         except OSError as error:
-            raise cannot_write(self.path / "events", error) from error
+            self._lose_events(error)
 
     def rows(self, **labels: Any) -> list[dict]:
         """The rows of `metrics.jsonl` that have these entries, those of earlier starts of this run included."""
@@ -144,11 +144,16 @@ class RunDirectory:
 
     def _close_events(self) -> None:
         events, self._events = self._events, None
-        if events is not None:
+        if isinstance(events, Events):
             try:
-                events.close()
+                events.flush()
             except OSError as error:
-                raise cannot_write(self.path / "events", error) from error
+                self._lose_events(error)
+
+    def _lose_events(self, error: OSError) -> None:
+        """They are a copy: what they lack is no reason to stop."""
+        self._events = "lost"
+        note(f"{self.path / 'events'}: {error}. TensorBoard shows no more of this run; metrics.jsonl has it all.")
 
     def _tell_changes(self, changed: dict[str, tuple[Any, Any]]) -> None:
         for field, (old, new) in changed.items():

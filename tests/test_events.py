@@ -7,7 +7,6 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from maml_jax.record import RunDirectory
-from maml_jax.workdir import WorkdirError
 
 
 def scalars(folder):
@@ -62,10 +61,16 @@ def test_text_is_no_path(tmp_path):
     assert {path.name for path in tmp_path.rglob("*") if "elsewhere" in path.name} == {"_elsewhere"}
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+def test_a_folder_that_cannot_be_written_is_told_once_and_stops_nothing(tmp_path, capsys):
     run = RunDirectory(tmp_path / "run", "test", {})
     (run.path / "events").write_text("a file where the folder should be")
-    with pytest.raises(WorkdirError, match="events"):
-        run.log(step=1, loss=1.0)
+    for step in (1, 2):
+        run.log(step=step, loss=1.0)
     run.close()
-    RunDirectory(tmp_path / "run", "test", {}).close()  # Not locked any more.
+    assert capsys.readouterr().err.count("TensorBoard shows no more of this run") == 1
+    assert [row["step"] for row in run.rows()] == [1, 2]
+    (run.path / "events").unlink()
+    run = RunDirectory(tmp_path / "run", "test", {})
+    run.log(step=3, loss=1.0)
+    run.close()
+    assert [step for step, _ in scalars(run.path / "events")[".", "loss"]] == [1, 2, 3]
