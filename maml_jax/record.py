@@ -63,6 +63,7 @@ class RunDirectory:
         *,
         harmless: Collection[str] = (),
     ):
+        self._events: Events | Literal["lost"] | None = None  # Made at the first row, of all rows that there are.
         config = None if config is None else _as_json(config)
         self.path, self._lock = _own_or_free(name, config) if path is None else _locked(Path(path))
         try:
@@ -71,7 +72,6 @@ class RunDirectory:
             self.close()
             raise
         self._metrics = self.path / "metrics.jsonl"
-        self._events: Events | Literal["lost"] | None = None  # Made at the first row, of all rows that there are.
         self._made_by = provenance()  # Now: the checkout may have moved on by the end of the run.
         self._earlier = read_json(self.path / "run.json")["starts"] if changed is not None else []
         if changed is not None:
