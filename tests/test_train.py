@@ -193,7 +193,7 @@ def test_run_directory(tmp_path, monkeypatch):
     restored = serialization.from_bytes({"w": jnp.zeros(3)}, (run.path / "params.msgpack").read_bytes())
     np.testing.assert_array_equal(restored["w"], [0, 1, 2])
     assert sorted(p.name for p in run.path.iterdir()) == [
-        ".lock", "metrics.jsonl", "params.msgpack", "results.json", "run.json",
+        ".lock", "events", "metrics.jsonl", "params.msgpack", "results.json", "run.json",
     ]  # fmt: skip
     assert RunDirectory(None, "it").path.name == "it-2"
     run.close()
