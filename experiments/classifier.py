@@ -19,7 +19,7 @@ from maml_jax import evaluation, losses, models, per_step, running, saved
 from maml_jax.evaluation import Predictor, Protocol, Results
 from maml_jax.inner import adapted_part
 from maml_jax.normalisation import NEEDS_CONTEXT, Normalisation
-from maml_jax.task_axis import task_axis, task_mesh
+from maml_jax.task_axis import local_mesh, task_axis, task_mesh
 from maml_jax.tasks import episodes, host
 from maml_jax.tasks.episodes import EpisodeShape, ImageClasses
 from maml_jax.types import MetaState, Params, Rates, Task
@@ -85,7 +85,7 @@ def _evaluation_of(model: Classifier, seen: QueriesSeen) -> Callable[[MetaState,
     if model.gathers:
         apply = models.apply_params(model.trained)
         inner = inner._replace(at_step=per_step.choose(models.norms_only))
-    mesh = task_mesh(jax.local_device_count())  # All devices of this process, each with its share of the tasks.
+    mesh = local_mesh()
     learner = maml_jax.maml(losses.cross_entropy(apply), inner, optax.identity(), query_loss_fn=judged, mesh=mesh)
     evaluate = jax.jit(learner.evaluate, static_argnums=2)
     return lambda state, tasks, steps: evaluate(task_axis(None, mesh).replicate(state), tasks, steps)
@@ -128,7 +128,7 @@ def drawn_from(prepared: Prepared, key: jax.Array) -> tuple[Callable[[Any, jax.A
     if prepared.config.method == "reptile":
         shape = shape._replace(shots=max(shape.shots, min(REPTILE_SHOTS, min(data.counts) - shape.queries)))
     if prepared.config.method != "pretrained":
-        return host.by_step(key, data, tasks, shape)
+        return host.by_step(key, data, tasks, shape, mesh=task_mesh(tasks))
     joint = EpisodeShape(min(JOINT_CLASSES, len(data.counts)), shots=1, queries=1, rotations=shape.rotations)
 
     def draw(data: ImageClasses, step: jax.Array) -> Task:

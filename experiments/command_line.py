@@ -1,16 +1,18 @@
 """How every experiment starts: a dataclass becomes the command line, and a mistake in it becomes one clear line."""
 
+import dataclasses
 import hashlib
 import os
 import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import tyro
 
+from maml_jax import hosts
 from maml_jax.tasks.cache import DataError
 from maml_jax.workdir import WorkdirError
 
@@ -19,7 +21,11 @@ Prepared = TypeVar("Prepared")
 
 
 def run(
-    config_type: type[Config], prepare: Callable[[Config], Prepared], experiment: Callable[[Prepared], object]
+    config_type: type[Config],
+    prepare: Callable[[Config], Prepared],
+    experiment: Callable[[Prepared], object],
+    *,
+    several: bool = False,
 ) -> None:
     """Parses the command line into `config_type`, checks and loads with `prepare`, and runs the experiment.
 
@@ -27,22 +33,58 @@ def run(
     with status 2 and one line on standard error; a loss that stops being finite, and a work directory that cannot
     be written any more, do so with status 1. After SIGINT or SIGTERM in training everything is saved, and the status
     is 130 or 143 (`maml_jax.signals`).
+
+    With `several` the command line has the options of `Hosts` too, which make the process one of several; all end if
+    one finds its input wrong or is lost.
     """
     # As many CPU devices as cores: each goes through its share of the tasks, which uses the cores better
     # than dividing single matrix products does. Without effect where there is an accelerator.
     jax.config.update("jax_num_cpu_devices", cores())
     keep_compiled(Path("runs") / "compiled")
-    config = tyro.cli(config_type, config=(tyro.conf.FlagCreatePairsOff,))
+    parts: list[tuple[str, Any]] = [("experiment", config_type), *([("hosts", Hosts)] if several else [])]
+    options: Any = tyro.cli(
+        dataclasses.make_dataclass("Options", parts),
+        description=config_type.__doc__,
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+    )
     try:
-        prepared = prepare(config)
-    except (ValueError, DataError, OSError) as error:
+        if several:
+            hosts.connect(**dataclasses.asdict(options.hosts))
+    except ValueError as error:
         _end(f"error: {error}", 2)
+    problem = ""
+    try:
+        prepared = prepare(options.experiment)
+    except (ValueError, DataError, OSError) as error:
+        problem = str(error)
+    for number, other in enumerate(hosts.gathered(problem)):
+        if problem or other:
+            _end(f"error: {problem or f'process {number}: {other}'}", 2)
+    if not hosts.leads():
+        sys.stdout = open(os.devnull, "w")  # One tells what all of them do.
     try:
         experiment(prepared)
-    except (FloatingPointError, WorkdirError) as error:
+    except (FloatingPointError, WorkdirError, hosts.LeaderError) as error:
         _end(f"error: {error}", 1)
     except KeyboardInterrupt:
         _end("interrupted", 130)
+    except jax.errors.JaxRuntimeError as error:
+        if not hosts.several():
+            raise
+        _end(f"error: another process is lost, and the same command goes on from the last checkpoint: {error}", 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hosts:
+    """Several processes as one run: the same command for each, with its own --process."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where several processes train together; 'auto' on Cloud TPU and under Slurm or Open MPI,
+    where the other two options are not needed."""
+    processes: int | None = None
+    """How many there are."""
+    process: int | None = None
+    """Which of them this is, from 0, which alone writes."""
 
 
 def keep_compiled(folder: Path) -> None:
@@ -69,4 +111,4 @@ def cores() -> int:
 
 def _end(message: str, status: int) -> NoReturn:
     sys.stderr.write(f"{message}\n")
-    raise SystemExit(status)
+    hosts.leave(status)

@@ -19,7 +19,7 @@ from experiments.classifier import (
     protocol,
 )
 from experiments.few_shot import TEST_STEPS, Prepared, QueriesSeen, describe, harmless, image_shape, recorded_with_data
-from maml_jax import plots, saved
+from maml_jax import hosts, plots, saved
 from maml_jax.record import Progress, RunDirectory
 from maml_jax.resumable import Validate, resumable_train
 from maml_jax.task_axis import task_mesh
@@ -31,7 +31,10 @@ BEST = 5  # Models kept by their accuracy in validation.
 
 
 def main(prepared: Prepared) -> dict:
-    """Meta-trains, then evaluates the state that is best in validation; returns what it writes to `results.json`."""
+    """Meta-trains, then evaluates the state that is best in validation; returns what it writes to `results.json`.
+
+    Of several processes all train, and process 0 evaluates.
+    """
     config, setting, data, shape = prepared.config, prepared.setting, prepared.data, prepared.shape
     model = classifier(config, setting, image_shape(data), len(data.train.counts))
     learner = model.method.learner(tasks_at_once=config.tasks_at_once, mesh=task_mesh(setting.tasks))
@@ -72,8 +75,10 @@ def main(prepared: Prepared) -> dict:
         rates={"inner": setting.inner_rate, "outer": setting.outer_rate},
     ):
         progress.update(row["step"], loss=row["loss"], accuracy=row["accuracy"])
+    if not hosts.leads():
+        return {}
 
-    selected = best.load(state)
+    selected = best.load(hosts.local(state))
     if config.method == "pretrained":
         prepared, model = tuned(prepared, selected, val_tasks)
     test_tasks = fixed_tasks(test_key, data.test, config.test_tasks, shape)

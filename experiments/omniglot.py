@@ -119,4 +119,4 @@ def prepare(config: Config) -> Prepared:
 
 
 if __name__ == "__main__":
-    command_line.run(Config, prepare, few_shot_training.main)
+    command_line.run(Config, prepare, few_shot_training.main, several=True)

@@ -19,10 +19,11 @@ import optax
 
 import maml_jax
 from experiments import command_line
-from maml_jax import losses, models, plots, validation
+from maml_jax import hosts, losses, models, plots, validation
 from maml_jax.record import Progress, RunDirectory
 from maml_jax.resumable import Rate, resumable_train
 from maml_jax.statistics import divergence_rate, interval
+from maml_jax.task_axis import task_mesh
 from maml_jax.tasks import sinusoid
 
 TEST_SHOTS = (5, 10, 20)
@@ -152,7 +153,9 @@ loss_fn = losses.mean_squared_error(models.apply_params(net))
 def meta_train(config: Config, run: RunDirectory, name: MethodName, seed: int) -> maml_jax.MetaState:
     """Trains one net, or goes on where that stopped; logs and saves to `run`."""
     method = methods(config)[name]
-    learner = maml_jax.maml(loss_fn, method.training, method.outer, step_weights=method.step_weights)
+    # One device is faster with so little to do; several processes are only for whom wants to see that they work.
+    mesh = task_mesh(method.tasks) if hosts.several() else None
+    learner = maml_jax.maml(loss_fn, method.training, method.outer, step_weights=method.step_weights, mesh=mesh)
     init_key, task_key = jax.random.split(jax.random.key(seed))
     state = learner.init(net.init(init_key, jnp.zeros((1, 3 if method.told else 1)))["params"])
     draw_tasks = partial(sinusoid.draw_tasks, shots=method.shots, queries=method.queries, reveal=method.told)
@@ -166,7 +169,7 @@ def meta_train(config: Config, run: RunDirectory, name: MethodName, seed: int) -
         labels={"method": name, "seed": seed}, rates=method.rates,
     ):  # fmt: skip
         progress.update(row["step"], loss=row["loss"])
-    return state
+    return hosts.local(state)
 
 
 def tester(method: Method, rate: float) -> maml_jax.MetaLearner:
@@ -198,28 +201,26 @@ def evaluate(config: Config, method: Method, state: maml_jax.MetaState, shots: i
     }
 
 
-class Prepared(NamedTuple):
-    """All that the experiment needs, checked."""
+def harmless(config: Config) -> set[str]:
+    """Options that may be others when a run goes on."""
+    # Each seed is a training of its own. Only the schedule of 'steady' depends on the number of steps.
+    return {"seeds", "test_tasks", "workdir"} | ({"steps"} if "steady" not in config.methods else set())
 
-    config: Config
-    run: RunDirectory
 
-
-def prepare(config: Config) -> Prepared:
-    """Checks the options, and opens the work directory, which may hold a part of this run.
+def prepare(config: Config) -> Config:
+    """Checks the options and the work directory, which may hold a part of this run.
 
     Raises:
       ValueError, OSError: saying what is wrong and what to do.
     """
     config.check()
-    # Each seed is a training of its own. Only the schedule of 'steady' depends on the number of steps.
-    harmless = {"seeds", "test_tasks", "workdir"} | ({"steps"} if "steady" not in config.methods else set())
-    return Prepared(config, RunDirectory(config.workdir, "sinusoid", dataclasses.asdict(config), harmless=harmless))
+    RunDirectory.check(config.workdir, dataclasses.asdict(config), harmless=harmless(config))
+    return config
 
 
-def main(prepared: Prepared) -> dict:
+def main(config: Config) -> dict:
     """Runs the experiment; returns what it writes to `results.json`."""
-    config, run = prepared
+    run = RunDirectory(config.workdir, "sinusoid", dataclasses.asdict(config), harmless=harmless(config))
     print(f"{config}\nWriting to {run.path}", flush=True)
     test_key = jax.random.key(600)  # Apart from every training seed's keys, and the same for all of them.
     rows: list[dict] = []
@@ -228,9 +229,11 @@ def main(prepared: Prepared) -> dict:
         for name in config.methods:
             method = methods(config)[name]
             states[name] = meta_train(config, run, name, seed)
-            for shots in TEST_SHOTS:
+            for shots in TEST_SHOTS if hosts.leads() else ():
                 result = evaluate(config, method, states[name], shots, jax.random.fold_in(test_key, shots))
                 rows.append({"method": name, "seed": seed, "shots": shots, **result})
+    if not hosts.leads():
+        return {}
     results = {
         "config": dataclasses.asdict(config),
         "protocol": (
@@ -297,4 +300,4 @@ def table(config: Config, results: dict) -> str:
 
 
 if __name__ == "__main__":
-    command_line.run(Config, prepare, main)
+    command_line.run(Config, prepare, main, several=True)

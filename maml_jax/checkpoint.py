@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from maml_jax import validation
+from maml_jax import hosts, validation
 from maml_jax.types import NotFiniteError
 from maml_jax.workdir import WorkdirError, cannot_write, make_directory, note
 
@@ -38,8 +38,9 @@ class _DamageError(Exception):
 class Checkpoints:
     """The checkpoints below `path`, a directory for each step: the newest `keep`, and the one with the best score.
 
-    Only one process at a time may use them (`RunDirectory` sees to that). What a killed process has not
-    finished writing or deleting is removed here.
+    Only one run at a time may use them (`RunDirectory` sees to that). What a killed process has not finished writing
+    or deleting is removed here. Of several processes of a run, `hosts`, process 0 alone writes and reads, so that
+    they need no directory in common; the others call the same methods and get the same answers.
 
     Raises:
       WorkdirError: if `path` cannot be written to.
@@ -50,12 +51,20 @@ class Checkpoints:
 
         validation.at_least("keep", keep, 1)
         self.path, self._keep = Path(path).absolute(), keep
+        self._under_way: int | None = None
+        if not hosts.leads():
+            return
         make_directory(self.path)
         for leftover in [*self.path.glob("*.orbax-checkpoint-tmp*"), *self.path.glob(f"*{OLD}")]:
             _remove(leftover)
         self._ocp = ocp
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler("state", "about"))
-        self._under_way: int | None = None
+        alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="0")
+        handler = ocp.CompositeCheckpointHandler(
+            composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
+            state=ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+            about=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+        )
+        self._checkpointer = ocp.AsyncCheckpointer(handler, multiprocessing_options=alone)
         self._scores = {step: self._score(step) for step in self.steps()}
 
     def steps(self) -> list[int]:
@@ -80,7 +89,7 @@ class Checkpoints:
           NotFiniteError: naming the leaf, if the state holds what is not finite; that is never saved.
           WorkdirError: if this checkpoint, or the one before it, cannot be written.
         """
-        leaves = _named_leaves(state)
+        leaves = _named_leaves(_own(state))
         for name, leaf in leaves.items():
             values = _on_host(leaf)
             if np.issubdtype(values.dtype, np.integer) or np.isfinite(values).all():
@@ -90,6 +99,8 @@ class Checkpoints:
                 "outer update overflowed; a smaller outer rate, or optax.clip_by_global_norm before it, usually helps.",
                 step,
             )
+        if not hosts.leads():
+            return
         self.wait()
         described = {name: _described(leaf) | {"sha256": _digest(leaf)} for name, leaf in leaves.items()}
         content = {"step": step, "score": score, "about": about or {}, "leaves": described}
@@ -131,6 +142,19 @@ class Checkpoints:
         Raises:
           WorkdirError: if every checkpoint is damaged; if one is whole and of another kind of state.
         """
+        found: Restored | None = None
+
+        def read() -> Any:
+            nonlocal found
+            found = self._newest(_own(like))
+            return found and (found.step, found.about)
+
+        if (told := hosts.from_leader(read)) is None:
+            return None
+        step, about = told
+        return Restored(step, hosts.arrays_from_leader(found.state if found else like, like), about)
+
+    def _newest(self, like: Any) -> Restored | None:
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
@@ -162,6 +186,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits as `wait` does, and ends the threads that write. Raises WorkdirError."""
+        if not hosts.leads():
+            return
         try:
             self.wait()
         finally:
@@ -217,6 +243,11 @@ class Checkpoints:
         _remove(aside)
         os.replace(self._directory(step), aside)
         self._scores.pop(step, None)
+
+
+def _own(tree: Any) -> Any:
+    """What process 0 writes and reads by itself: orbax takes no arrays of one process alone where there are several."""
+    return jax.tree.map(np.asarray, hosts.local(tree)) if hosts.several() else tree
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What a run leaves behind: metrics while it runs, results and parameters at its end, and a sign of life."""
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -9,7 +10,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from maml_jax import hosts
 from maml_jax.events import Events
 from maml_jax.workdir import (
     InUseError,
@@ -34,12 +36,24 @@ from maml_jax.workdir import (
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow", "tensorflow-datasets")
 
 
+def _by_leader(method: Callable[..., None]) -> Callable[..., None]:
+    """In all processes but 0 the method does nothing."""
+
+    @functools.wraps(method)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        if hosts.leads():
+            method(*args, **kwargs)
+
+    return guarded
+
+
 class RunDirectory:
     """The directory of one run: `run.json`, `metrics.jsonl` and the same for TensorBoard in `events`, `results.json`,
     `params.msgpack`, checkpoints, pictures.
 
     With a configuration, the same command goes on where the run stopped: the directory may hold a run of
-    the same configuration. While the object lives, no other process can open the directory.
+    the same configuration. While the object lives, no other process can open the directory. Of several processes of
+    one run, `hosts`, process 0 alone opens and writes it; in the others the methods do nothing, and there are no rows.
 
     Args:
       path: where. None takes the first of `runs/NAME`, `runs/NAME-2`, ... that is free, or that holds an
@@ -64,6 +78,11 @@ class RunDirectory:
         harmless: Collection[str] = (),
     ):
         self._events: Events | Literal["lost"] | None = None  # Made at the first row, of all rows that there are.
+        self.path = Path(hosts.from_leader(lambda: str(self._open(path, name, config, harmless))))
+
+    def _open(
+        self, path: str | Path | None, name: str, config: Mapping[str, Any] | None, harmless: Collection[str]
+    ) -> Path:
         config = None if config is None else _as_json(config)
         self.path, self._lock = _own_or_free(name, config) if path is None else _locked(Path(path))
         try:
@@ -84,19 +103,22 @@ class RunDirectory:
         content = {"name": name, "config": config, "starts": [*self._earlier, start]}
         write(self.path / "run.json", json.dumps(content, indent=1).encode())
         self._write_lines("a", [])
+        return self.path
 
     @staticmethod
     def check(path: str | Path | None, config: Mapping[str, Any] | None = None, *, harmless: Collection[str] = ()):
         """Raises what opening the directory would, without writing anything, for a check before data are read."""
-        if path is not None and Path(path).is_dir():
+        if hosts.leads() and path is not None and Path(path).is_dir():
             _compare(Path(path), None if config is None else _as_json(config), harmless)
             Lock(Path(path)).close()
 
+    @_by_leader
     def close(self) -> None:
         """Lets other processes in."""
         self._close_events()
         self._lock.close()
 
+    @_by_leader
     def log(self, **row: Any) -> None:
         """Appends one line to `metrics.jsonl`; text in it, and its `seed`, tell its training from others of the run.
 
@@ -116,9 +138,10 @@ class RunDirectory:
 
     def rows(self, **labels: Any) -> list[dict]:
         """The rows of `metrics.jsonl` that have these entries, those of earlier starts of this run included."""
-        rows = [json.loads(line) for line in self._metrics.read_text().splitlines()]
+        rows = [json.loads(line) for line in self._metrics.read_text().splitlines()] if hosts.leads() else []
         return [row for row in rows if labels.items() <= row.items()]
 
+    @_by_leader
     def drop_rows_after(self, step: int, **labels: Any) -> None:
         """Drops the rows with these entries and a later `step`, which are to be written anew."""
         rows = self.rows()
@@ -129,7 +152,7 @@ class RunDirectory:
             self._close_events()  # To be made anew.
 
     def write_results(self, results: dict[str, Any]) -> Path:
-        """Writes `results.json`: the results, and what made them."""
+        """Writes `results.json`: the results, and what made them. By process 0."""
         self._close_events()
         made_by = self._made_by | {"finished": now()}
         if self._earlier:
@@ -255,6 +278,7 @@ def provenance() -> dict[str, Any]:
             **{name: metadata.version(name) for name in PACKAGES},
         },
         "hardware": f"{len(jax.devices())} x {device.device_kind} ({_processor()}, {os.cpu_count()} cores)",
+        "processes": jax.process_count(),
         "started": now(),
     }
 
@@ -308,7 +332,7 @@ class Progress:
         from tqdm import tqdm
 
         self._total, self._name, self._every = total, name, every
-        self._bar = tqdm(total=total, desc=name, unit="step", disable=not sys.stderr.isatty())
+        self._bar = tqdm(total=total, desc=name, unit="step", disable=not (sys.stderr.isatty() and hosts.leads()))
         self._start = self._shown = time.monotonic()
         self._first: tuple[int, float] | None = None
 

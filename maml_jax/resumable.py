@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from typing import Any, NamedTuple
 
-from maml_jax import signals, validation
+from maml_jax import hosts, signals, validation
 from maml_jax.checkpoint import Checkpoints
 from maml_jax.meta import MetaLearner
 from maml_jax.record import RunDirectory, plain
@@ -17,7 +17,7 @@ Rate = float | Callable[[int], Any]
 
 
 class Validate(NamedTuple):
-    """How the state is judged along the way."""
+    """How the state is judged along the way; where there are several processes, by process 0 alone."""
 
     every: int
     """Meta-steps from one validation to the next. The last state is validated too, and each that is is saved."""
@@ -94,30 +94,36 @@ def resumable_train(
             state = restored.state
             yield state, restored.about["row"]
 
-        for state, row in train(learner, state, draw, data, steps=steps, steps_per_call=steps_per_call):
+        for state, row in train(
+            learner,
+            state,
+            draw,
+            data,
+            steps=steps,
+            steps_per_call=steps_per_call,
+            stop=lambda: wish.signal is not None,
+        ):
             before, done = done, row["step"]
             judged = validate is not None and (done == steps or _passed(validate.every, before, done))
-            if validate is not None and judged:
-                row = row | plain(validate.metrics(state))
+            if validate is not None and judged and hosts.leads():
+                row = row | plain(validate.metrics(hosts.local(state)))
             # Killed between any two of these lines, the run goes back to the newest checkpoint on disk and makes the
             # rows after it again: none is more than one interval ahead, for the save begun last is awaited first.
             checkpoints.wait()
             run.log(**labels, **row)
             rows += 1
-            if judged or done == steps or wish.signal is not None or _passed(save_every, before, done):
-                score = validate.score(row) if validate is not None and judged and validate.score else None
-                checkpoints.save(done, state, {"row": row, "rows": rows}, score)
+            if judged or done == steps or _passed(save_every, before, done):
+                score = validate.score if validate is not None and judged and hosts.leads() else None
+                checkpoints.save(done, state, {"row": row, "rows": rows}, score and score(row))
                 saved = done
             yield state, row
-            if wish.signal is not None:
-                break
         # The call that is under way when a signal comes is dropped: the state in hand is whole, and is what is saved.
-        if wish.signal is not None:
+        if (number := signals.of_any_process(wish)) is not None:
             if saved < done:
                 checkpoints.save(done, state, {"row": row, "rows": rows})
             checkpoints.wait()
-            note(f"Stopped by {wish.signal.name}; step {done} is saved, and the same command goes on from there.")
-            raise signals.Interrupted(wish.signal)
+            note(f"Stopped by {number.name}; step {done} is saved, and the same command goes on from there.")
+            raise signals.Interrupted(number)
 
     def guarded() -> Iterator[tuple[MetaState, Metrics]]:
         with signals.deferred() as wish, closing(Checkpoints(folder, keep=keep)) as checkpoints:

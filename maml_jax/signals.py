@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from signal import Signals
 
+from maml_jax import hosts
 from maml_jax.workdir import note
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -29,6 +30,12 @@ class Wish:
 
     signal: Signals | None = None
     """Which signal came; None as long as none did."""
+
+
+def of_any_process(wish: Wish) -> Signals | None:
+    """The signal that came to the first process that got one; every process has to ask."""
+    names = [name for name in hosts.gathered(wish.signal.name if wish.signal else "") if name]
+    return Signals[names[0]] if names else None
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from maml_jax import backend, validation
+from maml_jax import backend, hosts, validation
 from maml_jax.types import Task
 
 AXIS = "tasks"
@@ -33,7 +33,7 @@ class TaskAxis(NamedTuple):
 
     def replicate(self, tree: Any) -> Any:
         """Puts a copy of every leaf on every device of the mesh."""
-        return tree if self.mesh is None else jax.device_put(tree, NamedSharding(self.mesh, P()))
+        return tree if self.mesh is None else hosts.put(tree, NamedSharding(self.mesh, P()))
 
     def map(self, fn: Callable[[Any, Task], Any], shared: Any, tasks: Task) -> Any:
         """`fn(shared, task)` of every task, stacked along a leading axis `T`."""
@@ -91,9 +91,26 @@ def task_axis(tasks_at_once: AtOnce, mesh: Mesh | None) -> TaskAxis:
 
 
 def task_mesh(tasks: int) -> Mesh | None:
-    """The most devices of this process that can share `tasks` tasks evenly; None if that is only one."""
-    count = max(n for n in range(1, jax.local_device_count() + 1) if tasks % n == 0)
-    return None if count == 1 else Mesh(np.array(jax.local_devices()[:count]), (AXIS,))
+    """The most devices, as many of each process, that can share `tasks` tasks evenly; None if that is only one.
+
+    Raises:
+      ValueError: if the processes cannot have equal shares.
+    """
+    processes = jax.process_count()
+    if tasks % processes:
+        raise ValueError(f"tasks must be a multiple of {processes}, the number of processes, but got {tasks}.")
+    devices = [jax.local_devices(number) for number in range(processes)]
+    count = max(n for n in range(1, min(map(len, devices)) + 1) if tasks % (n * processes) == 0)
+    return _mesh([device for own in devices for device in own[:count]])
+
+
+def local_mesh() -> Mesh | None:
+    """All devices of this process; None if that is only one."""
+    return _mesh(jax.local_devices())
+
+
+def _mesh(devices: list[jax.Device]) -> Mesh | None:
+    return None if len(devices) == 1 else Mesh(np.array(devices), (AXIS,))
 
 
 def _map(fn: Callable[[Any, Task], Any], at_once: int | None, shared: Any, tasks: Task) -> Any:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from maml_jax import validation
+from maml_jax import hosts, validation
 from maml_jax.meta import MetaLearner
 from maml_jax.types import MetaInfo, MetaState, NotFiniteError, Task
 
@@ -48,7 +48,14 @@ def many_steps(learner: MetaLearner, draw: DrawFn) -> Callable[[MetaState, Any, 
 
 
 def train(
-    learner: MetaLearner, state: MetaState, draw: DrawFn, data: Any = None, *, steps: int, steps_per_call: int
+    learner: MetaLearner,
+    state: MetaState,
+    draw: DrawFn,
+    data: Any = None,
+    *,
+    steps: int,
+    steps_per_call: int,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[MetaState, Metrics]]:
     """Meta-trains until `state.step` is `steps`, and hands over state and metrics after every call.
 
@@ -65,6 +72,8 @@ def train(
         call ahead of the device. All calls ask for as many steps, though the last may take fewer.
       steps: meta-steps in all, counting those that `state` has behind it.
       steps_per_call: meta-steps per device call; the last call may be shorter.
+      stop: asked after every call whether to end early. Of several processes any one can end the training, of all
+        after the same call, up to two calls later.
 
     Yields:
       The state, and as plain numbers the means over the call's meta-steps, with the number of steps
@@ -76,26 +85,39 @@ def train(
     """
     validation.at_least("steps", steps, 1)
     validation.at_least("steps_per_call", steps_per_call, 1)
-    return _train(learner, state, draw, data, steps, steps_per_call)
+    return _train(learner, state, draw, data, steps, steps_per_call, stop)
 
 
-def _train(learner, state, draw, data, steps, steps_per_call):
+def _train(learner, state, draw, data, steps, steps_per_call, stop):
     # Data where the state is, on every device of a mesh.
-    state = jax.device_put(state, state.step.sharding)
+    sharding = state.step.sharding
+    state = hosts.put(state, sharding)
     starts = range(int(state.step), steps, steps_per_call)
     if not starts:
         return
-    with contextlib.closing(_data_of_calls(data, starts, state.step.sharding)) as data_of_calls:
-        yield from _calls(jax.jit(many_steps(learner, draw)), state, data_of_calls, starts)
+    steps_of = many_steps(learner, draw)
+
+    @jax.jit
+    def run(state, data, count, wishes):
+        # With each call goes whether this process wants to stop, and from it comes whether any one wants to. That is
+        # found after the steps: XLA's CPU runs what is independent in any order, and processes must communicate in one.
+        state, metrics = steps_of(state, data, count)
+        return state, metrics, (wishes & (state.step > 0)).any()
+
+    def call(state, data, count):
+        return run(state, data, count, hosts.wishes(stop(), sharding))
+
+    with contextlib.closing(_data_of_calls(data, starts, sharding)) as data_of_calls:
+        yield from _calls(call, state, data_of_calls, starts, stop)
 
 
-def _calls(call, state, data_of_calls, starts):
+def _calls(call, state, data_of_calls, starts, stop):
     done = starts.start
     counts = [min(starts.step, starts.stop - start) for start in starts]
     before, data = state, next(data_of_calls)
     under_way = call(state, data, counts[0])
     for count, following in zip(counts, [*counts[1:], None]):
-        state, metrics = under_way
+        state, metrics, wanted = under_way
         coming = None
         if following is not None:
             coming = next(data_of_calls)
@@ -105,19 +127,21 @@ def _calls(call, state, data_of_calls, starts):
             raise _not_finite(call, before, data, count, metrics)
         before, data, done = state, coming, done + count
         yield state, {"step": done, **metrics}
+        if bool(wanted) if hosts.several() else stop():
+            return
 
 
 def _data_of_calls(data: Any, starts: range, sharding: Any) -> Generator[Any]:
     """The data of each call, on the devices. The thread in which a function makes them ends with the iterator."""
     if not callable(data):
-        data = jax.device_put(data, sharding)  # Once, not at every call.
+        data = hosts.put(data, sharding)  # Once, not at every call.
         for _ in starts:
             yield data
         return
 
     def made(start: int) -> Any:
         # As many for the last call as for the others, so that one compilation serves all.
-        return jax.device_put(data(start, starts.step), sharding)
+        return hosts.put(data(start, starts.step), sharding)
 
     with ThreadPoolExecutor(1, "data of the next call") as thread:
         ahead = thread.submit(made, starts[0])
@@ -136,7 +160,7 @@ def _not_finite(call, state, data, count, metrics) -> NotFiniteError:
     """Takes the call's steps again one by one, to name the first that is wrong."""
     first, last = int(state.step) + 1, int(state.step) + count
     for step in range(first, last + 1):
-        state, single = call(state, data, 1)
+        state, single, _ = call(state, data, 1)
         single = jax.tree.map(lambda leaf: np.asarray(leaf).tolist(), single)
         if not _finite(single):
             where, metrics = f"At meta-step {step}", single

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from maml_jax import validation
 from maml_jax.types import Task
@@ -168,10 +169,17 @@ def _distinct(key: jax.Array, population: int, count: int, below: jax.Array | No
 
     With `below`, all are below that as well: the others lose to every random number.
     """
+    places = jnp.arange(population, dtype=jnp.int32)
     scores = jax.random.uniform(key, (population,))
     if below is not None:
-        scores = jnp.where(jnp.arange(population) < below, scores, -1)
-    return jax.lax.top_k(scores, count)[1]
+        scores = jnp.where(places < below, scores, -1)
+
+    def largest(scores: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+        place = jnp.where(scores == scores.max(), places, population).min()
+        return jnp.where(places == place, -2, scores), place
+
+    # As `lax.top_k`, which XLA cannot divide over devices: each would draw the tasks of all.
+    return lax.scan(largest, scores, length=count)[1]
 
 
 def _turn(images: jax.Array, quarters: jax.Array) -> jax.Array:

@@ -12,8 +12,10 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from maml_jax import validation
+from maml_jax import hosts, validation
 from maml_jax.tasks.episodes import EpisodeShape, ImageClasses, choose, draw_episodes, put_together
 from maml_jax.types import Task
 
@@ -37,7 +39,13 @@ class ChosenPixels(NamedTuple):
 
 
 def by_step(
-    key: jax.Array, classes: ImageClasses, tasks: int, shape: EpisodeShape, place: Place = "auto"
+    key: jax.Array,
+    classes: ImageClasses,
+    tasks: int,
+    shape: EpisodeShape,
+    place: Place = "auto",
+    *,
+    mesh: Mesh | None = None,
 ) -> tuple[Callable[[Any, Any], Task], Any]:
     """`draw` and `data` for `train.train` and for `batches`: at each step `tasks` new episodes.
 
@@ -47,13 +55,16 @@ def by_step(
       tasks: `T`.
       shape: what an episode is.
       place: where the images are held.
+      mesh: devices among which the tasks are divided, `task_axis.task_mesh(tasks)`: from host memory each then gets
+        the pixels of its own.
 
     Raises:
       ValueError: if `classes` cannot make such episodes, or for an unknown `place`.
     """
     validation.one_of("place", place, PLACES)
     shape.check(classes)
-    if place == "device" or (place == "auto" and fits_on_device(classes.images.nbytes)):
+    fits = place == "device" or (place == "auto" and fits_on_device(classes.images.nbytes))
+    if all(hosts.gathered("fits" if fits else "")):  # All processes compile the same program.
 
         def draw(classes: ImageClasses, step: jax.Array) -> Task:
             return draw_episodes(jax.random.fold_in(key, step), classes, tasks, shape)
@@ -64,7 +75,7 @@ def by_step(
         index = step - chosen.first_step
         return put_together(chosen.pixels[index], chosen.turns[index], shape)
 
-    return draw_chosen, chooser(key, classes, tasks, shape)
+    return draw_chosen, chooser(key, classes, tasks, shape, mesh)
 
 
 def batches(draw: Callable[[Any, Any], Task], data: Any, count: int) -> Iterator[Task]:
@@ -76,7 +87,7 @@ def batches(draw: Callable[[Any, Any], Task], data: Any, count: int) -> Iterator
 
 
 def chooser(
-    key: jax.Array, classes: ImageClasses, tasks: int, shape: EpisodeShape
+    key: jax.Array, classes: ImageClasses, tasks: int, shape: EpisodeShape, mesh: Mesh | None = None
 ) -> Callable[[int, int], ChosenPixels]:
     """`(first step, count) -> ChosenPixels` of `count` meta-steps; arguments as in `by_step`."""
     # On the CPU: behind the call that the device is at, the choice would wait for that to end.
@@ -91,7 +102,16 @@ def chooser(
 
     def pixels_of(first_step: int, count: int) -> ChosenPixels:
         images, turns = jax.tree.map(np.asarray, chosen(key, first_step, count))
-        return ChosenPixels(np.int32(first_step), classes.images[images], turns)  # type: ignore[arg-type]
+        first = np.asarray(first_step, np.int32)
+        if mesh is None:
+            return ChosenPixels(first, classes.images[images], turns)
+
+        def divided(shape: tuple[int, ...], values: Callable[[Any], np.ndarray]) -> Any:
+            return jax.make_array_from_callback(shape, NamedSharding(mesh, P(None, *mesh.axis_names)), values)
+
+        size = (*images.shape, *classes.images.shape[1:])
+        pixels = divided(size, lambda index: classes.images[images[index[: images.ndim]]])
+        return ChosenPixels(first, pixels, divided(turns.shape, lambda index: turns[index]))
 
     return pixels_of
 
