@@ -85,6 +85,8 @@ def test_the_same_training_however_it_is_cut(classes, caplog):
     jax.tree.map(np.testing.assert_array_equal, on_host, on_device)
     jax.tree.map(np.testing.assert_array_equal, state, divided)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), divided, on_device)  # Another program.
+    assert results[0][1] == results[1][1] and not threads()
+    assert state.params.sum() > 0 and len(state.params.sharding.device_set) == 2
 
 
 def test_a_call_is_prepared_while_the_one_before_is_in_hand(classes):
