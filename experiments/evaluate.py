@@ -83,7 +83,7 @@ def prepare(config: Config) -> tuple[Config, list[Model]]:
     validation.at_least("tasks", config.tasks, 1)
     validation.at_least("steps", config.steps, 0)
     if config.seed is not None:
-        validation.at_least("seed", config.seed, 0)
+        validation.seed("seed", config.seed)
     if config.output is not None and not config.output.parent.is_dir():
         raise ValueError(f"output must be in a directory that exists, but {config.output.parent} does not.")
     if config.at_step is not None and not 0 <= config.at_step <= config.steps:

@@ -137,9 +137,9 @@ def resolve(config: Config, recipe: Callable[[int, int], Recipe]) -> Setting:
     )
     for name in ("queries", "tasks", "inner_steps"):
         validation.at_least(name, getattr(setting, name), 1)
-    for name in ("steps", "test_tasks"):
-        validation.at_least(name, getattr(config, name), 1)
-    validation.at_least("seed", config.seed, 0)
+    validation.meta_steps("steps", config.steps)
+    validation.at_least("test_tasks", config.test_tasks, 1)
+    validation.seed("seed", config.seed)
     validation.positive("inner_rate", setting.inner_rate)
     validation.positive("outer_rate", setting.outer_rate)
     if config.tasks_at_once is not None:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from experiments import command_line, few_shot, few_shot_training
 from experiments.few_shot import DataSet, Prepared, Recipe, Setting
-from maml_jax import losses
+from maml_jax import losses, validation
 from maml_jax.tasks import images
 from maml_jax.tasks.image_sources import Division
 
@@ -51,6 +51,7 @@ def recipe(ways: int, shots: int) -> Recipe:
 
 def settle(config: Config) -> tuple[Config, Setting]:
     """The options with the recipe filled in, checked as far as that needs no data; raises ValueError."""
+    validation.at_least("size", config.size, 1)
     return config, few_shot.resolve(config, recipe)
 
 

@@ -69,8 +69,11 @@ def settle(config: Config) -> tuple[Config, Setting]:
     """
     validation.one_of("preset", config.preset, (None, *get_args(Preset)))
     if config.preset is not None:
-        if (config.ways, config.shots, config.net) != (None, None, None):
-            raise ValueError(f"preset {config.preset} sets ways, shots and net: give either it or them, not both.")
+        own = {name: getattr(config, name) for name in ("ways", "shots", "net")}
+        if given := ", ".join(f"{name} {value}" for name, value in own.items() if value is not None):
+            raise ValueError(
+                f"preset {config.preset} sets ways, shots and net: give either it or them, not both, but got {given}."
+            )
         ways, shots, net = PRESETS[config.preset]
         config = dataclasses.replace(config, preset=None, ways=ways, shots=shots, net=net)
     setting = few_shot.resolve(config, recipe)

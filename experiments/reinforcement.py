@@ -80,8 +80,8 @@ class Config:
     """Trust region of 'trpo': largest mean KL divergence of the adapted policies."""
     curvature_tasks: int | None = None
     """Tasks of which 'trpo' takes the curvature; default: all."""
-    outer_rate: float = 1e-3
-    """Adam's rate for 'policy_gradient' and 'promp'."""
+    outer_rate: float | None = None
+    """Adam's rate for 'policy_gradient' and 'promp'; default: .001."""
     test_rates: tuple[float, float] | None = None
     """Sizes of the first gradient step at test and of later ones. Default: for each method, the best of the
     recipe's pairs on other tasks."""
@@ -102,13 +102,13 @@ class Config:
         chosen = {name: getattr(problem, name) if (own := getattr(self, name)) is None else own for name in names}
         pairs = problem.test_rates if self.test_rates is None else (self.test_rates,)
         setting = Setting(**chosen, test_rates=pairs)
-        for name in ("steps", "tasks", "episodes", "test_episodes"):
+        validation.meta_steps("steps", setting.steps)
+        for name in ("tasks", "episodes", "test_episodes"):
             validation.at_least(name, chosen[name], 1)
         validation.at_least("test_tasks", self.test_tasks, 2)
         validation.at_least("inner_steps", self.inner_steps, 1)
         for name in ("inner_rate", "kl_limit"):
             validation.positive(name, chosen[name])
-        validation.positive("outer_rate", self.outer_rate)
         for name, given in (("methods", self.methods), ("seeds", self.seeds)):
             if not given:
                 raise ValueError(f"{name} must name at least one, but got none.")
@@ -117,9 +117,14 @@ class Config:
         for method in self.methods:
             validation.one_of("methods", method, get_args(MethodName))
         for seed in self.seeds:
-            validation.at_least("seeds", seed, 0)
+            validation.seed("seeds", seed)
         validation.one_of("inner_loss", self.inner_loss, get_args(InnerLossName))
         validation.one_of("outer", self.outer, get_args(OuterName))
+        if self.outer_rate is not None:
+            validation.positive("outer_rate", self.outer_rate)
+        for name, wanted in (("outer_rate", ("policy_gradient", "promp")), ("kl_limit", ("trpo",))):
+            if (given := getattr(self, name)) is not None and self.outer not in wanted:
+                raise ValueError(f"{name} is for --outer {' or '.join(wanted)}, but got {given} with {self.outer}.")
         if self.curvature_tasks is not None:
             validation.at_least("curvature_tasks", self.curvature_tasks, 1)
             if self.outer != "trpo" or self.curvature_tasks > setting.tasks:
@@ -185,7 +190,7 @@ def outer(config: Config, setting: Setting) -> Outer:
     """The outer step that the options name."""
     if config.outer == "trpo":
         return trpo(setting.kl_limit, curvature_tasks=config.curvature_tasks)
-    return (policy_gradient if config.outer == "policy_gradient" else promp)(optax.adam(config.outer_rate))
+    return (policy_gradient if config.outer == "policy_gradient" else promp)(optax.adam(config.outer_rate or 1e-3))
 
 
 def meta_train(prepared: Prepared, run: RunDirectory, method: MethodName, seed: int) -> Trained:

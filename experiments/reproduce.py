@@ -100,13 +100,13 @@ def prepare(config: Config) -> tuple[Config, list[Job]]:
     if not rows:
         raise ValueError("rows must name at least one row. --list prints all of them.")
     if config.steps is not None:
-        validation.at_least("steps", config.steps, 1)
+        validation.meta_steps("steps", config.steps)
     if config.hours is not None:
         validation.positive("hours", config.hours)
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):
         raise ValueError(f"seeds must be one or more different numbers, but got {list(config.seeds)}.")
     for seed in config.seeds:
-        validation.at_least("seeds", seed, 0)
+        validation.seed("seeds", seed)
     for folder in config.results:
         if not folder.is_dir():
             raise ValueError(f"results: there is no folder {folder}.")

@@ -72,7 +72,8 @@ class Config:
 
     def check(self) -> None:
         """Raises ValueError, naming the option, what was given and what is allowed."""
-        for name in ("steps", "tasks", "shots", "queries", "inner_steps", "test_tasks"):
+        validation.meta_steps("steps", self.steps)
+        for name in ("tasks", "shots", "queries", "inner_steps", "test_tasks"):
             validation.at_least(name, getattr(self, name), 1)
         for name in ("inner_rate", "outer_rate"):
             validation.positive(name, getattr(self, name))
@@ -81,8 +82,12 @@ class Config:
                 raise ValueError(f"{name} must name at least one, but got none.")
         for method in self.methods:
             validation.one_of("methods", method, get_args(MethodName))
+        if set(self.methods) == {"steady"}:
+            for name in ("tasks", "shots", "queries", "inner_rate", "inner_steps", "outer_rate"):
+                if (given := getattr(self, name)) != getattr(Config, name):
+                    raise ValueError(f"{name} is for other methods than 'steady', which has its own, but got {given}.")
         for seed in self.seeds:
-            validation.at_least("seeds", seed, 0)
+            validation.seed("seeds", seed)
 
 
 class Method(NamedTuple):

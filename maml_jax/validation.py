@@ -34,6 +34,22 @@ def at_least(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name} must be an integer of at least {least}, but got {value!r}.")
 
 
+def seed(name: str, value: Any) -> None:
+    """Raises ValueError unless `value` is an integer from 0 to 2**32 - 1: JAX takes larger ones for smaller."""
+    _within(name, value, 0, 2**32 - 1)
+
+
+def meta_steps(name: str, value: Any) -> None:
+    """Raises ValueError unless `value` is an integer from 1 to 2**31 - 1, as far as a state can count."""
+    _within(name, value, 1, 2**31 - 1)
+
+
+def _within(name: str, value: Any, least: int, most: int) -> None:
+    at_least(name, value, least)
+    if value > most:
+        raise ValueError(f"{name} must be an integer of at most {most}, but got {value!r}.")
+
+
 def weights(name: str, value: Any, count: int) -> None:
     """Raises ValueError unless `value` is `count` finite numbers that are not negative, and not all zero."""
     try:
