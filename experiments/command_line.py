@@ -75,6 +75,22 @@ def run(
 
 
 @dataclasses.dataclass(frozen=True)
+class Looks:
+    """Options of everything that trains: where it writes, and how it can be watched."""
+
+    workdir: Path | None = None
+    """Where the run writes; default: a new directory below runs/."""
+    wandb: str | None = None
+    """A project of Weights & Biases, to get a copy of the metrics (pip install wandb)."""
+    profile: bool = False
+    """Trace the second and the third call of each training into the directory `profile` of the run."""
+
+
+LOOKS = tuple(field.name for field in dataclasses.fields(Looks))
+"""These change no number."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Hosts:
     """Several processes as one run: the same command for each, with its own --process."""
 

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from experiments import methods
+from experiments import command_line, methods
+from experiments.command_line import LOOKS
 from experiments.methods import METHODS, MethodName
 from maml_jax import validation
 from maml_jax.normalisation import NORMALISATIONS, Normalisation
@@ -22,7 +23,7 @@ TEST_STEPS = 10  # Inner steps shown at test, 0 to 10.
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(command_line.Looks):
     """Options of every experiment of few-shot classification. What is not given follows the paper's recipe."""
 
     ways: int | None = None
@@ -57,12 +58,10 @@ class Config:
     """Of the parameters and of all episodes."""
     cache_dir: Path | None = None
     """Where resized images are kept; default: maml_jax in the user's cache directory."""
-    workdir: Path | None = None
-    """Where the run writes; default: a new directory below runs/."""
 
 
-PLACES = ("data_dir", "cache_dir", "workdir", "download")
-"""Options of this machine: the images' content is known wherever they are."""
+PLACES = ("data_dir", "cache_dir", "download", *LOOKS)
+"""Options that change no number: the images' content is known wherever they are."""
 
 
 class Recipe(NamedTuple):
@@ -213,7 +212,12 @@ def harmless(config: Config) -> tuple[str, ...]:
 
 def check_workdir(config: Config, setting: Setting) -> None:
     """Raises WorkdirError or FileExistsError if the run cannot be in its work directory, before data are read."""
-    RunDirectory.check(config.workdir, recorded(config, setting), harmless=(*harmless(config), "data_sha256"))
+    RunDirectory.check(
+        config.workdir,
+        recorded(config, setting),
+        harmless=(*harmless(config), "data_sha256"),
+        wandb=config.wandb,
+    )
 
 
 def check_data(prepared: Prepared) -> None:

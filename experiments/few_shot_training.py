@@ -48,7 +48,9 @@ def main(prepared: Prepared) -> dict:
     val_protocol = protocol(prepared, "val", prepared.val_tasks, config.seed)
 
     name = run_name(prepared)
-    run = RunDirectory(config.workdir, name, recorded_with_data(prepared), harmless=harmless(config))
+    run = RunDirectory(
+        config.workdir, name, recorded_with_data(prepared), harmless=harmless(config), wandb=config.wandb
+    )
     print(f"{config.method}, order {config.order}: {setting}\nWriting to {run.path}", flush=True)
     best = Best(run.path / "best", describe(prepared))
 
@@ -73,6 +75,7 @@ def main(prepared: Prepared) -> dict:
         save_every=SAVE_EVERY,
         validate=Validate(validate_every, validated, lambda row: row["val_accuracy"]),
         rates={"inner": setting.inner_rate, "outer": setting.outer_rate},
+        profile=config.profile,
     ):
         progress.update(row["step"], loss=row["loss"], accuracy=row["accuracy"])
     if not hosts.leads():

@@ -6,7 +6,6 @@ taken on new episodes (section 5.3, and the numbers behind its figures in the au
 
 import dataclasses
 import time
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -15,6 +14,7 @@ import numpy as np
 import optax
 
 import maml_jax
+from experiments import command_line
 from maml_jax import validation
 from maml_jax.record import Progress, RunDirectory
 from maml_jax.resumable import resumable_train
@@ -52,7 +52,7 @@ class Problem(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(command_line.Looks):
     """MAML for policies. What is not given follows the problem's recipe."""
 
     methods: tuple[MethodName, ...] = ("maml",)
@@ -89,8 +89,6 @@ class Config:
     """Tasks to evaluate on."""
     test_episodes: int | None = None
     """Episodes of each test task for each gradient step."""
-    workdir: Path | None = None
-    """Where the run writes; default: a new directory below runs/."""
 
     def resolve(self, problem: Problem) -> "Setting":
         """Fills in the recipe, and checks everything.
@@ -168,7 +166,7 @@ class Trained(NamedTuple):
     as the next is under way before the last has been read."""
 
 
-HARMLESS = ("steps", "test_rates", "test_tasks", "test_episodes", "workdir")
+HARMLESS = ("steps", "test_rates", "test_tasks", "test_episodes", *command_line.LOOKS)
 """Options that may be others when a run goes on."""
 
 SAVE_EVERY = 5
@@ -182,7 +180,7 @@ def recorded(config: Config, setting: Setting) -> dict[str, Any]:
 def prepare(config: Config, problem: Problem) -> Prepared:
     """Checks the options. Raises ValueError or OSError, saying what is wrong and what to do."""
     setting = config.resolve(problem)
-    RunDirectory.check(config.workdir, recorded(config, setting), harmless=HARMLESS)
+    RunDirectory.check(config.workdir, recorded(config, setting), harmless=HARMLESS, wandb=config.wandb)
     return Prepared(config, problem, setting)
 
 
@@ -230,6 +228,7 @@ def meta_train(prepared: Prepared, run: RunDirectory, method: MethodName, seed: 
         save_every=SAVE_EVERY,
         labels={"method": method, "seed": seed},
         rates={"inner": setting.inner_rate},
+        profile=config.profile,
     ):
         progress.update(row["step"], before=row.get("return_before", np.nan), after=row["return"])
         if begun is None:
@@ -296,7 +295,9 @@ def run(
       The run's directory, its results, the metrics of every meta-iteration, and the last seed's policies.
     """
     config, problem, setting = prepared
-    directory = RunDirectory(config.workdir, problem.environment.name, recorded(config, setting), harmless=HARMLESS)
+    directory = RunDirectory(
+        config.workdir, problem.environment.name, recorded(config, setting), harmless=HARMLESS, wandb=config.wandb
+    )
     print(f"{config}\n{setting}\nWriting to {directory.path}", flush=True)
     rows: list[dict[str, Any]] = []
     policies: dict[MethodName, Trained] = {}

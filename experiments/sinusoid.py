@@ -9,7 +9,6 @@ new curves from 5, 10 and 20 points, and prints the mean squared errors beside t
 
 import dataclasses
 from functools import partial
-from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -19,6 +18,7 @@ import optax
 
 import maml_jax
 from experiments import command_line
+from experiments.command_line import LOOKS
 from maml_jax import hosts, losses, models, plots, validation
 from maml_jax.record import Progress, RunDirectory
 from maml_jax.resumable import Rate, resumable_train
@@ -42,7 +42,7 @@ MethodName = Literal["maml", "first_order", "pretrained", "oracle", "steady"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(command_line.Looks):
     """MAML on sine curves, by the paper's recipe."""
 
     steps: int = 70_000
@@ -67,8 +67,6 @@ class Config:
     outer rate that falls from .003 to 0, and inner gradients scaled down to norm 40."""
     seeds: tuple[int, ...] = (0,)
     """One whole run for each; the test curves are the same."""
-    workdir: Path | None = None
-    """Where the run writes; default: a new directory below runs/."""
 
     def check(self) -> None:
         """Raises ValueError, naming the option, what was given and what is allowed."""
@@ -171,7 +169,7 @@ def meta_train(config: Config, run: RunDirectory, name: MethodName, seed: int) -
     progress = Progress(config.steps, f"{name} (seed {seed})")
     for state, row in resumable_train(
         learner, state, draw, task_key, steps=config.steps, steps_per_call=1000, run=run, save_every=5000,
-        labels={"method": name, "seed": seed}, rates=method.rates,
+        labels={"method": name, "seed": seed}, rates=method.rates, profile=config.profile,
     ):  # fmt: skip
         progress.update(row["step"], loss=row["loss"])
     return hosts.local(state)
@@ -209,7 +207,7 @@ def evaluate(config: Config, method: Method, state: maml_jax.MetaState, shots: i
 def harmless(config: Config) -> set[str]:
     """Options that may be others when a run goes on."""
     # Each seed is a training of its own. Only the schedule of 'steady' depends on the number of steps.
-    return {"seeds", "test_tasks", "workdir"} | ({"steps"} if "steady" not in config.methods else set())
+    return {"seeds", "test_tasks", *LOOKS} | ({"steps"} if "steady" not in config.methods else set())
 
 
 def prepare(config: Config) -> Config:
@@ -219,13 +217,15 @@ def prepare(config: Config) -> Config:
       ValueError, OSError: saying what is wrong and what to do.
     """
     config.check()
-    RunDirectory.check(config.workdir, dataclasses.asdict(config), harmless=harmless(config))
+    RunDirectory.check(config.workdir, dataclasses.asdict(config), harmless=harmless(config), wandb=config.wandb)
     return config
 
 
 def main(config: Config) -> dict:
     """Runs the experiment; returns what it writes to `results.json`."""
-    run = RunDirectory(config.workdir, "sinusoid", dataclasses.asdict(config), harmless=harmless(config))
+    run = RunDirectory(
+        config.workdir, "sinusoid", dataclasses.asdict(config), harmless=harmless(config), wandb=config.wandb
+    )
     print(f"{config}\nWriting to {run.path}", flush=True)
     test_key = jax.random.key(600)  # Apart from every training seed's keys, and the same for all of them.
     rows: list[dict] = []

@@ -3,6 +3,7 @@
 from maml_jax.check import MetaGradientReport, check_meta_gradient
 from maml_jax.inner import InnerLearner, adapt, no_adaptation, sgd, unrolled
 from maml_jax.meta import MetaLearner, maml
+from maml_jax.saved import Saved, load, save
 from maml_jax.types import AdaptInfo, Evaluation, LossFn, MetaInfo, MetaState, Task
 
 __version__ = "0.1.0"
@@ -16,11 +17,14 @@ __all__ = [
     "MetaInfo",
     "MetaLearner",
     "MetaState",
+    "Saved",
     "Task",
     "adapt",
     "check_meta_gradient",
+    "load",
     "maml",
     "no_adaptation",
+    "save",
     "sgd",
     "unrolled",
 ]

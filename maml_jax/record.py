@@ -18,8 +18,9 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from maml_jax import hosts
+from maml_jax import hosts, wandb_copy
 from maml_jax.events import Events
+from maml_jax.wandb_copy import WandB
 from maml_jax.workdir import (
     InUseError,
     Lock,
@@ -62,6 +63,7 @@ class RunDirectory:
       config: all that the numbers of the run depend on, and what else is to be kept of its options. None: a run that
         cannot be gone on with, whose directory must hold none.
       harmless: fields of `config` that may differ from what the run was begun with.
+      wandb: the project of Weights & Biases that is to get a copy of the metrics, if any.
 
     Raises:
       FileExistsError: if `path` already holds a run, and either of them has no configuration.
@@ -76,12 +78,19 @@ class RunDirectory:
         config: Mapping[str, Any] | None = None,
         *,
         harmless: Collection[str] = (),
+        wandb: str | None = None,
     ):
         self._events: Events | Literal["lost"] | None = None  # Made at the first row, of all rows that there are.
-        self.path = Path(hosts.from_leader(lambda: str(self._open(path, name, config, harmless))))
+        self._wandb: WandB | None = None
+        self.path = Path(hosts.from_leader(lambda: str(self._open(path, name, config, harmless, wandb))))
 
     def _open(
-        self, path: str | Path | None, name: str, config: Mapping[str, Any] | None, harmless: Collection[str]
+        self,
+        path: str | Path | None,
+        name: str,
+        config: Mapping[str, Any] | None,
+        harmless: Collection[str],
+        wandb: str | None,
     ) -> Path:
         config = None if config is None else _as_json(config)
         self.path, self._lock = _own_or_free(name, config) if path is None else _locked(Path(path))
@@ -103,11 +112,20 @@ class RunDirectory:
         content = {"name": name, "config": config, "starts": [*self._earlier, start]}
         write(self.path / "run.json", json.dumps(content, indent=1).encode())
         self._write_lines("a", [])
+        if wandb is not None:
+            self._wandb = WandB(wandb, self.path, content)
         return self.path
 
     @staticmethod
-    def check(path: str | Path | None, config: Mapping[str, Any] | None = None, *, harmless: Collection[str] = ()):
+    def check(
+        path: str | Path | None,
+        config: Mapping[str, Any] | None = None,
+        *,
+        harmless: Collection[str] = (),
+        wandb: str | None = None,
+    ) -> None:
         """Raises what opening the directory would, without writing anything, for a check before data are read."""
+        wandb_copy.check(wandb)
         if hosts.leads() and path is not None and Path(path).is_dir():
             _compare(Path(path), None if config is None else _as_json(config), harmless)
             Lock(Path(path)).close()
@@ -115,7 +133,7 @@ class RunDirectory:
     @_by_leader
     def close(self) -> None:
         """Lets other processes in."""
-        self._close_events()
+        self._close_copies()
         self._lock.close()
 
     @_by_leader
@@ -126,6 +144,8 @@ class RunDirectory:
           WorkdirError: if it cannot be written.
         """
         self._write_lines("a", [row])
+        if self._wandb is not None:
+            self._wandb.add(plain(row))
         if self._events == "lost":
             return
         try:
@@ -153,7 +173,7 @@ class RunDirectory:
 
     def write_results(self, results: dict[str, Any]) -> Path:
         """Writes `results.json`: the results, and what made them. By process 0."""
-        self._close_events()
+        self._close_copies()
         made_by = self._made_by | {"finished": now()}
         if self._earlier:
             made_by["earlier_starts"] = self._earlier
@@ -164,6 +184,12 @@ class RunDirectory:
         from flax import serialization
 
         return write(self.path / "params.msgpack", serialization.to_bytes(params))
+
+    def _close_copies(self) -> None:
+        self._close_events()
+        if self._wandb is not None:
+            self._wandb.close()
+            self._wandb = None
 
     def _close_events(self) -> None:
         events, self._events = self._events, None

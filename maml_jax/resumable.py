@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from maml_jax import hosts, signals, validation
 from maml_jax.checkpoint import Checkpoints
 from maml_jax.meta import MetaLearner
+from maml_jax.profiling import profiled
 from maml_jax.record import RunDirectory, plain
 from maml_jax.train import DrawFn, Metrics, train
 from maml_jax.types import MetaState, NotFiniteError
@@ -41,6 +42,7 @@ def resumable_train(
     keep: int = 2,
     labels: Mapping[str, Any] | None = None,
     rates: Mapping[str, Rate] | None = None,
+    profile: bool = False,
 ) -> Iterator[tuple[MetaState, Metrics]]:
     """`train` that logs and saves itself, and begins where the checkpoints of `run` end.
 
@@ -61,6 +63,7 @@ def resumable_train(
       keep: how many of the newest checkpoints are kept.
       labels: what tells this training from others of the same run: entries of each of its rows.
       rates: inner and outer rates or their schedules, by name, to be told when a loss stops being finite.
+      profile: whether to trace the second and the third call into the directory `profile` of `run`.
 
     Yields:
       The state, and its row: the metrics of `train` and `validate`.
@@ -94,7 +97,7 @@ def resumable_train(
             state = restored.state
             yield state, restored.about["row"]
 
-        for state, row in train(
+        taken = train(
             learner,
             state,
             draw,
@@ -102,7 +105,8 @@ def resumable_train(
             steps=steps,
             steps_per_call=steps_per_call,
             stop=lambda: wish.signal is not None,
-        ):
+        )
+        for state, row in profiled(taken, run.path / "profile") if profile and hosts.leads() else taken:
             before, done = done, row["step"]
             judged = validate is not None and (done == steps or _passed(validate.every, before, done))
             if validate is not None and judged and hosts.leads():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import maml_jax
 
-HEAVY = ("tensorflow", "tensorflow_datasets", "orbax", "matplotlib", "PIL", "flax", "tyro", "mujoco", "tensorboardX")
+HEAVY = ("tensorflow", "tensorflow_datasets", "orbax", "matplotlib", "PIL", "flax", "tyro", "mujoco", "tensorboardX", "wandb")
 ROOT = Path(maml_jax.__file__).parent
 
 
@@ -33,7 +33,7 @@ def test_models_and_plots_bring_no_tensorflow():
 
 LAYERS = [  # Each may import only from those before it.
     {"types", "trees", "backend", "workdir", "events"},
-    {"validation", "mixed", "tasks.cache"},
+    {"profiling", "wandb_copy", "validation", "mixed", "tasks.cache"},
     {"hosts"},
     {"inner", "task_axis", "convolution", "losses", "statistics", "tasks.sinusoid", "tasks.episodes", "tasks.omniglot"},
     {"signals", "tasks.published", "tasks.pickles", "checkpoint", "saved"},
