@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments.classifier import (
     Classifier,
@@ -109,8 +110,30 @@ def main(prepared: Prepared) -> dict:
     }
     path = run.write_results(results)
     plots.few_shot(run.path / "curves.png", run.rows(), results)
-    print(f"Wrote {path}, curves.png beside it, and the best {BEST} models below {best.folder}.")
+    plots.adaptation(run.path / "examples.png", examples(prepared, model, selected, test_tasks))
+    print(f"Wrote {path}, curves.png and examples.png beside it, and the best {BEST} models below {best.folder}.")
     return results
+
+
+def examples(
+    prepared: Prepared, model: Classifier, state: MetaState, groups: Callable[[], Iterable[Task]]
+) -> list[dict[str, np.ndarray]]:
+    """What `plots.adaptation` shows of the first test tasks: of each class the first support image and query."""
+    tasks = next(iter(groups()))
+    log_probabilities, _ = model.predictor(state, TEST_STEPS)(tasks)
+    shots, queries = prepared.shape.shots, prepared.shape.queries
+    support, query, found = (
+        np.asarray(values, np.float32)
+        for values in (tasks.support[0][:, ::shots], tasks.query[0][:, ::queries], log_probabilities[:, :, ::queries])
+    )
+    return [
+        {"support": support[task], "query": query[task], "probabilities": np.exp(found[task])}
+        for task in range(min(EXAMPLES, len(support)))
+    ]
+
+
+EXAMPLES = 3
+"""Tasks that are shown."""
 
 
 def tuned(prepared: Prepared, state: MetaState, val_tasks: Callable[[], Iterable[Task]]) -> tuple[Prepared, Classifier]:

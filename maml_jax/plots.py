@@ -95,6 +95,45 @@ def predictions(
     plt.close(figure)
 
 
+def adaptation(path: Path, examples: Sequence[Mapping[str, np.ndarray]]) -> None:
+    """Adaptation to some tasks, three rows for each: a support image and a query of each class, and the probability
+    that the query has of its class over the inner steps.
+
+    Args:
+      path: file to write the PNG to.
+      examples: of each task `support` and `query` images, `[N, H, W, C]` in [0, 1], one of each class, and
+        `probabilities` of the queries `[S + 1, N, N]`, by inner step, query and class. At most five classes are shown.
+    """
+    columns = min(5, len(examples[0]["support"]))
+    heights = [1.0, 1.0, 0.7] * len(examples)
+    size = (1.5 * columns + 0.6, 1.4 * sum(heights))
+    figure, grid = plt.subplots(
+        len(heights), columns, figsize=size, height_ratios=heights, squeeze=False, layout="constrained"
+    )
+    for number, example in enumerate(examples):
+        block = grid[3 * number : 3 * number + 3]
+        likeliest = example["probabilities"].argmax(-1)
+        for column in range(columns):
+            right = likeliest[:, column] == column
+            images = (("support", "black"), ("query", "tab:green" if right[-1] else "tab:red"))
+            for axes, (name, colour) in zip(block[:, column], images):
+                axes.imshow(example[name][column], cmap="gray", vmin=0, vmax=1)
+                axes.set(xticks=[], yticks=[])
+                axes.spines[:].set(color=colour, linewidth=2)
+            steps = np.arange(len(right))
+            lines, axes = example["probabilities"][:, column, column], block[2, column]
+            axes.plot(steps, lines, color="grey", linewidth=1)
+            for kind, colour in ((right, "tab:green"), (~right, "tab:red")):
+                axes.plot(steps[kind], lines[kind], "o", color=colour, markersize=3)
+            axes.set(ylim=(-0.05, 1.05), yticks=[0, 1], xticks=[0, steps[-1]])
+            axes.tick_params(labelsize="x-small")
+        for axes, name in zip(block[:, 0], ("support", "query", "P(its class)")):
+            axes.set_ylabel(name, fontsize="small")
+    figure.suptitle("Test tasks, before and after each inner step; green is right", fontsize="small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def _over_inner_steps(axes: Any, found: Mapping[str, dict[str, Any]]) -> None:
     for number, (label, summary) in enumerate(found.items()):
         mean, half_width = np.asarray(summary["accuracy"]), np.asarray(summary["half_width"])

@@ -110,7 +110,8 @@ def test_omniglot_from_beginning_to_end(shared_data, omniglot_cache, tmp_path):
         assert f"queries {found['protocol']['queries_seen']}" == label and found["protocol"]["classes"] == 423
     accuracy = results["test"]["queries together"]["accuracy"]
     assert accuracy[3] > accuracy[0] + 5  # Adaptation helps, after so few meta-steps too.
-    assert (workdir / "curves.png").stat().st_size > 10_000
+    for name in ("curves.png", "examples.png"):
+        assert (workdir / name).stat().st_size > 10_000
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 200 and "val_accuracy" in rows[-1]
     (selected,) = [row for row in rows if row["step"] == results["selected"]["step"]]

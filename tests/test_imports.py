@@ -7,7 +7,18 @@ from pathlib import Path
 
 import maml_jax
 
-HEAVY = ("tensorflow", "tensorflow_datasets", "orbax", "matplotlib", "PIL", "flax", "tyro", "mujoco", "tensorboardX", "wandb")
+HEAVY = (
+    "tensorflow",
+    "tensorflow_datasets",
+    "orbax",
+    "matplotlib",
+    "PIL",
+    "flax",
+    "tyro",
+    "mujoco",
+    "tensorboardX",
+    "wandb",
+)
 ROOT = Path(maml_jax.__file__).parent
 
 

@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -40,6 +43,29 @@ def test_from_beginning_to_end(runs):
     for name in ("short", "long"):
         assert page.count(f"<h2>{name}</h2>") == 1
     assert len(re.findall("data:image/png;base64,", page)) == 1 + 2 * len(list((runs / "short").glob("*.png")))
+
+
+ASKED = """<script>addEventListener("load", () => {
+  document.title = JSON.stringify([...document.images].map(image => [image.complete, image.naturalWidth]));
+});</script>"""
+
+
+def test_a_browser_shows_all_plots_and_complains_of_nothing(runs, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("There is no chromium to open the page with.")
+    html = report.html([report.read(runs / name) for name in ("short", "long")])
+    page = tmp_path / "page.html"
+    page.write_text(html.replace("</body>", f"{ASKED}</body>"))
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND",
+               f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=5000",
+               "--dump-dom", page.as_uri()]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert ":CONSOLE" not in done.stderr, done.stderr
+    shown = json.loads(re.search("<title>(.*)</title>", done.stdout)[1])
+    assert len(shown) == html.count("<img ") == 3
+    assert all(complete and width > 100 for complete, width in shown)
 
 
 def test_curves_are_the_metrics(runs):
