@@ -1,13 +1,16 @@
 """Fixtures: float64, real data, and two host devices so that tests of several devices run everywhere."""
 
+import gc
 import os
 import signal
+import time
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 
 @pytest.fixture
@@ -40,3 +43,21 @@ def interruptible():
     """Ctrl-C as on a terminal: what a shell starts in the background ignores it, and so would its children."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """What is compiled is kept for the other tests of a file, and for processes that are told these options."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for values in (options, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is options:
+            yield options
+            time.sleep(0.1)
+            gc.collect()  # What orbax left behind, while it may.

@@ -3,7 +3,6 @@
 `MAML_JAX_KILLS=30 pytest tests/test_checkpoint_files.py -k killed` kills more often than the default.
 """
 
-import gc
 import json
 import os
 import random
@@ -23,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from resumable_run import PER_CALL, SAVE_EVERY, setting
 
 import maml_jax
@@ -41,21 +39,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-    """What is compiled is kept for the other tests and processes of this file."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for values in (options, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is options:
-            yield options
-            time.sleep(0.1)
-            gc.collect()  # What orbax left behind, while it may.
+def kept(compiled):
+    """All tests of this file and their processes share what is compiled."""
 
 
 @pytest.fixture(scope="module")
