@@ -68,6 +68,9 @@ def run(
         _end(f"error: {error}", 1)
     except KeyboardInterrupt:
         _end("interrupted", 130)
+    except BrokenPipeError:  # Whoever read the output, such as `head`, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except jax.errors.JaxRuntimeError as error:
         if not hosts.several():
             raise

@@ -45,8 +45,8 @@ def kept(compiled):
 
 @pytest.fixture(scope="module")
 def environment(compiled):
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment |= {name.upper(): str(value) for name, value in compiled.items()}
+    # With the same XLA_FLAGS as here: to the same bits comes only the same program.
+    environment = os.environ | {name.upper(): str(value) for name, value in compiled.items()}
     return environment | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
 
 

@@ -1,5 +1,7 @@
 """Evaluation against what a hand count gives; saved models; every method on real characters."""
 
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,11 +91,25 @@ def test_saved_and_loaded_is_the_same(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, content.params, params)
     np.testing.assert_array_equal(content.rates["a"]["kernel"]["1"], np.eye(3))
     assert saved.load(saved.save(path, params)).rates == () and list(path.parent.iterdir()) == [path]
-    whole = path.read_bytes()
-    for damage in (whole[:100], whole.replace(b"maml_jax 1", b"maml_jax 9"), b"", b"\x80\x04K\x01.", b"{}"):
+    whole, touched = path.read_bytes(), tmp_path / "touched"
+    code = pickle.dumps(Touches(touched))
+    for damage in (whole[:100], whole.replace(b"maml_jax 1", b"maml_jax 9"), b"", code, b"{}"):
         path.write_bytes(damage)
         with pytest.raises(ValueError, match=r"model\.msgpack is not a file of maml_jax\.saved\.save, or damaged"):
             saved.load(path)
+    assert not touched.exists()  # No code was run.
+    pickle.loads(code)
+    assert touched.exists()
+
+
+class Touches:
+    """Touches a file when it is read from a pickle."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return self.path.touch, ()
 
 
 @pytest.fixture(scope="module")
