@@ -40,7 +40,6 @@ def run(
     # As many CPU devices as cores: each goes through its share of the tasks, which uses the cores better
     # than dividing single matrix products does. Without effect where there is an accelerator.
     jax.config.update("jax_num_cpu_devices", cores())
-    keep_compiled(Path("runs") / "compiled")
     parts: list[tuple[str, Any]] = [("experiment", config_type), *([("hosts", Hosts)] if several else [])]
     options: Any = tyro.cli(
         dataclasses.make_dataclass("Options", parts),
@@ -50,6 +49,8 @@ def run(
     try:
         if several:
             hosts.connect(**dataclasses.asdict(options.hosts))
+        if not hosts.several():  # Several compile together, which one that finds its program kept would not.
+            keep_compiled(Path("runs") / "compiled")
     except ValueError as error:
         _end(f"error: {error}", 2)
     problem = ""
@@ -70,11 +71,15 @@ def run(
         _end("interrupted", 130)
     except BrokenPipeError:  # Whoever read the output, such as `head`, has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
+        hosts.leave(1)
     except jax.errors.JaxRuntimeError as error:
-        if not hosts.several():
+        if not (hosts.several() and any(sign in str(error) for sign in LOST)):
             raise
         _end(f"error: another process is lost, and the same command goes on from the last checkpoint: {error}", 1)
+
+
+LOST = ("Gloo", "UNAVAILABLE", "ABORTED", "onnection")
+"""What JAX says, among other things, where a process can no longer be reached."""
 
 
 @dataclasses.dataclass(frozen=True)

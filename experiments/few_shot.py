@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from experiments import command_line, methods
 from experiments.command_line import LOOKS
 from experiments.methods import METHODS, MethodName
-from maml_jax import validation
+from maml_jax import hosts, validation
 from maml_jax.normalisation import NORMALISATIONS, Normalisation
 from maml_jax.record import RunDirectory
 from maml_jax.task_axis import task_mesh
@@ -141,6 +141,8 @@ def resolve(config: Config, recipe: Callable[[int, int], Recipe]) -> Setting:
     validation.seed("seed", config.seed)
     validation.positive("inner_rate", setting.inner_rate)
     validation.positive("outer_rate", setting.outer_rate)
+    if hosts.several():
+        task_mesh(setting.tasks)  # Raises if they cannot be divided.
     if config.tasks_at_once is not None:
         validation.at_least("tasks_at_once", config.tasks_at_once, 1)
         mesh = task_mesh(setting.tasks)

@@ -174,7 +174,12 @@ SAVE_EVERY = 5
 
 def recorded(config: Config, setting: Setting) -> dict[str, Any]:
     """What a run that goes on is compared with."""
-    return dataclasses.asdict(config) | setting._asdict()
+    return dataclasses.asdict(config) | setting._asdict() | {"outer_rate": adam_rate(config)}
+
+
+def adam_rate(config: Config) -> float:
+    """Of the outer steps that take one."""
+    return 1e-3 if config.outer_rate is None else config.outer_rate
 
 
 def prepare(config: Config, problem: Problem) -> Prepared:
@@ -188,7 +193,7 @@ def outer(config: Config, setting: Setting) -> Outer:
     """The outer step that the options name."""
     if config.outer == "trpo":
         return trpo(setting.kl_limit, curvature_tasks=config.curvature_tasks)
-    return (policy_gradient if config.outer == "policy_gradient" else promp)(optax.adam(config.outer_rate or 1e-3))
+    return (policy_gradient if config.outer == "policy_gradient" else promp)(optax.adam(adam_rate(config)))
 
 
 def meta_train(prepared: Prepared, run: RunDirectory, method: MethodName, seed: int) -> Trained:

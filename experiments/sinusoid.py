@@ -217,6 +217,8 @@ def prepare(config: Config) -> Config:
       ValueError, OSError: saying what is wrong and what to do.
     """
     config.check()
+    for name in config.methods if hosts.several() else ():
+        task_mesh(methods(config)[name].tasks)  # Raises if they cannot be divided.
     RunDirectory.check(config.workdir, dataclasses.asdict(config), harmless=harmless(config), wandb=config.wandb)
     return config
 

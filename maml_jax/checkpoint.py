@@ -40,7 +40,7 @@ class Checkpoints:
 
     Only one run at a time may use them (`RunDirectory` sees to that). What a killed process has not finished writing
     or deleting is removed here. Of several processes of a run, `hosts`, process 0 alone writes and reads, so that
-    they need no directory in common; the others call the same methods and get the same answers.
+    they need no directory in common; the others call `save`, `wait` and `restore` too, and get what is restored.
 
     Raises:
       WorkdirError: if `path` cannot be written to.
@@ -52,6 +52,7 @@ class Checkpoints:
         validation.at_least("keep", keep, 1)
         self.path, self._keep = Path(path).absolute(), keep
         self._under_way: int | None = None
+        self._scores: dict[int, float | None] = {}
         if not hosts.leads():
             return
         make_directory(self.path)
@@ -69,7 +70,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of which there is a checkpoint, whole or damaged, from old to new."""
-        return sorted(int(path.name) for path in self.path.iterdir() if path.name.isdecimal())
+        paths = self.path.iterdir() if hosts.leads() else ()
+        return sorted(int(path.name) for path in paths if path.name.isdecimal())
 
     def best_step(self) -> int | None:
         """The step with the largest score, the first of equals; None if no checkpoint has one."""
@@ -247,7 +249,7 @@ class Checkpoints:
 
 def _own(tree: Any) -> Any:
     """What process 0 writes and reads by itself: orbax takes no arrays of one process alone where there are several."""
-    return jax.tree.map(np.asarray, hosts.local(tree)) if hosts.several() else tree
+    return jax.tree.map(_on_host, hosts.local(tree)) if hosts.several() else tree
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:

@@ -4,9 +4,11 @@ Process 0 leads: it alone reads and writes the work directory. Where there is on
 here costs anything.
 """
 
+import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
@@ -20,6 +22,7 @@ T = TypeVar("T")
 
 AUTO = "auto"
 LONG = 7 * 24 * 3600  # Seconds: the others wait for process 0, which evaluates alone.
+GRACE = 2.0  # Seconds that process 0 lets the others talk, before it ends them by ending.
 HEARTBEATS = 30  # Seconds without one, after which a process counts as lost.
 
 
@@ -31,7 +34,7 @@ def connect(coordinator: str | None, processes: int | None, process: int | None)
     """Makes this process one of several; without a coordinator it is the only one. Before JAX is used.
 
     From then on an error that nobody catches ends the process at once, without waiting for the others as JAX does at
-    an orderly end: they notice, and end too.
+    an orderly end: they notice, and end too. So let one process alone end by `leave`, not by SystemExit.
 
     Args:
       coordinator: `HOST:PORT` of process 0, which the others can reach; 'auto' where JAX finds out by itself who the
@@ -40,7 +43,7 @@ def connect(coordinator: str | None, processes: int | None, process: int | None)
       process: which of them this is, from 0.
 
     Raises:
-      ValueError: naming the argument, what was given and what is allowed.
+      ValueError: naming the argument, what was given and what is allowed; if the processes have not as many devices.
     """
     numbers = {"processes": processes, "process": process}
     if coordinator is None or coordinator == AUTO:
@@ -70,6 +73,8 @@ def _connect(
         sys.__excepthook__(*error)
         leave(1)
 
+    # JAX's own would take the first SIGTERM, and here `signals` grants it.
+    jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         coordinator,
         processes,
@@ -79,39 +84,48 @@ def _connect(
         heartbeat_timeout_seconds=HEARTBEATS,
     )
     sys.excepthook = ended
+    counts = [len(jax.local_devices(number)) for number in range(jax.process_count())]
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"processes must have as many devices each, but got {counts}: restrict those that have more, such as by "
+            "CUDA_VISIBLE_DEVICES or taskset."
+        )
 
 
 def leave(status: int) -> NoReturn:
     """Ends this process, at once where there are several: else it would wait for the others, and they for it."""
-    sys.stdout.flush()
-    sys.stderr.flush()
     if several():
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.flush()
+        sys.stderr.flush()
+        if leads():
+            time.sleep(GRACE)  # The others end with it: first they may say why.
         os._exit(status)
     raise SystemExit(status)
 
 
 def several() -> bool:
     """Whether there is more than one process."""
-    return jax.process_count() > 1
+    return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def leads() -> bool:
     """Whether this is process 0."""
-    return jax.process_index() == 0
+    return not several() or jax.process_index() == 0
 
 
 def put(tree: Any, sharding: Sharding) -> Any:
-    """A tree that every process has as a whole, on all the devices of a sharding; what is on these already stays.
+    """A tree that every process has as a whole, on all the devices of a sharding; what spans processes already stays.
 
     As `jax.device_put`, which between processes would send everything through the network to compare it.
     """
+    if not several():
+        return jax.device_put(tree, sharding)
 
     def one(leaf: Any) -> jax.Array:
-        if isinstance(leaf, jax.Array) and leaf.sharding.device_set == sharding.device_set:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
             return leaf
-        if not several():
-            return jax.device_put(leaf, sharding)
-        if jax.dtypes.issubdtype(jax.numpy.result_type(leaf), jax.dtypes.prng_key):
+        if _is_key(leaf):
             return jax.random.wrap_key_data(one(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
         values = np.asarray(leaf)
         return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
@@ -153,8 +167,17 @@ def arrays_from_leader(tree: Any, like: Any) -> Any:
 
     if not several():
         return tree
-    sent = multihost_utils.broadcast_one_to_all(jax.tree.map(np.asarray, tree))
-    return jax.tree.map(lambda leaf, placed: put(np.asarray(leaf), placed.sharding), sent, like)
+
+    def one(leaf: Any, placed: Any) -> jax.Array:
+        if _is_key(placed):
+            data = one(jax.random.key_data(leaf) if _is_key(leaf) else leaf, jax.random.key_data(placed))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(placed))
+        values = np.asarray(leaf)
+        # As bytes: JAX sends numbers by adding zeros, which makes 0 of -0.
+        sent = np.asarray(multihost_utils.broadcast_one_to_all(np.frombuffer(values.tobytes(), np.uint8)))
+        return put(sent.view(values.dtype).reshape(values.shape), placed.sharding)
+
+    return jax.tree.map(one, tree, like)
 
 
 def gathered(text: str) -> list[str]:
@@ -174,9 +197,14 @@ def wishes(wish: bool, sharding: Sharding) -> Any:
     """For a compiled program on the devices of `sharding`, whose `any` is whether a process has the wish."""
     if not several():
         return np.asarray(wish)
-    assert isinstance(sharding, NamedSharding)
+    if not isinstance(sharding, NamedSharding):
+        raise ValueError("With several processes a learner needs all their devices: give it mesh=task_mesh(T).")
     each = NamedSharding(sharding.mesh, PartitionSpec(sharding.mesh.axis_names))
     return jax.make_array_from_callback((sharding.mesh.size,), each, lambda index: np.array([wish]))
+
+
+def _is_key(leaf: Any) -> bool:
+    return jax.dtypes.issubdtype(jax.numpy.result_type(leaf), jax.dtypes.prng_key)
 
 
 def _broadcast_bytes(content: bytes) -> bytes:

@@ -126,7 +126,11 @@ class RunDirectory:
     ) -> None:
         """Raises what opening the directory would, without writing anything, for a check before data are read."""
         wandb_copy.check(wandb)
-        if hosts.leads() and path is not None and Path(path).is_dir():
+        if not hosts.leads() or path is None:
+            return
+        if Path(path).exists() and not Path(path).is_dir():
+            raise WorkdirError(f"{path} is no directory. Give another --workdir.")
+        if Path(path).is_dir():
             _compare(Path(path), None if config is None else _as_json(config), harmless)
             Lock(Path(path)).close()
 
@@ -145,7 +149,11 @@ class RunDirectory:
         """
         self._write_lines("a", [row])
         if self._wandb is not None:
-            self._wandb.add(plain(row))
+            try:
+                self._wandb.add(plain(row))
+            except Exception as error:  # Whatever goes wrong with a copy is no reason to stop.
+                self._wandb = None
+                note(f"Weights & Biases gets no more of this run: {error!r}. metrics.jsonl has it all.")
         if self._events == "lost":
             return
         try:

@@ -66,7 +66,7 @@ def resumable_train(
       profile: whether to trace the second and the third call into the directory `profile` of `run`.
 
     Yields:
-      The state, and its row: the metrics of `train` and `validate`.
+      The state, and its row: the metrics of `train` and `validate`, the latter in process 0 alone.
 
     Raises:
       ValueError: for an option that is not allowed, at once.
@@ -80,7 +80,8 @@ def resumable_train(
     for name, value in (intervals | ({"validate.every": validate.every} if validate else {})).items():
         validation.at_least(name, value, 1)
     labels, rates = dict(labels or {}), rates or {}
-    folder = run.path / "checkpoints" / "-".join(map(str, labels.values()))
+    label = "-".join(map(str, labels.values()))
+    folder = run.path / "checkpoints" / label
 
     def calls(state: MetaState, wish: signals.Wish, checkpoints: Checkpoints) -> Iterator[tuple[MetaState, Metrics]]:
         # Going on: first the state, which says at what step the run is. Then the metrics are cut to that step, so
@@ -92,7 +93,7 @@ def resumable_train(
         run.drop_rows_after(done, **labels)
         rows = len(run.rows(**labels))
         if restored is not None:
-            if rows < restored.about["rows"]:
+            if hosts.leads() and rows < restored.about["rows"]:
                 note(f"{run.path / 'metrics.jsonl'} has lost {restored.about['rows'] - rows} rows up to step {done}.")
             state = restored.state
             yield state, restored.about["row"]
@@ -106,7 +107,7 @@ def resumable_train(
             steps_per_call=steps_per_call,
             stop=lambda: wish.signal is not None,
         )
-        for state, row in profiled(taken, run.path / "profile") if profile and hosts.leads() else taken:
+        for state, row in profiled(taken, run.path / "profile" / label) if profile and hosts.leads() else taken:
             before, done = done, row["step"]
             judged = validate is not None and (done == steps or _passed(validate.every, before, done))
             if validate is not None and judged and hosts.leads():
@@ -126,7 +127,8 @@ def resumable_train(
             if saved < done:
                 checkpoints.save(done, state, {"row": row, "rows": rows})
             checkpoints.wait()
-            note(f"Stopped by {number.name}; step {done} is saved, and the same command goes on from there.")
+            if hosts.leads():
+                note(f"Stopped by {number.name}; step {done} is saved, and the same command goes on from there.")
             raise signals.Interrupted(number)
 
     def guarded() -> Iterator[tuple[MetaState, Metrics]]:

@@ -99,9 +99,8 @@ def task_mesh(tasks: int) -> Mesh | None:
     processes = jax.process_count()
     if tasks % processes:
         raise ValueError(f"tasks must be a multiple of {processes}, the number of processes, but got {tasks}.")
-    devices = [jax.local_devices(number) for number in range(processes)]
-    count = max(n for n in range(1, min(map(len, devices)) + 1) if tasks % (n * processes) == 0)
-    return _mesh([device for own in devices for device in own[:count]])
+    count = max(n for n in range(1, jax.local_device_count() + 1) if tasks % (n * processes) == 0)
+    return _mesh([device for number in range(processes) for device in jax.local_devices(number)[:count]])
 
 
 def local_mesh() -> Mesh | None:

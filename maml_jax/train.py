@@ -141,7 +141,10 @@ def _data_of_calls(data: Any, starts: range, sharding: Any) -> Generator[Any]:
 
     def made(start: int) -> Any:
         # As many for the last call as for the others, so that one compilation serves all.
-        return hosts.put(data(start, starts.step), sharding)
+        # What is divided over devices already stays so.
+        return jax.tree.map(
+            lambda leaf: leaf if _divided(leaf) else hosts.put(leaf, sharding), data(start, starts.step)
+        )
 
     with ThreadPoolExecutor(1, "data of the next call") as thread:
         ahead = thread.submit(made, starts[0])
@@ -150,6 +153,10 @@ def _data_of_calls(data: Any, starts: range, sharding: Any) -> Generator[Any]:
             if following is not None:
                 ahead = thread.submit(made, following)
             yield ready
+
+
+def _divided(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1
 
 
 def _finite(metrics: Metrics) -> bool:

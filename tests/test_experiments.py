@@ -5,8 +5,10 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 
 import pytest
+from test_hosts import ended, start
 
 from experiments import few_shot_training, miniimagenet, omniglot, sinusoid
 
@@ -15,7 +17,8 @@ def launch(*args, cwd=None, timeout=300):
     """Runs `python -m experiments...` from the root of the checkout, as the README does."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     environment = {**os.environ, "PYTHONPATH": root}
-    environment.pop("XLA_FLAGS", None)
+    # As many devices as the experiment itself sees fit.
+    environment["XLA_FLAGS"] = environment["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=2", "")
     command = [sys.executable, "-m", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd or root, env=environment, timeout=timeout)
 
@@ -126,6 +129,26 @@ def test_omniglot_from_beginning_to_end(shared_data, omniglot_cache, tmp_path):
     (evaluated,) = json.loads(output.read_text())["test"].values()
     assert evaluated == results["test"]["queries together"]
     assert output.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_characters_in_two_processes_with_no_directory_in_common(shared_data, omniglot_cache, tmp_path):
+    options = "--net mlp --split vinyals --steps 40 --tasks 8 --test-tasks 8 --workdir run".split()
+    where = "--coordinator 127.0.0.1:{port} --processes {processes} --process {process}".split()
+    data = ["--data-dir", shared_data / "omniglot", "--cache-dir", omniglot_cache]
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        folder.mkdir()
+    with ExitStack() as stack:
+        both = start(
+            stack, tmp_path / "compiled", 2, 1, "-m", "experiments.omniglot", *options, *data, *where, folders=folders
+        )
+        told, statuses = ended(both)
+    assert statuses == [0, 0], told
+    results = json.loads((folders[0] / "run" / "results.json").read_text())
+    assert len(results["test"]["queries together"]["accuracy"]) == 11 and results["made_by"]["processes"] == 2
+    rows = [json.loads(line) for line in (folders[0] / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "val_accuracy" in row] == [20, 40]
+    assert list(folders[1].iterdir()) == []
 
 
 def test_recipes_are_the_papers():

@@ -26,12 +26,12 @@ from maml_jax.train import many_steps, train
 
 ROOT = Path(maml_jax.__file__).parents[1]
 SCRIPT = ROOT / "tests" / "resumable_run.py"
-STEPS = 24
+STEPS = 36
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
 
 
-def start(stack, compiled, processes, devices, *command):
-    """The same command in several processes, or in one if `processes` is 0, with so many devices each."""
+def start(stack, compiled, processes, devices, *command, folders=None):
+    """The same command in several processes with so many devices each, and working directories of their own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -47,6 +47,7 @@ def start(stack, compiled, processes, devices, *command):
         arguments = [str(part).format(port=port, processes=processes, process=number) for part in command]
         child = subprocess.Popen(
             [sys.executable, "-u", *arguments],
+            cwd=folders and folders[number],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -116,7 +117,7 @@ def test_two_processes_killed_and_stopped_on_the_way_end_the_same(alone, compile
     for way in (signal.SIGKILL, signal.SIGTERM):
         with ExitStack() as stack:
             both = train_in(stack, compiled, tmp_path, 2, 1)
-            while reached < (8 if way == signal.SIGKILL else 16):
+            while reached < 8:
                 line = both[1].stdout.readline()
                 assert line, both[1].stderr.read()
                 reached = int(line.split()[1]) if line.startswith("float32") else reached  # Else it is Gloo's.
@@ -127,8 +128,9 @@ def test_two_processes_killed_and_stopped_on_the_way_end_the_same(alone, compile
             reached = 0
         else:  # Both end after the same step.
             assert statuses == [128 + signal.SIGTERM] * 2, told
-            saved = [re.search(r"Stopped by SIGTERM; step (\d+) is saved", text)[1] for text in told]
-            assert saved[0] == saved[1] and (tmp_path / "checkpoints" / "float32" / saved[0]).is_dir()
+            saved = re.search(r"Stopped by SIGTERM; step (\d+) is saved", told[0])[1]
+            assert (tmp_path / "checkpoints" / "float32" / saved).is_dir() and "is saved" not in told[1]
+            assert "has lost" not in "".join(told)
     with ExitStack() as stack:
         told, statuses = ended(train_in(stack, compiled, tmp_path, 2, 1))
     assert statuses == [0, 0], told
@@ -143,9 +145,34 @@ def test_what_process_0_finds_wrong_ends_all(compiled, tmp_path):
     where = "--coordinator 127.0.0.1:{port} --processes {processes} --process {process}".split()
     with ExitStack() as stack:
         told, statuses = ended(start(stack, compiled, 2, 1, *command, tmp_path / "file", *where))
-    assert statuses == [1, 1]
-    assert f"error: Cannot write {tmp_path / 'file'}" in told[0]
-    assert f"error: process 0: Cannot write {tmp_path / 'file'}" in told[1]
+    assert statuses == [2, 2]
+    assert f"error: {tmp_path / 'file'} is no directory" in told[0]
+    assert f"error: process 0: {tmp_path / 'file'} is no directory" in told[1]
+
+
+def test_tasks_that_cannot_be_divided_are_refused_before_anything_is_written(compiled, tmp_path):
+    where = "--coordinator 127.0.0.1:{port} --processes {processes} --process {process}".split()
+    with ExitStack() as stack:
+        told, statuses = ended(
+            start(stack, compiled, 2, 1, "-m", "experiments.sinusoid", "--workdir", tmp_path / "run", *where)
+        )
+    assert statuses == [2, 2] and all("tasks must be a multiple of 2" in text for text in told)
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_with_other_numbers_of_devices_are_refused(compiled):
+    code = "from maml_jax import hosts; hosts.connect('127.0.0.1:{port}', {processes}, {process})"
+    with ExitStack() as stack:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        both = [
+            start(stack, compiled, 1, devices, "-c", code.format(port=port, processes=2, process=number))[0]
+            for number, devices in enumerate((1, 2))
+        ]
+        told, statuses = ended(both)
+    assert 0 not in statuses
+    assert any(r"as many devices each, but got [1, 2]" in text for text in told)
 
 
 def test_one_all_reduce_a_meta_step_and_every_device_draws_its_own():

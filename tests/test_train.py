@@ -48,13 +48,15 @@ def test_a_whole_run_traces_the_step_once():
     assert traced(5) == traced(23) > 0  # Calls of 5 and a last one of 3: no second compilation.
 
 
+@pytest.mark.parametrize("kind", ["NumPy's", "JAX's"])
 @pytest.mark.parametrize("devices", [1, 2])
-def test_a_whole_run_is_compiled_once(devices, caplog):
+def test_a_whole_run_is_compiled_once(devices, kind, caplog):
     loss_fn, params = plain_dict()
     mesh = task_mesh(4) if devices == 2 else None
     learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.1, steps=1), optax.adam(1e-2), mesh=mesh)
+    data = jax.tree.map(np.asarray, tasks(4)) if kind == "NumPy's" else tasks(4)
     with jax.log_compiles(True):
-        for state, _ in train(learner, learner.init(params), draw, tasks(4), steps=23, steps_per_call=5):
+        for state, _ in train(learner, learner.init(params), draw, data, steps=23, steps_per_call=5):
             pass
     compiled = [
         record.getMessage() for record in caplog.records if "XLA compilation of jit(run)" in record.getMessage()

@@ -56,7 +56,7 @@ def by_step(
       shape: what an episode is.
       place: where the images are held.
       mesh: devices among which the tasks are divided, `task_axis.task_mesh(tasks)`: from host memory each then gets
-        the pixels of its own.
+        the pixels of its own. A mesh of several processes is for a call in all of them, which agree on the place.
 
     Raises:
       ValueError: if `classes` cannot make such episodes, or for an unknown `place`.
@@ -64,7 +64,9 @@ def by_step(
     validation.one_of("place", place, PLACES)
     shape.check(classes)
     fits = place == "device" or (place == "auto" and fits_on_device(classes.images.nbytes))
-    if all(hosts.gathered("fits" if fits else "")):  # All processes compile the same program.
+    if mesh is not None and hosts.several():
+        fits = all(hosts.gathered("fits" if fits else ""))  # All processes compile the same program.
+    if fits:
 
         def draw(classes: ImageClasses, step: jax.Array) -> Task:
             return draw_episodes(jax.random.fold_in(key, step), classes, tasks, shape)
@@ -107,7 +109,7 @@ def chooser(
             return ChosenPixels(first, classes.images[images], turns)
 
         def divided(shape: tuple[int, ...], values: Callable[[Any], np.ndarray]) -> Any:
-            return jax.make_array_from_callback(shape, NamedSharding(mesh, P(None, *mesh.axis_names)), values)
+            return jax.make_array_from_callback(shape, NamedSharding(mesh, P(None, mesh.axis_names)), values)
 
         size = (*images.shape, *classes.images.shape[1:])
         pixels = divided(size, lambda index: classes.images[images[index[: images.ndim]]])
