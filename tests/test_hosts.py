@@ -26,7 +26,7 @@ from maml_jax.train import many_steps, train
 
 ROOT = Path(maml_jax.__file__).parents[1]
 SCRIPT = ROOT / "tests" / "resumable_run.py"
-STEPS = 36
+STEPS = 24
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
 
 
