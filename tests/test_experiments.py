@@ -132,16 +132,16 @@ def test_omniglot_from_beginning_to_end(shared_data, omniglot_cache, tmp_path):
 
 
 def test_characters_in_two_processes_with_no_directory_in_common(shared_data, omniglot_cache, tmp_path):
-    options = "--net mlp --split vinyals --steps 40 --tasks 8 --test-tasks 8 --workdir run".split()
-    where = "--coordinator 127.0.0.1:{port} --processes {processes} --process {process}".split()
+    options = (
+        "--net mlp --normalisation layer --split vinyals --steps 40 --tasks 8 --test-tasks 8 --workdir run".split()
+    )
+    options += "--coordinator 127.0.0.1:{port} --processes {processes} --process {process}".split()
     data = ["--data-dir", shared_data / "omniglot", "--cache-dir", omniglot_cache]
     folders = [tmp_path / "first", tmp_path / "second"]
     for folder in folders:
         folder.mkdir()
     with ExitStack() as stack:
-        both = start(
-            stack, tmp_path / "compiled", 2, 1, "-m", "experiments.omniglot", *options, *data, *where, folders=folders
-        )
+        both = start(stack, tmp_path / "compiled", 2, 1, "-m", "experiments.omniglot", *options, *data, folders=folders)
         told, statuses = ended(both)
     assert statuses == [0, 0], told
     results = json.loads((folders[0] / "run" / "results.json").read_text())
