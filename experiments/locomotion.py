@@ -127,7 +127,10 @@ def body(config: Config) -> Engine:
 
 def main(prepared: reinforcement.Prepared) -> dict:
     """Runs the experiment; returns what it writes to `results.json`."""
-    directory, results, history, policies = reinforcement.run(prepared, mujoco=metadata.version("mujoco"))
+    done = reinforcement.run(prepared, mujoco=metadata.version("mujoco"))
+    if done is None:
+        return {}
+    directory, results, history, policies = done
     plots.returns(directory.path / "returns.png", history, results["rows"], results["paper"])
     config = prepared.config
     assert isinstance(config, Config)
@@ -155,7 +158,7 @@ def draw(path: Path, config: Config, trained: reinforcement.Trained, rates: tupl
 
 def launch() -> None:
     """The command line."""
-    command_line.run(Config, prepare, main)
+    command_line.run(Config, prepare, main, several=True)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,10 @@ def problem() -> reinforcement.Problem:
 
 def main(prepared: reinforcement.Prepared) -> dict:
     """Runs the experiment; returns what it writes to `results.json`."""
-    directory, results, history, policies = reinforcement.run(prepared)
+    done = reinforcement.run(prepared)
+    if done is None:
+        return {}
+    directory, results, history, policies = done
     plots.returns(directory.path / "returns.png", history, results["rows"], results["paper"])
     for method, trained in policies.items():
         if method != "oracle":
@@ -52,7 +55,7 @@ def main(prepared: reinforcement.Prepared) -> dict:
 
 def launch() -> None:
     """The command line."""
-    command_line.run(reinforcement.Config, partial(reinforcement.prepare, problem=problem()), main)
+    command_line.run(reinforcement.Config, partial(reinforcement.prepare, problem=problem()), main, several=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import optax
 
 import maml_jax
 from experiments import command_line
-from maml_jax import validation
+from maml_jax import hosts, validation
 from maml_jax.record import Progress, RunDirectory
 from maml_jax.resumable import resumable_train
 from maml_jax.rl.environment import Environment, told
@@ -25,6 +25,7 @@ from maml_jax.rl.outer import Outer, policy_gradient, promp
 from maml_jax.rl.policy import Policy, gaussian_mlp
 from maml_jax.rl.trust_region import trpo
 from maml_jax.statistics import interval
+from maml_jax.task_axis import local_mesh, task_mesh
 
 TEST_STEPS = 3
 TUNING = 8  # Times as many tasks as are tested choose the rates; with fewer, noise does.
@@ -185,6 +186,8 @@ def adam_rate(config: Config) -> float:
 def prepare(config: Config, problem: Problem) -> Prepared:
     """Checks the options. Raises ValueError or OSError, saying what is wrong and what to do."""
     setting = config.resolve(problem)
+    if hosts.several():
+        task_mesh(setting.tasks)  # Raises if they cannot be divided.
     RunDirectory.check(config.workdir, recorded(config, setting), harmless=HARMLESS, wandb=config.wandb)
     return Prepared(config, problem, setting)
 
@@ -211,6 +214,7 @@ def meta_train(prepared: Prepared, run: RunDirectory, method: MethodName, seed: 
         episodes=setting.episodes * (config.inner_steps + 1 if joint else 1),
         inner_loss_name=config.inner_loss,
         sampling_term=config.sampling_term,
+        mesh=task_mesh(setting.tasks),
     )
     init_key, trial_key = jax.random.split(jax.random.key(seed))
     state = learner.init(policy.init(init_key))
@@ -240,14 +244,15 @@ def meta_train(prepared: Prepared, run: RunDirectory, method: MethodName, seed: 
             begun = (row["step"], time.process_time())
         elif (taken := row["step"] - begun[0]) >= 9:
             cpu_seconds = (time.process_time() - begun[1]) / taken
-    return Trained(environment, policy, state, cpu_seconds)
+    return Trained(environment, policy, hosts.local(state), cpu_seconds)
 
 
 def tester(trained: Trained, rates: tuple[float, float], episodes: int) -> maml_jax.MetaLearner:
     """For adaptation at test alone, by the rates of the first step and of later ones: the outer step plays no part."""
     first, later = rates
     inner = maml_jax.unrolled(optax.sgd(lambda step: jnp.where(step == 0, first, later)), steps=TEST_STEPS)
-    return maml_rl(trained.environment, trained.policy, inner, policy_gradient(optax.identity()), episodes=episodes)
+    outer = policy_gradient(optax.identity())
+    return maml_rl(trained.environment, trained.policy, inner, outer, episodes=episodes, mesh=local_mesh())
 
 
 def evaluate(prepared: Prepared, method: MethodName, trained: Trained) -> dict[str, Any]:
@@ -293,11 +298,12 @@ def show(trained: Trained, rates: tuple[float, float], episodes: int, tasks: Any
 
 def run(
     prepared: Prepared, **about: Any
-) -> tuple[RunDirectory, dict[str, Any], list[dict[str, Any]], dict[MethodName, Trained]]:
+) -> tuple[RunDirectory, dict[str, Any], list[dict[str, Any]], dict[MethodName, Trained]] | None:
     """Trains and tests what the options name, and writes parameters and results, with what else is given.
 
     Returns:
-      The run's directory, its results, the metrics of every meta-iteration, and the last seed's policies.
+      The run's directory, its results, the metrics of every meta-iteration, and the last seed's policies; in process 0,
+      which alone tests.
     """
     config, problem, setting = prepared
     directory = RunDirectory(
@@ -310,7 +316,10 @@ def run(
     for seed in config.seeds:
         for method in config.methods:
             policies[method] = meta_train(prepared, directory, method, seed)
-            rows.append({"method": method, "seed": seed, **evaluate(prepared, method, policies[method])})
+            if hosts.leads():
+                rows.append({"method": method, "seed": seed, **evaluate(prepared, method, policies[method])})
+    if not hosts.leads():
+        return None
     results = {
         "config": dataclasses.asdict(config),
         "setting": setting._asdict(),

@@ -129,6 +129,7 @@ def meta_learner(
         )
 
     def evaluate(state: MetaState, tasks: Task, steps: int | None = None) -> Evaluation:
+        validation.task_axis(tasks)
         if steps is not None:
             validation.at_least("steps", steps, 0)
 

@@ -35,9 +35,9 @@ class TaskAxis(NamedTuple):
         """Puts a copy of every leaf on every device of the mesh."""
         return tree if self.mesh is None else hosts.put(tree, NamedSharding(self.mesh, P()))
 
-    def map(self, fn: Callable[[Any, Task], Any], shared: Any, tasks: Task) -> Any:
-        """`fn(shared, task)` of every task, stacked along a leading axis `T`."""
-        size = validation.task_axis(tasks)
+    def map(self, fn: Callable[[Any, Any], Any], shared: Any, tasks: Any) -> Any:
+        """`fn(shared, task)` of every task, whatever pytree that is, stacked along a leading axis `T`."""
+        size = validation.leading_axis(tasks)
         local = partial(_map, fn, self._group(shared))
         if self.mesh is None:
             return local(shared, tasks)

@@ -137,6 +137,11 @@ def task_axis(tasks: Task) -> int:
             f"tasks must be a maml_jax.Task(support, query) whose leaves have a leading task axis, but got "
             f"{type(tasks).__name__}."
         )
+    return leading_axis(tasks)
+
+
+def leading_axis(tasks: Any) -> int:
+    """As `task_axis`, of any pytree."""
     leaves = [(f"tasks{jax.tree_util.keystr(p)}", x) for p, x in jax.tree_util.tree_leaves_with_path(tasks)]
     if not leaves:
         raise ValueError("tasks holds no arrays.")

@@ -1,5 +1,7 @@
 """Meta-learning of policies as a whole: one meta-iteration, its alternatives, and what goes wrong in it."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ from maml_jax.rl.outer import policy_gradient, promp
 from maml_jax.rl.policy import gaussian_mlp
 from maml_jax.rl.rollout import rollout
 from maml_jax.rl.trust_region import trpo
+from maml_jax.task_axis import task_mesh
 
 INNER = maml_jax.sgd(0.1, steps=1)
 
@@ -201,3 +204,15 @@ def test_what_makes_no_sense_is_told():
     alone = learner_of(trpo(), sampling_term=True)
     with pytest.raises(ValueError, match="give 2 tasks or more"):
         alone.step(alone.init(perturbed(POLICY)), draw_trials(ENVIRONMENT, jax.random.key(0), 1))
+
+
+def test_divided_over_devices_it_is_the_same(x64):
+    params, outer, found = perturbed(POLICY), policy_gradient(optax.sgd(0.1)), []
+    for mesh in (None, task_mesh(4)):
+        learner = maml_rl(ENVIRONMENT, POLICY, maml_jax.sgd(0.1, steps=1), outer, episodes=3, mesh=mesh)
+        trials = draw_trials(ENVIRONMENT, jax.random.key(1), 4)
+        state, info = compiled(learner.step)(learner.init(params), trials)
+        tested = compiled(learner.evaluate)(learner.init(params), trials)
+        found.append((state.params, info.loss, info.grad_norm, tested))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12), *found)
+    assert len(state.params["log_std"].sharding.device_set) == 2

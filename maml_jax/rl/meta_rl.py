@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 
 from maml_jax import validation
 from maml_jax.inner import InnerLearner, adapted_part, inner_loop
@@ -16,6 +17,7 @@ from maml_jax.rl.objective import Objective
 from maml_jax.rl.outer import Outer
 from maml_jax.rl.policy import Policy
 from maml_jax.rl.rollout import rollout
+from maml_jax.task_axis import task_axis
 from maml_jax.types import AdaptInfo, Evaluation, MetaInfo, MetaState, Params, Rates, Task
 
 
@@ -54,6 +56,7 @@ def maml_rl(
     sampling_term: bool = False,
     discount: float = 0.99,
     gae_lambda: float = 1.0,
+    mesh: Mesh | None = None,
 ) -> MetaLearner:
     """Model-agnostic meta-learning of a policy.
 
@@ -70,6 +73,8 @@ def maml_rl(
       inner_loss_name: 'logp' (the paper's), 'lvc' or 'dice'; see `maml_jax.rl.losses`.
       sampling_term: also credit the choice of the episodes that were adapted to (E-MAML, Stadie et al. 2018).
       discount, gae_lambda: of the advantages.
+      mesh: devices among which the tasks are divided, such as `task_axis.task_mesh(T)`; None uses one. Each samples
+        and differentiates its own; what the outer step sums over tasks goes between them.
 
     Returns:
       A `MetaLearner` whose tasks are `Trials`, and whose losses are minus the mean return (paper, equation 4):
@@ -95,12 +100,13 @@ def maml_rl(
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must be between 0 and 1, but got {value!r}.")
     loss_fn = inner_loss(policy, inner_loss_name)
+    over_tasks = task_axis("all", mesh)
 
     def init(params: Params) -> MetaState:
         validation.floating_params(params)
         params = jax.tree.map(jnp.array, params)
         rates = inner.init_rates(adapted_part(inner, params))
-        return MetaState(jnp.zeros([], jnp.int32), params, rates, outer.init((params, rates)))
+        return over_tasks.replicate(MetaState(jnp.zeros([], jnp.int32), params, rates, outer.init((params, rates))))
 
     def sample(params: Params, trial: Trials) -> Experience:
         seen = rollout(environment, policy, params, trial.key, trial.task, episodes)
@@ -122,7 +128,7 @@ def maml_rl(
         if sampling_term and len(trials.task) < 2:
             raise ValueError("sampling_term compares each task's return with the others': give 2 tasks or more.")
         meta_params = (state.params, state.rates)
-        _, tasks = jax.vmap(lambda trial: collect(meta_params, trial, inner.steps))(trials)
+        tasks = over_tasks.map(lambda shared, trial: collect(shared, trial, inner.steps)[1], meta_params, trials)
         objective = Objective(policy, inner, loss_fn, tasks, sampling_term)
         (params, rates), opt_state, info = outer.update(objective, meta_params, state.opt_state)
         before = jax.vmap(jax.vmap(summary))(tasks.support.episodes)
@@ -150,10 +156,10 @@ def maml_rl(
         return params, AdaptInfo(-summaries.total, (summaries, seen))
 
     def evaluate(state: MetaState, trials: Trials, steps: int | None = None) -> Evaluation:
-        def one_task(trial: Trials) -> Evaluation:
+        def one_task(state: MetaState, trial: Trials) -> Evaluation:
             _, info = adapt(state, trial, steps)
             return Evaluation(info.loss, info.aux[0], info.loss)
 
-        return jax.vmap(one_task)(trials)
+        return over_tasks.map(one_task, state, trials)
 
     return MetaLearner(init, step, evaluate, adapt)
