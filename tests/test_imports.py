@@ -53,7 +53,7 @@ LAYERS = [  # Each may import only from those before it.
     {"check", "models", "train", "record", "plots"},
     {"heads", "resumable"},
     {"rl.environment", "rl.policy", "rl.baseline", "rl.plots", "rl.engine"},
-    {"rl.navigation", "rl.locomotion", "rl.rollout"},
+    {"rl.navigation", "rl.locomotion", "rl.gymnasium", "rl.rollout"},
     {"rl.advantage"},
     {"rl.losses"},
     {"rl.objective"},
