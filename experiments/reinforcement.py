@@ -25,7 +25,7 @@ from maml_jax.rl.outer import Outer, policy_gradient, promp
 from maml_jax.rl.policy import Policy, gaussian_mlp
 from maml_jax.rl.trust_region import trpo
 from maml_jax.statistics import interval
-from maml_jax.task_axis import local_mesh, task_mesh
+from maml_jax.task_axis import local_mesh, task_axis, task_mesh
 
 TEST_STEPS = 3
 TUNING = 8  # Times as many tasks as are tested choose the rates; with fewer, noise does.
@@ -219,7 +219,7 @@ def meta_train(prepared: Prepared, run: RunDirectory, method: MethodName, seed: 
     init_key, trial_key = jax.random.split(jax.random.key(seed))
     state = learner.init(policy.init(init_key))
     if method == "random":
-        return Trained(environment, policy, state)
+        return Trained(environment, policy, hosts.local(state))
 
     def draw(key: jax.Array, step: jax.Array) -> Any:
         return draw_trials(environment, jax.random.fold_in(key, step), setting.tasks)
@@ -260,6 +260,7 @@ def evaluate(prepared: Prepared, method: MethodName, trained: Trained) -> dict[s
     config, _, setting = prepared
     steps = 0 if method == "oracle" else TEST_STEPS
     test_key, tuning_key = jax.random.split(jax.random.key(TEST_SEED))
+    trained_state = task_axis("all", local_mesh()).replicate(trained.state)
 
     @jax.jit
     def test(state: maml_jax.MetaState, rates: tuple[float, float], key: jax.Array) -> maml_jax.Evaluation:
@@ -268,13 +269,13 @@ def evaluate(prepared: Prepared, method: MethodName, trained: Trained) -> dict[s
 
     def tuned(rates: tuple[float, float]) -> float:
         """Mean return over the tuning tasks and the gradient steps; an episode that broke rules the rates out."""
-        tested = [test(trained.state, rates, key).aux for key in jax.random.split(tuning_key, TUNING)]
+        tested = [test(trained_state, rates, key).aux for key in jax.random.split(tuning_key, TUNING)]
         broken = any(aux.broken.any() for aux in tested)
         return -np.inf if broken else float(np.mean([aux.total[:, 1:] for aux in tested]))
 
     pairs = setting.test_rates
     rates = pairs[0] if len(pairs) == 1 or not steps else max(pairs, key=tuned)
-    evaluation = test(trained.state, rates, test_key)
+    evaluation = test(trained_state, rates, test_key)
     mean, half_width = interval(np.asarray(evaluation.aux.total))
     return {
         "rates": rates if steps else None,
