@@ -77,6 +77,22 @@ def test_where_it_cannot_begin_the_run_says_what_to_do(tmp_path, monkeypatch):
         RunDirectory(tmp_path, "it", {}, wandb="ours")
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_what_goes_wrong_with_the_copy_is_told_and_stops_nothing(tmp_path, offline, monkeypatch, capsys):
+    def add(self, row):
+        raise RuntimeError("no more of it")
+
+    monkeypatch.setattr(wandb_copy.WandB, "add", add)
+    run = RunDirectory(tmp_path, "it", {}, wandb="ours")
+    for step in (1, 2):
+        run.log(step=step, loss=1.0)
+    run.close()
+    assert [row["step"] for row in run.rows()] == [1, 2]
+    assert (
+        capsys.readouterr().err.count("Weights & Biases gets no more of this run: RuntimeError('no more of it')") == 1
+    )
+
+
 def test_without_the_package_it_is_refused_at_once(monkeypatch, capsys):
     monkeypatch.setattr(wandb_copy.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "argv", ["sinusoid", "--wandb", "ours"])
