@@ -21,7 +21,7 @@ from experiments import command_line, reinforcement
 from maml_jax import validation
 from maml_jax.rl import plots
 from maml_jax.rl.engine import MODELS, Engine
-from maml_jax.rl.locomotion import ant, half_cheetah, positions
+from maml_jax.rl.locomotion import Physics, ant, half_cheetah, positions
 
 FRAMES = 8
 PresetName = Literal["half-cheetah-velocity", "half-cheetah-direction", "ant-velocity", "ant-direction"]
@@ -33,15 +33,17 @@ class Config(reinforcement.Config):
 
     preset: PresetName = "half-cheetah-velocity"
     """The body, and what is asked of it."""
+    physics: Physics = "mujoco"
+    """The engine: MuJoCo's own, on the host, or MJX (extra `mjx`), which is for accelerators and slow on a CPU."""
     render: bool = False
     """Also draw an episode before and after each gradient step, in rows, for a task at either end of the range."""
 
 
-def problem(preset: PresetName) -> reinforcement.Problem:
+def problem(preset: PresetName, physics: Physics = "mujoco") -> reinforcement.Problem:
     """The paper's recipes (appendix A.2, and the authors' code), with the iterations that its figures used."""
     if preset == "half-cheetah-velocity":
         return reinforcement.Problem(
-            environment=half_cheetah("velocity"),
+            environment=half_cheetah("velocity", physics=physics),
             steps=475,
             tasks=40,
             episodes=20,
@@ -58,7 +60,7 @@ def problem(preset: PresetName) -> reinforcement.Problem:
         )
     if preset == "half-cheetah-direction":
         return reinforcement.Problem(
-            environment=half_cheetah("direction"),
+            environment=half_cheetah("direction", physics=physics),
             steps=100,
             tasks=40,
             episodes=20,
@@ -75,7 +77,7 @@ def problem(preset: PresetName) -> reinforcement.Problem:
         )
     if preset == "ant-velocity":
         return reinforcement.Problem(
-            environment=ant("velocity"),
+            environment=ant("velocity", physics=physics),
             steps=375,
             tasks=40,
             episodes=20,
@@ -91,7 +93,7 @@ def problem(preset: PresetName) -> reinforcement.Problem:
             },
         )
     return reinforcement.Problem(
-        environment=ant("direction"),
+        environment=ant("direction", physics=physics),
         steps=575,
         tasks=40,
         episodes=40,
@@ -111,8 +113,9 @@ def problem(preset: PresetName) -> reinforcement.Problem:
 def prepare(config: Config) -> reinforcement.Prepared:
     """Checks the options. Raises ValueError or OSError, saying what is wrong and what to do."""
     validation.one_of("preset", config.preset, get_args(PresetName))
+    validation.one_of("physics", config.physics, get_args(Physics))
     try:
-        prepared = reinforcement.prepare(config, problem(config.preset))
+        prepared = reinforcement.prepare(config, problem(config.preset, config.physics))
         if config.render:
             body(config).pictures(body(config).start[None])
     except (ModuleNotFoundError, RuntimeError) as error:
@@ -127,13 +130,14 @@ def body(config: Config) -> Engine:
 
 def main(prepared: reinforcement.Prepared) -> dict:
     """Runs the experiment; returns what it writes to `results.json`."""
-    done = reinforcement.run(prepared, mujoco=metadata.version("mujoco"))
+    config = prepared.config
+    assert isinstance(config, Config)
+    packages = ("mujoco", "mujoco-mjx") if config.physics == "mjx" else ("mujoco",)
+    done = reinforcement.run(prepared, **{name: metadata.version(name) for name in packages})
     if done is None:
         return {}
     directory, results, history, policies = done
     plots.returns(directory.path / "returns.png", history, results["rows"], results["paper"])
-    config = prepared.config
-    assert isinstance(config, Config)
     if config.render:
         for method, trained in policies.items():
             if method != "oracle":

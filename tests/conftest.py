@@ -25,6 +25,14 @@ def x64():
         yield
 
 
+@pytest.fixture
+def x64_everywhere():
+    """Float64 in all threads, as engines on the host are called from any; `jax.enable_x64` is for its own thread."""
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data: `MAML_JAX_DATA`, or `shared/data` beside the checkout."""

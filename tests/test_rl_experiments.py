@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import command_line, locomotion, navigation, reinforcement
+from experiments import command_line, locomotion, navigation, reinforcement, rl_speed
 
 BAD = [
     (navigation, ["--steps", "0"], "steps must be an integer of at least 1, but got 0"),
@@ -21,6 +21,9 @@ BAD = [
     (navigation, ["--curvature-tasks", "5", "--outer", "promp"], "curvature_tasks is for --outer trpo"),
     (navigation, ["--sampling-term", "--tasks", "1"], "it needs --tasks of at least 2"),
     (locomotion, ["--preset", "snail"], "preset"),
+    (locomotion, ["--physics", "aristotle"], "physics"),
+    (rl_speed, ["--curvature-share", "0"], "curvature_share must be above 0 and at most 1, but got 0"),
+    (rl_speed, ["--rounds", "0"], "rounds must be an integer of at least 1, but got 0"),
     (locomotion, ["--inner-steps", "0"], "inner_steps must be an integer of at least 1, but got 0"),
 ]
 
@@ -81,3 +84,24 @@ def test_the_recipes_are_the_papers():
     assert (setting.tasks, setting.episodes, setting.inner_rate, setting.kl_limit) == (40, 20, 0.1, 0.02)
     setting = reinforcement.Config(steps=7).resolve(navigation.problem())
     assert (setting.steps, setting.tasks, setting.episodes, setting.kl_limit) == (7, 20, 20, 0.01)
+
+
+def test_speed_is_told_by_parts(quickly_compiled, monkeypatch, capsys, tmp_path):
+    options = ["--problems", "navigation", "--tasks", 2, "--episodes", 3, "--rounds", 2, "--workdir", "speed"]
+    start(rl_speed, options, monkeypatch, tmp_path)
+    (row,) = json.loads((tmp_path / "speed" / "results.json").read_text())["rows"]
+    assert all(len(row[kind][part]) == 2 for kind in ("cpu_seconds", "seconds") for part in ("episodes", "whole"))
+    assert row["steps_per_cpu_second"] == pytest.approx(2 * 3 * 100 / np.median(row["cpu_seconds"]["episodes"]))
+    assert sum(row["shares"].values()) == pytest.approx(1)
+    assert (tmp_path / "speed" / "shares.png").stat().st_size > 1000
+    assert "where the time goes" in capsys.readouterr().out
+
+
+def test_shares_are_of_what_each_part_adds():
+    seconds = {"episodes": [1.0, 1.0, 9.0], "gradient": [3.0, 9.0, 3.0], "whole": [10.0, 10.0, 10.0]}
+    row = rl_speed.row(
+        "navigation", 500, seconds, {part: [2 * time for time in times] for part, times in seconds.items()}
+    )
+    np.testing.assert_allclose(list(row["shares"].values()), [0.2, 0.1, 0.7])
+    assert (row["steps_per_cpu_second"], row["iterations_per_cpu_second"]) == (500, 0.1)
+    assert (row["steps_per_second"], row["iterations_per_second"]) == (250, 0.05)

@@ -20,14 +20,6 @@ from maml_jax.task_axis import task_mesh
 HORIZON, RANGE = 6, 0.5
 
 
-@pytest.fixture
-def double():
-    """Float64 in all threads, as simulators are called from any."""
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", False)
-
-
 class Walk(gymnasium.Env):
     """2D navigation, with actions in other units, as a simulator that keeps its state."""
 
@@ -60,7 +52,7 @@ def adapted(make=Walk, horizon=HORIZON, **options):
 
 
 @pytest.mark.parametrize("mesh", [None, task_mesh(4)], ids=["one device", "two devices"])
-def test_a_meta_iteration_is_that_of_the_environment_in_jax(mesh, double):
+def test_a_meta_iteration_is_that_of_the_environment_in_jax(mesh, x64_everywhere):
     found, made = [], Walk.made
     for environment in (navigation(HORIZON), adapted(check_tasks=check_goals)):
         learner = maml_rl(
@@ -75,7 +67,7 @@ def test_a_meta_iteration_is_that_of_the_environment_in_jax(mesh, double):
     assert Walk.made - made == 4 * 3  # One for each episode at a time, used again by each inner step.
 
 
-def test_an_episode_that_ends_is_over(double):
+def test_an_episode_that_ends_is_over(x64_everywhere):
     """Near is wide here: episodes end by their goal, each at its time, and nothing of what follows counts."""
     wide = adapted(partial(Walk, near=0.2), horizon=20)
     learner = maml_rl(wide, POLICY, maml_jax.no_adaptation(), policy_gradient(optax.identity()), episodes=5)

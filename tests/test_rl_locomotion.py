@@ -44,7 +44,7 @@ def starts(engine, rng, count):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_callback_is_the_engines_own_loop_bit_for_bit(x64, engines, name):
+def test_the_callback_is_the_engines_own_loop_bit_for_bit(x64_everywhere, engines, name):
     engine, rng = engines[name], np.random.default_rng(0)
     motors = engine.sizes[2]
     state = starts(engine, rng, 6)
@@ -99,7 +99,7 @@ def test_what_goes_wrong_stays_where_it_is(engines, name, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize(("make", "goal"), [(half_cheetah, "velocity"), (half_cheetah, "direction"), (ant, "velocity"),
                                             (ant, "direction")])  # fmt: skip
-def test_rewards_and_observations_are_the_papers(x64, engines, make, goal):
+def test_rewards_and_observations_are_the_papers(x64_everywhere, engines, make, goal):
     environment = make(goal)
     name = make.__name__
     task = jnp.array(-1.0 if goal == "direction" else 0.7)

@@ -1,4 +1,4 @@
-"""MuJoCo's C engine as a pure function of JAX, many states at a time. Only this file imports mujoco."""
+"""MuJoCo's C engine as a pure function of JAX, many states at a time."""
 
 import os
 import threading

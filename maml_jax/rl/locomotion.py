@@ -6,7 +6,7 @@ Time step, frame skip 1, observations, costs, ends and noise at the start are th
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +15,18 @@ import numpy as np
 from maml_jax import validation
 from maml_jax.rl.engine import MODELS, Engine
 from maml_jax.rl.environment import Environment, Step
+from maml_jax.rl.mjx_engine import MjxEngine
 
 Goal = Literal["velocity", "direction"]
+Physics = Literal["mujoco", "mjx"]
 
 CHEETAH_OBSERVATION, ANT_OBSERVATION = 20, 125
 """Numbers in an observation."""
 HEIGHTS = (0.2, 1.0)
 """The ant's torso; outside, the episode ends."""
+
+
+ENGINES: dict[Physics, type[Engine] | type[MjxEngine]] = {"mujoco": Engine, "mjx": MjxEngine}
 
 
 class Body(NamedTuple):
@@ -31,16 +36,20 @@ class Body(NamedTuple):
     sensors: jax.Array
 
 
-def half_cheetah(goal: Goal, horizon: int = 200) -> Environment:
+def half_cheetah(goal: Goal, horizon: int = 200, physics: Physics = "mujoco") -> Environment:
     """A planar runner with 6 motors; the task is a velocity in m/s from 0 to 2, or a direction, 1 or -1.
 
+    Args:
+      goal: what the task is.
+      horizon: time steps of an episode.
+      physics: 'mujoco', the C engine on the host, or 'mjx', which is for accelerators.
+
     Raises:
-      ValueError: for a goal that does not exist and a horizon below 1.
-      ModuleNotFoundError: if mujoco is not installed.
+      ValueError: for a goal or physics that do not exist and a horizon below 1.
+      ModuleNotFoundError: if the engine is not installed.
     """
-    validation.one_of("goal", goal, ("velocity", "direction"))
-    validation.at_least("horizon", horizon, 1)
-    engine = Engine(MODELS / "half_cheetah.xml")
+    _check(goal, horizon, physics)
+    engine = ENGINES[physics](MODELS / "half_cheetah.xml")
     centre_of_mass = planar_centre_of_mass(engine)
     positions = engine.sizes[0]
 
@@ -58,16 +67,20 @@ def half_cheetah(goal: Goal, horizon: int = 200) -> Environment:
     return _environment("half-cheetah", goal, (0.0, 2.0), engine, horizon, CHEETAH_OBSERVATION, observe, step)
 
 
-def ant(goal: Goal, horizon: int = 200) -> Environment:
+def ant(goal: Goal, horizon: int = 200, physics: Physics = "mujoco") -> Environment:
     """A four-legged body with 8 motors; the task is a velocity in m/s from 0 to 3, or a direction, 1 or -1.
 
+    Args:
+      goal: what the task is.
+      horizon: time steps of an episode.
+      physics: 'mujoco', the C engine on the host, or 'mjx', which is for accelerators.
+
     Raises:
-      ValueError: for a goal that does not exist and a horizon below 1.
-      ModuleNotFoundError: if mujoco is not installed.
+      ValueError: for a goal or physics that do not exist and a horizon below 1.
+      ModuleNotFoundError: if the engine is not installed.
     """
-    validation.one_of("goal", goal, ("velocity", "direction"))
-    validation.at_least("horizon", horizon, 1)
-    engine = Engine(MODELS / "ant.xml")
+    _check(goal, horizon, physics)
+    engine = ENGINES[physics](MODELS / "ant.xml")
 
     def observe(body: Body, task: jax.Array) -> jax.Array:
         centre = body.sensors[:3]
@@ -85,11 +98,17 @@ def ant(goal: Goal, horizon: int = 200) -> Environment:
     return _environment("ant", goal, (0.0, 3.0), engine, horizon, ANT_OBSERVATION, observe, step)
 
 
+def _check(goal: Goal, horizon: int, physics: Physics) -> None:
+    validation.one_of("goal", goal, get_args(Goal))
+    validation.one_of("physics", physics, get_args(Physics))
+    validation.at_least("horizon", horizon, 1)
+
+
 def _environment(
     name: str,
     goal: Goal,
     velocities: tuple[float, float],
-    engine: Engine,
+    engine: Engine | MjxEngine,
     horizon: int,
     observation_size: int,
     observe: Callable[[Any, jax.Array], jax.Array],
@@ -132,7 +151,7 @@ def check_tasks(goal: Goal, velocities: tuple[float, float], tasks: object) -> N
         raise ValueError(f"The tasks here are numbers [T], each a {goal} {allowed}, but got {given.tolist()}.")
 
 
-def planar_centre_of_mass(engine: Engine) -> Callable[[jax.Array], jax.Array]:
+def planar_centre_of_mass(engine: Engine | MjxEngine) -> Callable[[jax.Array], jax.Array]:
     """`positions [nq] -> [3]`, for a tree of bodies that slides along x and z and turns about y, as the cheetah.
 
     The centre is the root's place and, for each body, a fixed vector turned by the angles on the way to it.
