@@ -26,6 +26,7 @@ def run(
     experiment: Callable[[Prepared], object],
     *,
     several: bool = False,
+    small: bool = False,
 ) -> None:
     """Parses the command line into `config_type`, checks and loads with `prepare`, and runs the experiment.
 
@@ -36,10 +37,10 @@ def run(
 
     With `several` the command line has the options of `Hosts` too, which make the process one of several; all end if
     one finds its input wrong or is lost.
+
+    `small` is for nets as in `use_cores`.
     """
-    # As many CPU devices as cores: each goes through its share of the tasks, which uses the cores better
-    # than dividing single matrix products does. Without effect where there is an accelerator.
-    jax.config.update("jax_num_cpu_devices", cores())
+    use_cores(small)
     parts: list[tuple[str, Any]] = [("experiment", config_type), *([("hosts", Hosts)] if several else [])]
     options: Any = tyro.cli(
         dataclasses.make_dataclass("Options", parts),
@@ -126,6 +127,19 @@ def keep_compiled(folder: Path) -> None:
     kind = hashlib.sha256(described.encode()).hexdigest()[:12]
     jax.config.update("jax_compilation_cache_dir", str(folder / kind))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def use_cores(small: bool = False) -> None:
+    """Settles how JAX uses a CPU's cores; to be called before its first computation.
+
+    As many devices as cores: each goes through its share of the tasks, which uses the cores better than dividing
+    single matrix products does. With `small` one device of one thread: where a meta-step takes less than a
+    millisecond, to hand work to other threads takes longer than the work. Without effect on an accelerator.
+    """
+    if small:
+        os.environ.setdefault("NPROC", "1")  # How XLA is told how many cores there are.
+    else:
+        jax.config.update("jax_num_cpu_devices", cores())
 
 
 def cores() -> int:

@@ -7,6 +7,8 @@ The benchmark starts it; see there.
 
 import dataclasses
 import json
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +22,7 @@ import optax
 
 import maml_jax
 from experiments import flops, workloads
-from experiments.command_line import cores
+from experiments.command_line import use_cores
 from maml_jax.inner import Checkpoint
 from maml_jax.task_axis import AtOnce, task_mesh
 
@@ -48,8 +50,6 @@ def measure(variant: Variant, seconds: float) -> dict[str, Any]:
     work = workloads.build(variant.workload, variant.dtype, variant.implementation)
     count = len(jax.tree.leaves(work.tasks)[0])
     mesh = task_mesh(count) if variant.devices is None else None
-    if variant.workload == "sinusoid":  # Too small to be divided.
-        mesh = None
     if variant.devices is not None and variant.devices > len(jax.devices()):
         raise ValueError(
             f"devices must be at most {len(jax.devices())}, those that there are, but got {variant.devices}."
@@ -91,7 +91,7 @@ def measure(variant: Variant, seconds: float) -> dict[str, Any]:
         "memory_compiled": memory.temp_size_in_bytes if memory else None,
         "memory_measured": memory_measured,
         "gflop": operations / 1e9,
-        "limit_gflops": product_rate(variant.dtype),
+        "limit_gflops": limit(variant),
         "devices_used": mesh.size if mesh is not None else 1,
     }
 
@@ -123,6 +123,21 @@ def with_peak_memory(run: Callable[[], Any]) -> tuple[Any, int | None]:
     return result, resident("VmHWM") - before_call
 
 
+def limit(variant: Variant) -> float:
+    """The machine's limit in GFLOP/s, of all cores: those of small nets have but one, so another process tells it."""
+    if not is_small(variant):
+        return product_rate(variant.dtype)
+    command = [sys.executable, "-m", "experiments.measure", json.dumps({"product": variant.dtype})]
+    environment = {name: value for name, value in os.environ.items() if name != "NPROC"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    return float(done.stdout)
+
+
+def is_small(variant: Variant) -> bool:
+    """Whether the net is one for `command_line.use_cores(small=True)`; devices that are asked for are used."""
+    return variant.workload in workloads.SMALL and variant.devices is None
+
+
 def product_rate(dtype: str) -> float:
     """The machine's limit: products of large matrices on all devices at once, GFLOP/s."""
     size, repeats = PRODUCT, 8
@@ -138,9 +153,15 @@ def product_rate(dtype: str) -> float:
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_num_cpu_devices", cores())
     given = json.loads(sys.argv[1])
+    if "product" in given:
+        use_cores()
+        jax.config.update("jax_enable_x64", given["product"] == "float64")
+        print(product_rate(given["product"]))
+        sys.exit()
     seconds = given.pop("seconds", 3.0)
     if folder := given.pop("compiled", None):
         jax.config.update("jax_compilation_cache_dir", folder)
-    print(json.dumps(measure(Variant(**given), seconds)))
+    variant = Variant(**given)
+    use_cores(is_small(variant))
+    print(json.dumps(measure(variant, seconds)))

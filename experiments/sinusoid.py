@@ -307,4 +307,4 @@ def table(config: Config, results: dict) -> str:
 
 
 if __name__ == "__main__":
-    command_line.run(Config, prepare, main, several=True)
+    command_line.run(Config, prepare, main, several=True, small=True)

@@ -24,6 +24,9 @@ WorkloadName = Literal[
 ]
 WORKLOADS: tuple[WorkloadName, ...] = get_args(WorkloadName)
 
+SMALL: tuple[WorkloadName, ...] = ("sinusoid",)
+"""Those with nets too small for more than one thread."""
+
 
 class Images(NamedTuple):
     """A few-shot setting of the paper (appendix A.1): sizes, and the inner loop in training."""

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from maml_jax import validation
 from maml_jax.inner import InnerLearner, combine, inner_loop, partition
 from maml_jax.meta import MetaLearner, meta_learner
-from maml_jax.task_axis import AtOnce
+from maml_jax.task_axis import AtOnce, summed
 from maml_jax.types import LossFn, Params, Rates, Task
 
 
@@ -51,8 +51,8 @@ def imaml(
     support_loss = validation.checked_loss(loss_fn)
     query_loss = validation.checked_loss(query_loss_fn or loss_fn)
 
-    def gradient(meta_params: tuple[Params, Rates], step: jax.Array, task: Task) -> tuple[Any, Any]:
-        params, rates = meta_params
+    def gradient(shared: tuple[tuple[Params, Rates], jax.Array], task: Task) -> tuple[Any, Any]:
+        (params, rates), _ = shared
         if jax.tree.leaves(rates):
             raise ValueError(
                 "imaml has no gradient for learned rates of the inner loop: give an inner learner with none."
@@ -78,7 +78,9 @@ def imaml(
             of_fixed = optax.tree.add_scale(of_fixed, -1 / strength, second_derivatives(solution)[1])
         return (loss, (combine(solution, of_fixed), rates)), (aux, info)
 
-    return meta_learner(gradient, support_loss, query_loss, inner, outer, tasks_at_once=tasks_at_once, mesh=mesh)
+    return meta_learner(
+        summed(gradient), support_loss, query_loss, inner, outer, tasks_at_once=tasks_at_once, mesh=mesh
+    )
 
 
 def regularised(inner: InnerLearner, strength: float) -> InnerLearner:

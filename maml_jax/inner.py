@@ -244,7 +244,13 @@ def inner_loop(
     start = lax.stop_gradient(adapted) if inner.order == 1 else adapted
     carry = (adapted, optimizer.init(start))
     of_steps = (None if inner.at_step is None else jnp.arange(steps), batch if batch_per_step else None)
-    (adapted, _), (loss, aux, probes) = lax.scan(step, carry, of_steps, length=steps)
+    if steps == 1:
+        # Without a loop, in which each task's parameters would be its own from the start: under `vmap` the
+        # products of all tasks with the parameters they share are one product.
+        (adapted, _), row = step(carry, jax.tree.map(lambda leaf: leaf[0], of_steps))
+        loss, aux, probes = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], row)
+    else:
+        (adapted, _), (loss, aux, probes) = lax.scan(step, carry, of_steps, length=steps)
     params = seen(adapted, fixed, steps)
     probes = _append(probes, observe(params))
     return params, AdaptInfo(loss, aux, probes)

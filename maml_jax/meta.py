@@ -1,7 +1,7 @@
 """MAML: meta-learns the parameters from which the inner loop starts (Finn et al. 2017, algorithm 1).
 
-What sets an algorithm apart is the gradient that one task gives; `meta_learner` makes the rest of it,
-the same for all.
+What sets an algorithm apart is the gradient that tasks give; `meta_learner` makes the rest of it, the same
+for all.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from maml_jax import validation
 from maml_jax.inner import InnerLearner, adapted_part, inner_loop
-from maml_jax.task_axis import AtOnce, task_axis
+from maml_jax.task_axis import AtOnce, each, task_axis
 from maml_jax.types import AdaptInfo, Batch, Evaluation, LossFn, MetaInfo, MetaState, Params, Rates, Task
 
 
@@ -38,8 +38,9 @@ class MetaLearner(NamedTuple):
     adapt: Callable[..., tuple[Params, AdaptInfo]]
 
 
-TaskGradient = Callable[[tuple[Params, Rates], jax.Array, Task], tuple[Any, Any]]
-"""`((params, rates), meta-step, task) -> ((loss, gradient of (params, rates)), (aux, AdaptInfo))`, of one task."""
+Gradient = Callable[[tuple[tuple[Params, Rates], jax.Array], Task], tuple[Any, Any]]
+"""`(((params, rates), meta-step), tasks) -> ((loss, gradient of (params, rates)), (aux, AdaptInfo))`, of a group of
+tasks `[G, ...]`: the first summed over it, the second of each task. `task_axis.summed` makes it of one task's."""
 
 StepWeights = Sequence[float] | Callable[[jax.Array], jax.Array]
 
@@ -82,17 +83,24 @@ def maml(
     support_loss = validation.checked_loss(loss_fn)
     query_loss = validation.checked_loss(query_loss_fn or loss_fn)
 
-    def gradient(meta_params: tuple[Params, Rates], step: jax.Array, task: Task) -> tuple[Any, Any]:
+    def gradient(shared: tuple[tuple[Params, Rates], jax.Array], tasks: Task) -> tuple[Any, Any]:
+        meta_params, step = shared
         weights = step_weights(step) if callable(step_weights) else step_weights
-        loss = partial(task_loss, support_loss, query_loss, inner, step_weights=weights)
-        (loss, info), grads = jax.value_and_grad(loss, has_aux=True)(meta_params, task)
+        of_each = each(partial(task_loss, support_loss, query_loss, inner, step_weights=weights))
+
+        # Of the sum, not of each task: so the parameters that tasks share get one gradient in one product.
+        def total(meta_params: tuple[Params, Rates]) -> tuple[jax.Array, Any]:
+            losses, info = of_each(meta_params, tasks)
+            return losses.sum(), info
+
+        (loss, info), grads = jax.value_and_grad(total, has_aux=True)(meta_params)
         return (loss, grads), info
 
     return meta_learner(gradient, support_loss, query_loss, inner, outer, tasks_at_once=tasks_at_once, mesh=mesh)
 
 
 def meta_learner(
-    gradient: TaskGradient,
+    gradient: Gradient,
     support_loss: LossFn,
     query_loss: LossFn,
     inner: InnerLearner,
@@ -114,13 +122,9 @@ def meta_learner(
         rates = inner.init_rates(adapted_part(inner, params))
         return over_tasks.replicate(MetaState(jnp.zeros([], jnp.int32), params, rates, outer.init((params, rates))))
 
-    def of_task(shared: tuple[tuple[Params, Rates], jax.Array], task: Task) -> tuple[Any, Any]:
-        meta_params, step = shared
-        return gradient(meta_params, step, task)
-
     def step(state: MetaState, tasks: Task) -> tuple[MetaState, MetaInfo]:
         meta_params = (state.params, state.rates)
-        (loss, grads), (aux, info) = over_tasks.mean(of_task, (meta_params, state.step), tasks)
+        (loss, grads), (aux, info) = over_tasks.mean(gradient, (meta_params, state.step), tasks)
         updates, opt_state = outer.update(grads, state.opt_state, meta_params)
         params, rates = optax.apply_updates(meta_params, updates)
         return (

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from maml_jax import validation
 from maml_jax.inner import InnerLearner, inner_loop
 from maml_jax.meta import MetaLearner, meta_learner
-from maml_jax.task_axis import AtOnce
+from maml_jax.task_axis import AtOnce, summed
 from maml_jax.types import Batch, LossFn, Params, Rates, Task
 
 Batches = Callable[[Batch, int], Batch]
@@ -48,8 +48,8 @@ def reptile(
     support_loss = validation.checked_loss(loss_fn)
     query_loss = validation.checked_loss(query_loss_fn or loss_fn)
 
-    def gradient(meta_params: tuple[Params, Rates], step: jax.Array, task: Task) -> tuple[Any, Any]:
-        params, rates = meta_params
+    def gradient(shared: tuple[tuple[Params, Rates], jax.Array], task: Task) -> tuple[Any, Any]:
+        (params, rates), _ = shared
         if jax.tree.leaves(rates):
             raise ValueError(
                 "Reptile has no gradient for learned rates of the inner loop: give an inner learner with none."
@@ -59,7 +59,9 @@ def reptile(
         loss, aux = query_loss(adapted, task.query)
         return (loss, (jax.tree.map(jnp.subtract, params, adapted), rates)), (aux, info)
 
-    return meta_learner(gradient, support_loss, query_loss, inner, outer, tasks_at_once=tasks_at_once, mesh=mesh)
+    return meta_learner(
+        summed(gradient), support_loss, query_loss, inner, outer, tasks_at_once=tasks_at_once, mesh=mesh
+    )
 
 
 def one_of_each_class(ways: int) -> Batches:

@@ -21,6 +21,9 @@ AXIS = "tasks"
 
 AtOnce = int | Literal["all"] | None
 
+GroupFn = Callable[[Any, Any], tuple[Any, Any]]
+"""`(shared, tasks) -> (sum over the tasks, what is told of each)`, of a group of tasks `[G, ...]`."""
+
 
 class TaskAxis(NamedTuple):
     """A policy for the task axis."""
@@ -46,10 +49,11 @@ class TaskAxis(NamedTuple):
         out = self._sharded(local, P(AXIS))(shared, jax.tree.map(lambda leaf: leaf[filled], tasks))
         return jax.tree.map(lambda leaf: leaf[:size], out)
 
-    def mean(self, fn: Callable[[Any, Task], tuple[Any, Any]], shared: Any, tasks: Task) -> tuple[Any, Any]:
-        """`fn(shared, task) -> (averaged, stacked)`: the mean of the first over the tasks, the second of each.
+    def mean(self, fn: GroupFn, shared: Any, tasks: Task) -> tuple[Any, Any]:
+        """`fn(shared, tasks) -> (summed, stacked)`, of a group: the mean of the first, the second of each task.
 
-        The mean takes one all-reduce over the devices, and within one no more memory than one group's.
+        The mean takes one all-reduce over the devices, and within one no more memory than one group's. What
+        tells of each task alone becomes such a function by `summed`.
         """
         size, at_once = validation.task_axis(tasks), self._group(shared)
         devices = 1 if self.mesh is None else self.mesh.size
@@ -77,6 +81,28 @@ class TaskAxis(NamedTuple):
     def _sharded(self, fn: Callable[[Any, Task], Any], out_specs: Any) -> Callable[[Any, Task], Any]:
         # Without the check of what varies over devices: it would sum every task's gradient over them.
         return jax.shard_map(fn, mesh=self.mesh, in_specs=(P(), P(AXIS)), out_specs=out_specs, check_vma=False)
+
+
+def each(fn: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """`fn(shared, task)` for every task of a group, stacked along a leading axis."""
+
+    def of_group(shared: Any, tasks: Any) -> Any:
+        if len(jax.tree.leaves(tasks)[0]) == 1:  # Spared the batching: products of one task run faster without it.
+            out = fn(shared, jax.tree.map(lambda leaf: leaf[0], tasks))
+            return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], out)
+        return jax.vmap(partial(fn, shared))(tasks)
+
+    return of_group
+
+
+def summed(fn: Callable[[Any, Any], tuple[Any, Any]]) -> GroupFn:
+    """`fn(shared, task) -> (summed, stacked)` of one task as the function of a group that `TaskAxis.mean` takes."""
+
+    def of_group(shared: Any, tasks: Any) -> tuple[Any, Any]:
+        parts, stacked = each(fn)(shared, tasks)
+        return jax.tree.map(lambda leaf: leaf.sum(0), parts), stacked
+
+    return of_group
 
 
 def task_axis(tasks_at_once: AtOnce, mesh: Mesh | None) -> TaskAxis:
@@ -119,25 +145,18 @@ def _map(fn: Callable[[Any, Task], Any], at_once: int | None, shared: Any, tasks
     return lax.map(one, tasks, batch_size=None if at_once == 1 else at_once)
 
 
-def _sum(fn: Callable[[Any, Task], tuple[Any, Any]], at_once: int | None, shared: Any, tasks: Task) -> Any:
+def _sum(fn: GroupFn, at_once: int | None, shared: Any, tasks: Task) -> Any:
     """Sum over tasks of the first output, and the second stacked, a group of tasks at a time."""
-
-    def group(tasks: Task) -> tuple[Any, Any]:
-        if at_once == 1:  # Spared the batching: matrix products of one task run faster without it.
-            total, stacked = fn(shared, jax.tree.map(lambda leaf: leaf[0], tasks))
-            return total, jax.tree.map(lambda leaf: leaf[None], stacked)
-        each, stacked = jax.vmap(partial(fn, shared))(tasks)
-        return jax.tree.map(lambda leaf: leaf.sum(0), each), stacked
-
-    def add_group(total: Any, tasks: Task) -> tuple[Any, Any]:
-        part, stacked = group(tasks)
-        return jax.tree.map(jnp.add, total, part), stacked
-
     size = len(jax.tree.leaves(tasks)[0])
     if at_once is None or at_once == size:
-        return group(tasks)
+        return fn(shared, tasks)
+
+    def add_group(total: Any, tasks: Task) -> tuple[Any, Any]:
+        part, stacked = fn(shared, tasks)
+        return jax.tree.map(jnp.add, total, part), stacked
+
     groups = jax.tree.map(lambda leaf: leaf.reshape(-1, at_once, *leaf.shape[1:]), tasks)
     first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), groups)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(group, first)[0])
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(fn, shared, first)[0])
     total, stacked = lax.scan(add_group, zeros, groups)
     return total, jax.tree.map(lambda leaf: leaf.reshape(size, *leaf.shape[2:]), stacked)
