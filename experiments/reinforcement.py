@@ -239,7 +239,8 @@ def meta_train(prepared: Prepared, run: RunDirectory, method: MethodName, seed: 
         rates={"inner": setting.inner_rate},
         profile=config.profile,
     ):
-        progress.update(row["step"], before=row.get("return_before", np.nan), after=row["return"])
+        before = {"before": row["return_before"]} if "return_before" in row else {}
+        progress.update(row["step"], **before, after=row["return"])
         if begun is None:
             begun = (row["step"], time.process_time())
         elif (taken := row["step"] - begun[0]) >= 9:

@@ -1,6 +1,9 @@
 """What the benchmark counts, what it compares, and that it runs from its command line."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -9,7 +12,7 @@ import numpy as np
 import pytest
 from test_experiments import launch
 
-from experiments import benchmark, flops, measure, workloads
+from experiments import benchmark, command_line, flops, measure, workloads
 from maml_jax.convolution import conv
 
 
@@ -123,3 +126,20 @@ def test_peak_memory_is_what_a_call_needs():
 def test_bad_input(options, message):
     done = launch("experiments.benchmark", *options)
     assert done.returncode == 2 and message in done.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="Only Linux names the threads of a process.")
+def test_small_nets_get_one_thread_of_one_device():
+    code = (
+        "import os; from pathlib import Path; from experiments import command_line; command_line.use_cores(small={})\n"
+        "import jax, jax.numpy as jnp; (jnp.ones((300, 300)) @ jnp.ones((300, 300))).block_until_ready()\n"
+        "names = [path.read_text() for path in Path('/proc/self/task').glob('*/comm')]\n"
+        "print(jax.device_count(), sum('XLAEigen' in name for name in names))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC")}
+    found = [
+        subprocess.check_output([sys.executable, "-c", code.format(small)], env=environment, text=True).split()
+        for small in (True, False)
+    ]
+    count = str(command_line.cores())
+    assert found == [["1", "1"], [count, count]]

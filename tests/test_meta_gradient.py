@@ -338,6 +338,18 @@ def test_no_adaptation_is_joint_training():
     assert info.support_loss.shape == (3, 0)
 
 
+@pytest.mark.parametrize("inner_learner", [maml_jax.no_adaptation(), maml_jax.sgd(0.3, steps=1)])
+def test_what_tasks_share_gets_one_gradient_in_one_product(inner_learner):
+    """Side by side, no task multiplies by kernels of its own before it has adapted them, nor sums gradients after."""
+    loss_fn, params = ZOO["dict"]()
+    learner = maml_jax.maml(loss_fn, inner_learner, optax.sgd(1.0), tasks_at_once="all")
+    program = str(jax.make_jaxpr(learner.step)(learner.init(params), tasks(3)))
+    own = sum(program.count(f"f64[3,{a},{b}]") for a, b in (k.shape for k in jax.tree.leaves(params) if k.ndim == 2))
+    assert "f64[3," in program and (own > 0) == bool(inner_learner.steps)
+    if inner_learner.steps:  # In a loop all parameters would be each task's own.
+        assert "scan[" not in program
+
+
 def test_query_loss_of_its_own():
     loss_fn, params = ZOO["dict"]()
     batch = tasks(2)
