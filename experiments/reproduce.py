@@ -66,22 +66,35 @@ class Job(NamedTuple):
     steps: int
     path: Path
     command: list[str]
+    folder: Path
+    """Of its data."""
 
     def __str__(self) -> str:
         return shlex.join(["python", *self.command[1:]])
 
     @property
     def finished(self) -> bool:
-        """Whether its directory holds results of this row, seed and schedule, or of a longer one."""
+        """Whether its directory holds results of this row, seed and schedule, or of a longer one.
+
+        Of any images, also whether it was this folder of them; other data sets are what they are, wherever they lie.
+        """
         run = compare.read(self.path)
-        return run is not None and run.row is self.row and run.seed == self.seed and run.steps >= self.steps
+        if run is None or run.results is None or run.row is not self.row or run.seed != self.seed:
+            return False
+        same = self.row.data != "images" or Path(run.results["config"]["data_dir"]) == self.folder
+        return same and run.steps >= self.steps
+
+
+def folder(config: Config, row: Row) -> Path:
+    """Where a row's data is."""
+    return config.data_dir if row.data == "omniglot" else config.image_dir
 
 
 def command(config: Config, row: Row, seed: int) -> list[str]:
     """What runs a row."""
     options = {
         **row.options,
-        "data_dir": config.data_dir if row.data == "omniglot" else config.image_dir,
+        "data_dir": folder(config, row),
         "steps": config.steps or row.steps,
         "seed": seed,
         "workdir": config.workdir / f"{row.name}-seed{seed}",
@@ -107,16 +120,23 @@ def prepare(config: Config) -> tuple[Config, list[Job]]:
         raise ValueError(f"seeds must be one or more different numbers, but got {list(config.seeds)}.")
     for seed in config.seeds:
         validation.seed("seeds", seed)
-    for folder in config.results:
-        if not folder.is_dir():
-            raise ValueError(f"results: there is no folder {folder}.")
+    for path in config.results:
+        if not path.is_dir():
+            raise ValueError(f"results: there is no folder {path}.")
     if config.readme is not None:
         if not config.results:
             raise ValueError("readme is written from the runs in --results: give a folder of runs there.")
         page.with_region(config.readme.read_text("utf-8"), "")
     compare.find([*config.results, *([config.workdir] if config.workdir.is_dir() else [])])  # None is damaged.
     jobs = [
-        Job(row, seed, config.steps or row.steps, config.workdir / f"{row.name}-seed{seed}", command(config, row, seed))
+        Job(
+            row,
+            seed,
+            config.steps or row.steps,
+            config.workdir / f"{row.name}-seed{seed}",
+            command(config, row, seed),
+            folder(config, row),
+        )
         for seed in config.seeds
         for row in rows
     ]

@@ -330,6 +330,15 @@ def test_a_row_that_fails_stops_no_other_and_what_is_finished_is_skipped(stub, t
     assert order.read_text().split() == ["omniglot-5w1s-seed0"]
 
 
+def test_any_images_are_finished_only_where_they_are_the_same(tmp_path):
+    made_up(tmp_path / "images-5w1s-seed0", "images-5w1s", steps=100)
+    places = {"rows": ("images-5w1s",), "steps": 100, "workdir": tmp_path}
+    same = rows.EXPERIMENTS["miniimagenet"].Config().data_dir
+    for images, finished in ((same, True), (tmp_path, False)):
+        _, (job,) = reproduce.prepare(reproduce.Config(image_dir=images, list=True, **places))
+        assert job.finished == finished
+
+
 def test_at_the_end_of_the_budget_the_run_saves_and_the_rest_is_left(stub, tmp_path, capfd):
     stub({"omniglot-5w1s-order1": "hangs"})
     begun = time.monotonic()
