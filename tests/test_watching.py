@@ -4,10 +4,12 @@ import gzip
 import json
 import struct
 import sys
+import time
 
 import jax
 import pytest
 import wandb
+from google.protobuf.message import DecodeError
 from resumable_run import setting
 from wandb.proto.wandb_internal_pb2 import Record
 
@@ -40,12 +42,25 @@ def messages(path):
             parts = []
 
 
+def whole(path, seconds=60):
+    """All messages; the package's own process writes the last of them after the run has ended."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            if (found := list(messages(path))) and found[-1].HasField("exit"):
+                return found
+        except (struct.error, DecodeError):  # Cut, as yet.
+            pass
+        assert time.monotonic() < end, f"{path} does not end."
+        time.sleep(0.2)
+
+
 def records(folder):
     """What the package has kept of each of its runs: identity, project, and rows."""
     found = []
     for path in sorted(folder.rglob("*.wandb")):
         rows, run = [], None
-        for record in messages(path):
+        for record in whole(path):
             if record.HasField("run"):
                 run = record.run
             if record.HasField("history"):
