@@ -27,6 +27,7 @@ def run(
     *,
     several: bool = False,
     small: bool = False,
+    one_device: bool = False,
 ) -> None:
     """Parses the command line into `config_type`, checks and loads with `prepare`, and runs the experiment.
 
@@ -38,9 +39,11 @@ def run(
     With `several` the command line has the options of `Hosts` too, which make the process one of several; all end if
     one finds its input wrong or is lost.
 
-    `small` is for nets as in `use_cores`.
+    `small` is for nets as in `use_cores`. With `one_device` a CPU stays one device, as it must where programs call
+    the host: a program over several devices of one process has hung there.
     """
-    use_cores(small)
+    if not one_device:
+        use_cores(small)
     parts: list[tuple[str, Any]] = [("experiment", config_type), *([("hosts", Hosts)] if several else [])]
     options: Any = tyro.cli(
         dataclasses.make_dataclass("Options", parts),

@@ -74,7 +74,8 @@ def maml_rl(
       sampling_term: also credit the choice of the episodes that were adapted to (E-MAML, Stadie et al. 2018).
       discount, gae_lambda: of the advantages.
       mesh: devices among which the tasks are divided, such as `task_axis.task_mesh(T)`; None uses one. Each samples
-        and differentiates its own; what the outer step sums over tasks goes between them.
+        and differentiates its own; what the outer step sums over tasks goes between them. Where the environment is
+        simulated on the host, give a CPU but one: with large batches, calls from several of its devices have hung.
 
     Returns:
       A `MetaLearner` whose tasks are `Trials`, and whose losses are minus the mean return (paper, equation 4):
