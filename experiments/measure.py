@@ -49,7 +49,7 @@ def measure(variant: Variant, seconds: float) -> dict[str, Any]:
         jax.config.update("jax_enable_x64", True)
     work = workloads.build(variant.workload, variant.dtype, variant.implementation)
     count = len(jax.tree.leaves(work.tasks)[0])
-    mesh = task_mesh(count) if variant.devices is None else None
+    mesh = task_mesh(count) if variant.devices is None and not is_small(variant) else None
     if variant.devices is not None and variant.devices > len(jax.devices()):
         raise ValueError(
             f"devices must be at most {len(jax.devices())}, those that there are, but got {variant.devices}."
@@ -125,7 +125,7 @@ def with_peak_memory(run: Callable[[], Any]) -> tuple[Any, int | None]:
 
 def limit(variant: Variant) -> float:
     """The machine's limit in GFLOP/s, of all cores: those of small nets have but one, so another process tells it."""
-    if not is_small(variant):
+    if not is_small(variant) or jax.default_backend() != "cpu":
         return product_rate(variant.dtype)
     command = [sys.executable, "-m", "experiments.measure", json.dumps({"product": variant.dtype})]
     environment = {name: value for name, value in os.environ.items() if name != "NPROC"}

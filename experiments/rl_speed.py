@@ -52,6 +52,8 @@ class Config:
 def prepare(config: Config) -> tuple[Config, list[reinforcement.Problem]]:
     """Checks the options. Raises ValueError or OSError, saying what is wrong and what to do."""
     validation.at_least("rounds", config.rounds, 1)
+    if not config.problems:
+        raise ValueError("problems must name at least one, but got none.")
     for name in ("tasks", "episodes"):
         if (count := getattr(config, name)) is not None:
             validation.at_least(name, count, 1)

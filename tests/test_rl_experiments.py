@@ -23,6 +23,7 @@ BAD = [
     (locomotion, ["--preset", "snail"], "preset"),
     (locomotion, ["--physics", "aristotle"], "physics"),
     (rl_speed, ["--curvature-share", "0"], "curvature_share must be above 0 and at most 1, but got 0"),
+    (rl_speed, ["--problems"], "problems must name at least one, but got none"),
     (rl_speed, ["--rounds", "0"], "rounds must be an integer of at least 1, but got 0"),
     (locomotion, ["--inner-steps", "0"], "inner_steps must be an integer of at least 1, but got 0"),
 ]
@@ -52,6 +53,15 @@ def test_a_missing_engine_ends_with_the_way_to_install_it(monkeypatch, capsys, t
     with pytest.raises(SystemExit) as end:
         start(locomotion, [], monkeypatch, tmp_path)
     assert end.value.code == 2 and "pip install 'maml-jax[mujoco]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("module", "divided"), [(locomotion, False), (navigation, True)])
+def test_a_cpu_stays_one_device_where_the_host_simulates(module, divided, monkeypatch, tmp_path):
+    called = []
+    monkeypatch.setattr(command_line, "use_cores", lambda *_: called.append(True))
+    with pytest.raises(SystemExit):
+        start(module, ["--steps", "0"], monkeypatch, tmp_path)
+    assert bool(called) == divided
 
 
 @pytest.fixture

@@ -47,6 +47,7 @@ def half_cheetah(goal: Goal, horizon: int = 200, physics: Physics = "mujoco") ->
     Raises:
       ValueError: for a goal or physics that do not exist and a horizon below 1.
       ModuleNotFoundError: if the engine is not installed.
+      RuntimeError: if MJX is of another version than MuJoCo.
     """
     _check(goal, horizon, physics)
     engine = ENGINES[physics](MODELS / "half_cheetah.xml")
@@ -78,6 +79,7 @@ def ant(goal: Goal, horizon: int = 200, physics: Physics = "mujoco") -> Environm
     Raises:
       ValueError: for a goal or physics that do not exist and a horizon below 1.
       ModuleNotFoundError: if the engine is not installed.
+      RuntimeError: if MJX is of another version than MuJoCo.
     """
     _check(goal, horizon, physics)
     engine = ENGINES[physics](MODELS / "ant.xml")
