@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
 from experiments import command_line, workloads
@@ -123,6 +124,7 @@ def prepare(config: Config) -> Config:
 
 def main(config: Config) -> dict:
     """Runs the benchmark; returns what it writes to `results.json`."""
+    jax.config.update("jax_platforms", "cpu")  # An accelerator is for the processes that measure, one at a time.
     run = RunDirectory(config.workdir, "benchmark")
     print(f"Writing to {run.path}", flush=True)
     variants = config.variants()
@@ -134,12 +136,14 @@ def main(config: Config) -> dict:
             rows.append({**row, "rounds": []})
     rows.sort(key=lambda row: (config.workloads.index(row["workload"]), -row["order"]))
 
+    device, backend = "", "cpu"
     with tempfile.TemporaryDirectory() as compiled:
         for turn in range(config.rounds):
             for number, row in enumerate(rows):
                 if row.get("error"):
                     continue
-                outcome = one_round(config, row, compiled)
+                outcome = one_round(config, row, compiled, backend)
+                device, backend = outcome.get("device", device), outcome.get("backend", backend)
                 if "error" in outcome:
                     row["error"] = outcome["error"]
                 else:
@@ -151,6 +155,7 @@ def main(config: Config) -> dict:
     results: dict[str, Any] = {
         "config": dataclasses.asdict(config),
         "cores": cores(),
+        "device": device,
         "rows": [summary(row) for row in rows],
     }
     results["ratios"] = ratios(results["rows"])
@@ -161,8 +166,9 @@ def main(config: Config) -> dict:
     return results
 
 
-def one_round(config: Config, row: dict[str, Any], compiled: str) -> dict[str, Any]:
-    """Measures one row once, in a process of its own: what it printed, or how it failed."""
+def one_round(config: Config, row: dict[str, Any], compiled: str, backend: str) -> dict[str, Any]:
+    """Measures one row once, in a process of its own, peers on the `backend` that we ran on: what it printed, or how
+    it failed."""
     keys = [field.name for field in dataclasses.fields(Variant)] if row["kind"] == "ours" else [
         "peer", "workload", "order", "inner_steps"]  # fmt: skip
     given = {key: row[key] for key in keys} | {"seconds": config.seconds}
@@ -172,7 +178,7 @@ def one_round(config: Config, row: dict[str, Any], compiled: str) -> dict[str, A
         command = [sys.executable, "-m", "experiments.measure", json.dumps({**given, "compiled": folder})]
     else:
         script = Path(__file__).with_name("torch_peers.py")
-        given["threads"] = cores()
+        given |= {"threads": cores(), "device": "cuda" if backend == "gpu" else "cpu"}
         command = [str(config.peer_python or sys.executable), str(script), json.dumps(given)]
     root = str(Path(__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}

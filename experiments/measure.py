@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,10 @@ from experiments import flops, workloads
 from experiments.command_line import use_cores
 from maml_jax.inner import Checkpoint
 from maml_jax.task_axis import AtOnce, task_mesh
+from maml_jax.types import MetaState, Task
 
-PRODUCT = 1024  # Rows and columns of the product that stands for the machine's limit.
+PRODUCT, ACCELERATOR_PRODUCT = 1024, 8192
+"""Rows and columns of the product that stands for the limit of a CPU and of an accelerator."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,13 +45,21 @@ class Variant:
     devices: int | None = None
 
 
-def measure(variant: Variant, seconds: float) -> dict[str, Any]:
-    """Times of a meta-step in ms, bytes, operations, and the rate of the machine's matrix product."""
+class Program(NamedTuple):
+    """A meta-step to be compiled."""
+
+    step: Callable[[MetaState, Task], tuple[MetaState, Any]]
+    state: MetaState
+    tasks: Task
+    mesh: jax.sharding.Mesh | None
+
+
+def program(variant: Variant) -> Program:
+    """The meta-step of a variant, and what it takes. Raises ValueError if it wants more devices than there are."""
     if variant.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     work = workloads.build(variant.workload, variant.dtype, variant.implementation)
-    count = len(jax.tree.leaves(work.tasks)[0])
-    mesh = task_mesh(count) if variant.devices is None and not is_small(variant) else None
+    mesh = task_mesh(len(jax.tree.leaves(work.tasks)[0])) if variant.devices is None and not is_small(variant) else None
     if variant.devices is not None and variant.devices > len(jax.devices()):
         raise ValueError(
             f"devices must be at most {len(jax.devices())}, those that there are, but got {variant.devices}."
@@ -59,28 +69,34 @@ def measure(variant: Variant, seconds: float) -> dict[str, Any]:
     options: dict[str, Any] = {"steps": variant.inner_steps or work.inner_steps, "order": variant.order}
     inner = maml_jax.sgd(work.inner_rate, trainable=work.trainable, checkpoint=variant.checkpoint, **options)
     learner = maml_jax.maml(work.loss_fn, inner, optax.adam(1e-3), tasks_at_once=variant.tasks_at_once, mesh=mesh)
-    state = learner.init(work.init())
+    return Program(learner.step, learner.init(work.init()), work.tasks, mesh)
+
+
+def measure(variant: Variant, seconds: float) -> dict[str, Any]:
+    """Times of a meta-step in ms, bytes, operations, and the rate of the machine's matrix product."""
+    step, state, tasks, mesh = program(variant)
+    count = len(jax.tree.leaves(tasks)[0])
 
     def many(state: Any, tasks: Any, count: jax.Array) -> Any:
-        return jax.lax.fori_loop(0, count, lambda _, state: learner.step(state, tasks)[0], state)
+        return jax.lax.fori_loop(0, count, lambda _, state: step(state, tasks)[0], state)
 
-    operations = flops.count(jax.make_jaxpr(learner.step)(state, work.tasks).jaxpr)
+    operations = flops.count(jax.make_jaxpr(step)(state, tasks).jaxpr)
     if mesh is not None:
         operations *= mesh.size  # The program of one device.
-    lowered = jax.jit(many, donate_argnums=0).lower(state, work.tasks, 1)
+    lowered = jax.jit(many, donate_argnums=0).lower(state, tasks, 1)
     start = time.perf_counter()
     run = lowered.compile()
     compilation = time.perf_counter() - start
     memory = run.memory_analysis()
-    state, memory_measured = with_peak_memory(lambda: run(state, work.tasks, 1))
+    state, memory_measured = with_peak_memory(lambda: run(state, tasks, 1))
     start = time.perf_counter()
-    state = jax.block_until_ready(run(state, work.tasks, 1))
+    state = jax.block_until_ready(run(state, tasks, 1))
     per_call = max(1, int(0.3 / (time.perf_counter() - start)))
     times: list[float] = []
     begin = time.perf_counter()
     while len(times) < 5 or time.perf_counter() - begin < seconds:
         start = time.perf_counter()
-        state = jax.block_until_ready(run(state, work.tasks, per_call))
+        state = jax.block_until_ready(run(state, tasks, per_call))
         times.append(1e3 * (time.perf_counter() - start) / per_call)
     if not np.isfinite(float(jnp.abs(jax.tree.leaves(state.params)[0]).max())):
         raise FloatingPointError("The parameters stopped being finite, so the times say nothing.")
@@ -92,6 +108,8 @@ def measure(variant: Variant, seconds: float) -> dict[str, Any]:
         "memory_measured": memory_measured,
         "gflop": operations / 1e9,
         "limit_gflops": limit(variant),
+        "device": jax.devices()[0].device_kind,
+        "backend": jax.default_backend(),
         "devices_used": mesh.size if mesh is not None else 1,
     }
 
@@ -140,7 +158,7 @@ def is_small(variant: Variant) -> bool:
 
 def product_rate(dtype: str) -> float:
     """The machine's limit: products of large matrices on all devices at once, GFLOP/s."""
-    size, repeats = PRODUCT, 8
+    size, repeats = PRODUCT if jax.default_backend() == "cpu" else ACCELERATOR_PRODUCT, 8
     devices = jax.devices()
     factors = [jax.device_put(jnp.full((size, size), 1e-3, dtype), device) for device in devices]
     run = jax.jit(lambda a: jax.lax.fori_loop(0, repeats, lambda _, product: product @ a, a))

@@ -19,9 +19,8 @@ import optax
 
 import maml_jax
 from experiments import command_line, locomotion, navigation, reinforcement
-from maml_jax import validation
+from maml_jax import plots, validation
 from maml_jax.record import RunDirectory
-from maml_jax.rl import plots
 from maml_jax.rl.meta_rl import Trials, draw_trials, maml_rl
 from maml_jax.rl.outer import Outer, policy_gradient
 from maml_jax.rl.policy import gaussian_mlp
@@ -121,7 +120,8 @@ def main(prepared: tuple[Config, list[reinforcement.Problem]]) -> dict[str, Any]
     results = {"config": dataclasses.asdict(config), "cores": command_line.cores(), "rows": rows}
     print(table(rows))
     path = run.write_results(results)
-    plots.shares(run.path / "shares.png", {row["problem"]: row["shares"] for row in rows})
+    shares = {row["problem"]: row["shares"] for row in rows}
+    plots.shares(run.path / "shares.png", shares, "a meta-iteration's processor time")
     print(f"Wrote {path}, and shares.png beside it.")
     return results
 

@@ -30,7 +30,7 @@ from jax.interpreters import ad, batching, mlir
 
 from maml_jax import backend, validation
 
-ImplementationName = Literal["patches", "direct", "lax"]
+ImplementationName = Literal["patches", "direct", "im2col", "lax"]
 
 
 def conv(
@@ -148,8 +148,7 @@ def _windows(x: jax.Array, geometry: Geometry) -> jax.Array:
 
 
 def _patches_conv(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
-    rows = kernel.reshape(-1, kernel.shape[3])
-    return _in_groups(lambda x: _windows(x, geometry) @ rows, geometry, x.shape[3], x)
+    return _in_groups(lambda x: _im2col_conv(x, kernel, geometry), geometry, x.shape[3], x)
 
 
 def _from_windows(windows: jax.Array, geometry: Geometry) -> jax.Array:
@@ -183,8 +182,7 @@ def _from_windows(windows: jax.Array, geometry: Geometry) -> jax.Array:
 
 
 def _patches_input_gradient(y: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
-    columns = kernel.reshape(-1, kernel.shape[3]).T
-    return _in_groups(lambda y: _from_windows(y @ columns, geometry), geometry, kernel.shape[2], y)
+    return _in_groups(lambda y: _im2col_input_gradient(y, kernel, geometry), geometry, kernel.shape[2], y)
 
 
 def _patches_kernel_gradient(x: jax.Array, y: jax.Array, geometry: Geometry) -> jax.Array:
@@ -217,6 +215,23 @@ def _product_with_windows(x: jax.Array, y: jax.Array, geometry: Geometry) -> jax
     # y is smaller. Its product comes out turned, behind another barrier; of a batch of products, XLA's
     # compiler for CPUs would make a layout then that it has no code for, and end the process.
     return lax.optimization_barrier(lax.optimization_barrier(y.T) @ windows)
+
+
+# --- The same products with all windows at once, without what only a CPU needs: for accelerators, which have a fast
+# form of many products side by side, where every task has a kernel of its own.
+
+
+def _im2col_conv(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    return _windows(x, geometry) @ kernel.reshape(-1, kernel.shape[3])
+
+
+def _im2col_input_gradient(y: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    return _from_windows(y @ kernel.reshape(-1, kernel.shape[3]).T, geometry)
+
+
+def _im2col_kernel_gradient(x: jax.Array, y: jax.Array, geometry: Geometry) -> jax.Array:
+    product = jnp.tensordot(_windows(x, geometry), y, ((0, 1, 2), (0, 1, 2)))
+    return product.reshape(*geometry.window, x.shape[3], y.shape[3])
 
 
 # --- XLA's convolution, and what JAX derives from it: for accelerators, whose libraries know all three.
@@ -260,6 +275,7 @@ def _direct_input_gradient(y: jax.Array, kernel: jax.Array, geometry: Geometry) 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "patches": Implementation(_patches_conv, _patches_input_gradient, _patches_kernel_gradient),
     "direct": Implementation(_lax_conv, _direct_input_gradient, _patches_kernel_gradient),
+    "im2col": Implementation(_im2col_conv, _im2col_input_gradient, _im2col_kernel_gradient),
     "lax": Implementation(_lax_conv, _lax_input_gradient, _lax_kernel_gradient),
 }
 

@@ -234,3 +234,18 @@ def _kind(row: dict[str, Any], peers: Mapping[str, str]) -> str:
     extras += [row["dtype"]] if row["dtype"] != "float32" else []
     extras += [f"checkpoint {row['checkpoint']}"] if row["checkpoint"] != "none" else []
     return ", ".join(["maml_jax", *extras])
+
+
+def shares(path: Path, rows: Mapping[str, Mapping[str, float]], whole: str) -> None:
+    """What parts take of a `whole`, which is named, a bar for each row."""
+    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.5 * len(rows)), layout="constrained")
+    for number, (name, parts) in enumerate(rows.items()):
+        left = 0.0
+        for color, (part, share) in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"], parts.items()):
+            axes.barh(name, share, left=left, color=color, label=None if number else part)
+            left += share
+    axes.set(xlabel=f"share of {whole}", xlim=(0, 1))
+    axes.invert_yaxis()
+    figure.legend(loc="outside upper center", ncols=3, fontsize="small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

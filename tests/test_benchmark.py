@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from test_experiments import launch
 
-from experiments import benchmark, command_line, flops, measure, workloads
+from experiments import benchmark, breakdown, command_line, flops, measure, workloads
 from maml_jax.convolution import conv
 
 
@@ -143,3 +144,37 @@ def test_small_nets_get_one_thread_of_one_device():
     ]
     count = str(command_line.cores())
     assert found == [["1", "1"], [count, count]]
+
+
+def test_a_breakdown_has_all_of_the_time_once(tmp_path):
+    results = breakdown.main(breakdown.prepare(breakdown.Config(("sinusoid",), (2,), tmp_path / "run")))
+    (row,) = results["rows"]
+    assert row == json.loads((tmp_path / "run" / "results.json").read_text())["rows"][0]
+    assert sum(row["shares"].values()) == pytest.approx(1)
+    assert 0 < row["shares"][breakdown.PRODUCTS] < 1 and 0 < row["products_of_limit"]
+    assert 0 < sum(row["largest_ms"].values()) <= row["ms_in_operations"]
+    assert (tmp_path / "run" / "shares.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("dot_general", breakdown.PRODUCTS),
+        ("ynn_fusion", breakdown.PRODUCTS),
+        ("convolution", breakdown.PRODUCTS),
+        ("convert_power_fusion", breakdown.ELEMENTWISE),
+        ("concatenate_bitcast_fusion", "windows put together"),
+        ("pad_slice_fusion", "slices, pads and their transposes"),
+        ("transpose_copy_fusion", "copies and transposes"),
+        ("multiply_reduce_fusion", "sums"),
+    ],
+)
+def test_kinds_of_operations(name, kind):
+    assert breakdown.kind(name) == kind
+
+
+def test_loops_are_not_counted_beside_what_is_in_them():
+    event = lambda name, stats: SimpleNamespace(name=name, duration_ns=1e6, stats=stats)  # noqa: E731
+    events = [event("while.3", [("hlo_op", "")]), event("dot.1", [("hlo_op", "")]), event("dot.2", [("hlo_op", "")])]
+    line = SimpleNamespace(events=[*events, event("python", [("line", 3)])])
+    assert breakdown.durations(SimpleNamespace(planes=[SimpleNamespace(lines=[line])])) == {"dot": 2}

@@ -75,18 +75,3 @@ def navigation_paths(path: Path, goals: Sequence[Sequence[float]], paths: np.nda
     grid[0, 0].set(xlim=(-1, 1), ylim=(-1, 1))
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-def shares(path: Path, rows: Mapping[str, Mapping[str, float]]) -> None:
-    """What the parts of a meta-iteration take of its time, a bar for each problem."""
-    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.5 * len(rows)), layout="constrained")
-    for number, (name, parts) in enumerate(rows.items()):
-        left = 0.0
-        for color, (part, share) in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"], parts.items()):
-            axes.barh(name, share, left=left, color=color, label=None if number else part)
-            left += share
-    axes.set(xlabel="share of a meta-iteration's processor time", xlim=(0, 1))
-    axes.invert_yaxis()
-    figure.legend(loc="outside upper center", ncols=3, fontsize="small")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
