@@ -27,7 +27,7 @@ def run(
     *,
     several: bool = False,
     small: bool = False,
-    one_device: bool = False,
+    calls_host: bool = False,
 ) -> None:
     """Parses the command line into `config_type`, checks and loads with `prepare`, and runs the experiment.
 
@@ -39,11 +39,9 @@ def run(
     With `several` the command line has the options of `Hosts` too, which make the process one of several; all end if
     one finds its input wrong or is lost.
 
-    `small` is for nets as in `use_cores`. With `one_device` a CPU stays one device, as it must where programs call
-    the host: a program over several devices of one process has hung there.
+    `small` and `calls_host` are those of `use_cores`.
     """
-    if not one_device:
-        use_cores(small)
+    use_cores(small, calls_host)
     parts: list[tuple[str, Any]] = [("experiment", config_type), *([("hosts", Hosts)] if several else [])]
     options: Any = tyro.cli(
         dataclasses.make_dataclass("Options", parts),
@@ -132,17 +130,20 @@ def keep_compiled(folder: Path) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-def use_cores(small: bool = False) -> None:
+def use_cores(small: bool = False, calls_host: bool = False) -> None:
     """Settles how JAX uses a CPU's cores; to be called before its first computation.
 
     As many devices as cores: each goes through its share of the tasks, which uses the cores better than dividing
     single matrix products does. With `small` one device of one thread: where a meta-step takes less than a
-    millisecond, to hand work to other threads takes longer than the work. Without effect on an accelerator.
+    millisecond, to hand work to other threads takes longer than the work. With `calls_host`, where programs call
+    simulators on the host, a thread more than devices: a large argument of a call is copied by a thread of XLA's pool
+    while that of the device waits, and where all of them waited the program would hang (jax-ml/jax#24255). Without
+    effect on an accelerator.
     """
-    if small:
-        os.environ.setdefault("NPROC", "1")  # How XLA is told how many cores there are.
-    else:
+    if not small:
         jax.config.update("jax_num_cpu_devices", cores())
+    if small or calls_host:
+        os.environ.setdefault("NPROC", str(1 if small else cores() + 1))  # How XLA is told how many cores there are.
 
 
 def cores() -> int:

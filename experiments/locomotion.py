@@ -162,7 +162,7 @@ def draw(path: Path, config: Config, trained: reinforcement.Trained, rates: tupl
 
 def launch() -> None:
     """The command line."""
-    command_line.run(Config, prepare, main, several=True, one_device=True)
+    command_line.run(Config, prepare, main, several=True, calls_host=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The reinforcement-learning experiments from their command line: a short run, and what they say to bad input."""
 
 import json
+import os
+import subprocess
 import sys
 
 import jax
@@ -34,6 +36,7 @@ def start(module, options, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, options)])
     with monkeypatch.context() as patch:
         patch.setattr(command_line.jax.config, "update", lambda *_: None)  # This process has its devices already.
+        patch.setenv("NPROC", "3")  # Nor do others get what it sets.
         patch.chdir(tmp_path)
         module.launch()
 
@@ -55,13 +58,39 @@ def test_a_missing_engine_ends_with_the_way_to_install_it(monkeypatch, capsys, t
     assert end.value.code == 2 and "pip install 'maml-jax[mujoco]'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("module", "divided"), [(locomotion, False), (navigation, True)])
-def test_a_cpu_stays_one_device_where_the_host_simulates(module, divided, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("module", "calls_host"), [(locomotion, True), (navigation, False)])
+def test_who_calls_the_host_says_so(module, calls_host, monkeypatch, tmp_path):
     called = []
-    monkeypatch.setattr(command_line, "use_cores", lambda *_: called.append(True))
+    monkeypatch.setattr(command_line, "use_cores", lambda small, calls_host: called.append(calls_host))
     with pytest.raises(SystemExit):
         start(module, ["--steps", "0"], monkeypatch, tmp_path)
-    assert bool(called) == divided
+    assert called == [calls_host]
+
+
+CALLS_FROM_ALL_DEVICES = """
+import faulthandler; faulthandler.dump_traceback_later(60, exit=True)
+from experiments import command_line; command_line.use_cores(calls_host=True)
+import jax, jax.numpy as jnp, numpy as np
+from maml_jax.task_axis import local_mesh
+P = jax.sharding.PartitionSpec
+
+def through_host(x):
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.lax.fori_loop(0, 100, lambda _, x: jax.pure_callback(lambda x: np.asarray(x) + 1, shape, x), x)
+
+mesh = local_mesh()
+divided = jax.shard_map(through_host, mesh=mesh, in_specs=P("tasks"), out_specs=P("tasks"), check_vma=False)
+x = jnp.zeros((2 * jax.device_count(), 100_000))
+print(jax.device_count(), float(jax.jit(divided if mesh else through_host)(x).min()))
+"""
+
+
+def test_large_calls_to_the_host_from_all_devices_at_once_end():
+    """Without a thread to spare each waits for a copy that none is left to make."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC")}
+    command = [sys.executable, "-c", CALLS_FROM_ALL_DEVICES]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == [str(command_line.cores()), "100.0"], done.stderr
 
 
 @pytest.fixture

@@ -28,7 +28,9 @@ class Engine:
     """A MuJoCo model, and host memory to simulate it in.
 
     Its functions are pure: a result depends on nothing but the arguments. Under any nest of `vmap` they
-    reach the host as one call for all states together, which uses all cores.
+    reach the host as one call for all states together, which uses all cores. Over several CPU devices of one
+    process XLA needs a thread more than devices, or large calls can hang: the experiments see to it, and programs of
+    one's own set `NPROC` before JAX starts.
 
     Args:
       path: the model's XML file.
