@@ -31,7 +31,7 @@ def tasks_at_once(params: Any) -> int | None:
 
 def convolution(platform: str, operation: str, channels: int, window: Sequence[int], stride: int) -> str:
     """The implementation of one operation of `maml_jax.convolution`, for the platform that is compiled for."""
-    if platform != "cpu":  # A GPU's grouped convolutions, which kernels of every task become, take several times as long.
+    if platform != "cpu":  # Kernels of every task become grouped convolutions, which take a GPU several times as long.
         return "im2col"
     if math.prod(window) * stride == 1:  # A product of matrices as it is.
         return "patches"
