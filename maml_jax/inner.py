@@ -14,6 +14,7 @@ import optax
 from jax import lax
 
 from maml_jax import validation
+from maml_jax.invariant import hoisted
 from maml_jax.mixed import mixed_value_and_grad
 from maml_jax.trees import divide, join
 from maml_jax.types import AdaptInfo, Batch, LossFn, Params, Rates
@@ -238,18 +239,19 @@ def inner_loop(
         updates, opt_state = optimizer.update(grads, opt_state, at)
         return (optax.apply_updates(adapted, updates), opt_state), (loss, aux, probed)
 
-    if inner.checkpoint == "step":
-        step = jax.checkpoint(step, prevent_cse=steps == 1)
-    # Rolled up, so that compile time does not grow with the steps.
     start = lax.stop_gradient(adapted) if inner.order == 1 else adapted
     carry = (adapted, optimizer.init(start))
     of_steps = (None if inner.at_step is None else jnp.arange(steps), batch if batch_per_step else None)
+    if steps > 1:
+        step = hoisted(step, carry, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), of_steps))
+    if inner.checkpoint == "step":
+        step = jax.checkpoint(step, prevent_cse=steps == 1)
     if steps == 1:
         # Without a loop, in which each task's parameters would be its own from the start: under `vmap` the
         # products of all tasks with the parameters they share are one product.
         (adapted, _), row = step(carry, jax.tree.map(lambda leaf: leaf[0], of_steps))
         loss, aux, probes = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], row)
-    else:
+    else:  # Rolled up, so that compile time does not grow with the steps.
         (adapted, _), (loss, aux, probes) = lax.scan(step, carry, of_steps, length=steps)
     params = seen(adapted, fixed, steps)
     probes = _append(probes, observe(params))

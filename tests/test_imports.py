@@ -43,7 +43,7 @@ def test_models_and_plots_bring_no_tensorflow():
 
 
 LAYERS = [  # Each may import only from those before it.
-    {"types", "trees", "backend", "workdir", "events"},
+    {"types", "trees", "backend", "invariant", "workdir", "events"},
     {"profiling", "wandb_copy", "validation", "mixed", "tasks.cache"},
     {"hosts"},
     {"inner", "task_axis", "convolution", "losses", "statistics", "tasks.sinusoid", "tasks.episodes", "tasks.omniglot"},
