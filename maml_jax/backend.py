@@ -16,6 +16,9 @@ LARGE_PARAMS = 1 << 14
 GROUP_OF_WINDOWS = 1 << 20
 """Entries of a matrix of windows that a core's caches hold, with what is made of it."""
 
+LARGE_GROUP_OF_WINDOWS = 1 << 28
+"""The same for an accelerator, whose memory is the bound: a GiB in float32."""
+
 LARGE_OUTPUT = 1 << 19
 """Entries of a convolution that a core's caches no longer hold, with what is made of it."""
 
@@ -37,6 +40,11 @@ def convolution(platform: str, operation: str, channels: int, window: Sequence[i
         return "patches"
     fast_in_xla = operation != "kernel_gradient" and stride == 1 and channels >= FEW_CHANNELS
     return "direct" if fast_in_xla else "patches"
+
+
+def windows_at_once(platform: str) -> int:
+    """Entries of a matrix of windows that are made at once, the rest in a loop after them."""
+    return GROUP_OF_WINDOWS if platform == "cpu" else LARGE_GROUP_OF_WINDOWS
 
 
 def one_image_at_a_time(images: Sequence[int], channels: int, features: int) -> bool:

@@ -87,6 +87,8 @@ class Geometry(NamedTuple):
     stride: int
     kernels: int = 1
     """The size of the axis `G`, over which an implementation is mapped."""
+    at_once: int = 0
+    """Entries of the windows that may be made at once, of all kernels; never less than those of an image."""
 
     @property
     def output(self) -> tuple[int, int]:
@@ -108,7 +110,7 @@ class Implementation(NamedTuple):
 
 
 # --- Matrix products with the windows of the images as rows, of as many images at a time as stay in a core's
-# caches: fast on a CPU.
+# caches, or in an accelerator's memory.
 
 
 def _in_groups(fn: Callable[..., jax.Array], geometry: Geometry, channels: int, *operands: jax.Array) -> jax.Array:
@@ -125,7 +127,7 @@ def _groups(images: int, geometry: Geometry, channels: int) -> tuple[int, int]:
     if math.prod(geometry.window) * geometry.stride == 1:  # Then the images are the windows.
         return images, 1
     row = math.prod((*geometry.output, *geometry.window, channels))
-    largest = max(1, backend.GROUP_OF_WINDOWS // (row * geometry.kernels))
+    largest = max(1, geometry.at_once // (row * geometry.kernels))
     count = max(n for n in range(1, min(images, largest) + 1) if images % n == 0)
     return count, images // count
 
@@ -148,7 +150,8 @@ def _windows(x: jax.Array, geometry: Geometry) -> jax.Array:
 
 
 def _patches_conv(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
-    return _in_groups(lambda x: _im2col_conv(x, kernel, geometry), geometry, x.shape[3], x)
+    rows = kernel.reshape(-1, kernel.shape[3])
+    return _in_groups(lambda x: _windows(x, geometry) @ rows, geometry, x.shape[3], x)
 
 
 def _from_windows(windows: jax.Array, geometry: Geometry) -> jax.Array:
@@ -182,18 +185,19 @@ def _from_windows(windows: jax.Array, geometry: Geometry) -> jax.Array:
 
 
 def _patches_input_gradient(y: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
-    return _in_groups(lambda y: _im2col_input_gradient(y, kernel, geometry), geometry, kernel.shape[2], y)
+    columns = kernel.reshape(-1, kernel.shape[3]).T
+    return _in_groups(lambda y: _from_windows(y @ columns, geometry), geometry, kernel.shape[2], y)
 
 
-def _patches_kernel_gradient(x: jax.Array, y: jax.Array, geometry: Geometry) -> jax.Array:
+def _patches_kernel_gradient(x: jax.Array, y: jax.Array, geometry: Geometry, turned: bool = True) -> jax.Array:
     count, groups = _groups(len(x), geometry, x.shape[3])
     if groups == 1:
-        rows = _product_with_windows(x, y, geometry)
+        rows = _product_with_windows(x, y, geometry, turned)
     else:
 
         def add_group(total: jax.Array, group: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
             x, y = group
-            return total + _product_with_windows(x, y, geometry), None
+            return total + _product_with_windows(x, y, geometry, turned), None
 
         wide = jnp.promote_types(x.dtype, jnp.float32)  # Or many small parts would be lost in a large sum.
         zeros = jnp.zeros((y.shape[3], math.prod(geometry.window) * x.shape[3]), wide)
@@ -202,13 +206,13 @@ def _patches_kernel_gradient(x: jax.Array, y: jax.Array, geometry: Geometry) -> 
     return rows.T.reshape(*geometry.window, x.shape[3], y.shape[3])
 
 
-def _product_with_windows(x: jax.Array, y: jax.Array, geometry: Geometry) -> jax.Array:
+def _product_with_windows(x: jax.Array, y: jax.Array, geometry: Geometry, turned: bool) -> jax.Array:
     """The kernel's gradient as `[D, h * w * C]`."""
     windows = _windows(x, geometry)
     windows, y = windows.reshape(-1, windows.shape[3]), y.reshape(-1, y.shape[3])
     # CPUs have no fast form of a product that sums over the rows of both operands. So one is turned, behind a
     # barrier that keeps XLA from taking it back.
-    if windows.shape[1] < y.shape[1]:  # With few channels it is not worth it.
+    if not turned or windows.shape[1] < y.shape[1]:  # With few channels it is not worth it.
         return (windows.T @ y).T
     if geometry.kernels > 1:
         return (lax.optimization_barrier(windows.T) @ y).T
@@ -217,24 +221,7 @@ def _product_with_windows(x: jax.Array, y: jax.Array, geometry: Geometry) -> jax
     return lax.optimization_barrier(lax.optimization_barrier(y.T) @ windows)
 
 
-# --- The same products with all windows at once, without what only a CPU needs: for accelerators, which have a fast
-# form of many products side by side, where every task has a kernel of its own.
-
-
-def _im2col_conv(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
-    return _windows(x, geometry) @ kernel.reshape(-1, kernel.shape[3])
-
-
-def _im2col_input_gradient(y: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
-    return _from_windows(y @ kernel.reshape(-1, kernel.shape[3]).T, geometry)
-
-
-def _im2col_kernel_gradient(x: jax.Array, y: jax.Array, geometry: Geometry) -> jax.Array:
-    product = jnp.tensordot(_windows(x, geometry), y, ((0, 1, 2), (0, 1, 2)))
-    return product.reshape(*geometry.window, x.shape[3], y.shape[3])
-
-
-# --- XLA's convolution, and what JAX derives from it: for accelerators, whose libraries know all three.
+# --- XLA's convolution, and what JAX derives from it: for what a library knows.
 
 
 def _lax_conv(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
@@ -275,7 +262,7 @@ def _direct_input_gradient(y: jax.Array, kernel: jax.Array, geometry: Geometry) 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "patches": Implementation(_patches_conv, _patches_input_gradient, _patches_kernel_gradient),
     "direct": Implementation(_lax_conv, _direct_input_gradient, _patches_kernel_gradient),
-    "im2col": Implementation(_im2col_conv, _im2col_input_gradient, _im2col_kernel_gradient),
+    "im2col": Implementation(_patches_conv, _patches_input_gradient, partial(_patches_kernel_gradient, turned=False)),
     "lax": Implementation(_lax_conv, _lax_input_gradient, _lax_kernel_gradient),
 }
 
@@ -299,7 +286,8 @@ def _primitive(name: str, first: _Merge, second: _Merge) -> Primitive:
     ) -> jax.Array:
         channels = b.shape[3] if name == "input_gradient" else a.shape[4]
         chosen = implementation or backend.convolution(platform, name, channels, geometry.window, geometry.stride)
-        one = partial(getattr(IMPLEMENTATIONS[chosen], name), geometry=geometry._replace(kernels=len(a)))
+        geometry = geometry._replace(kernels=len(a), at_once=backend.windows_at_once(platform))
+        one = partial(getattr(IMPLEMENTATIONS[chosen], name), geometry=geometry)
         # Spared the batching where there is one kernel: products of plain matrices run faster.
         return one(a[0], b[0])[None] if len(a) == 1 else jax.vmap(one)(a, b)
 

@@ -27,7 +27,9 @@ def hoisted(step: Callable[..., Any], *args: Any) -> Callable[..., Any]:
     """
     closed, shape = jax.make_jaxpr(step, return_shape=True)(*args)
     whole = closed.jaxpr
-    made_by: dict[Any, int] = {variable: place for place, equation in enumerate(whole.eqns) for variable in equation.outvars}
+    made_by: dict[Any, int] = {
+        variable: place for place, equation in enumerate(whole.eqns) for variable in equation.outvars
+    }
 
     changing: set[Any] = set(whole.invars)
     inside: set[int] = set()

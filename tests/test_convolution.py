@@ -179,6 +179,19 @@ def test_the_platform_that_a_program_is_for_decides(platform):
     assert ("optimization_barrier" in program) == (platform == "cpu")
 
 
+def test_an_accelerator_makes_only_so_many_windows_at_once(monkeypatch):
+    x, kernel = (operand[0] for operand in drawn(SHAPES[0]))
+
+    def loops():
+        lowered = jax.jit(conv).trace(x, kernel).lower(lowering_platforms=("cuda",))
+        return "stablehlo.while" in lowered.as_text()
+
+    assert not loops()
+    monkeypatch.setattr(backend, "LARGE_GROUP_OF_WINDOWS", 1)
+    jax.clear_caches()
+    assert loops()
+
+
 @pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 4, 3)])
 def test_dense_is_flax_dense(shape):
     import flax.linen as nn
