@@ -46,8 +46,11 @@ class Run(NamedTuple):
             hours = f"{seconds / 3600:.2f} hours" + (f" in {len(times)} starts" if earlier else "")
         else:
             hours = "time not recorded"
+        # Of all its starts: a run may have gone on elsewhere.
+        hardware, commits = (", then ".join(dict.fromkeys(str(each.get(key)) for each in (*earlier, made_by)))
+                             for key in ("hardware", "commit"))  # fmt: skip
         return (
-            f"{hours}, {made_by['hardware']}, commit {made_by['commit']}, {made_by['finished'][:10]}; "
+            f"{hours}, {hardware}, commit {commits}, {made_by['finished'][:10]}; "
             f"the model of meta-step {selected['step']:,}, selected: {selected['by']}"
         )
 

@@ -182,11 +182,13 @@ def test_the_time_of_a_run_is_that_of_all_its_starts(tmp_path):
     content = json.loads((tmp_path / "run" / "run.json").read_text())
     begun = time.time() - 10 * 3600
     content["starts"][0]["started"] = utc(begun)
+    content["starts"][0]["hardware"] = "1 x Another"
     (tmp_path / "run" / "run.json").write_text(json.dumps(content))
     os.utime(tmp_path / "run" / "metrics.jsonl", (begun + 3 * 3600,) * 2)
     run = RunDirectory(tmp_path / "run", "made up", {"a": 1})
     run.write_results({name: value for name, value in results.items() if name != "made_by"})
-    assert compare.read(tmp_path / "run").cost().startswith("3.00 hours in 2 starts, ")
+    told = compare.read(tmp_path / "run").cost()
+    assert told.startswith("3.00 hours in 2 starts, 1 x Another, then ") and told.count("commit") == 1
 
 
 def test_differences_are_paired_over_the_same_tasks_and_schedule(tmp_path):
