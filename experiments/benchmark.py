@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -119,6 +120,10 @@ def prepare(config: Config) -> Config:
                 f"{python} has no PyTorch to measure against. Install it, `pip install -e '.[torch]'`, or name a "
                 "Python that has it with --peer-python."
             ) from error
+        if (backend := where()[0]) not in ("cpu", "gpu"):
+            raise ValueError(f"against torch measures on CPUs and GPUs, but JAX has a {backend} here.")
+        if backend == "gpu" and not config.devices:
+            return dataclasses.replace(config, devices=(1,))  # As many as the peers use.
     return config
 
 
@@ -136,14 +141,13 @@ def main(config: Config) -> dict:
             rows.append({**row, "rounds": []})
     rows.sort(key=lambda row: (config.workloads.index(row["workload"]), -row["order"]))
 
-    device, backend = "", "cpu"
+    backend, device = where()
     with tempfile.TemporaryDirectory() as compiled:
         for turn in range(config.rounds):
             for number, row in enumerate(rows):
                 if row.get("error"):
                     continue
                 outcome = one_round(config, row, compiled, backend)
-                device, backend = outcome.get("device", device), outcome.get("backend", backend)
                 if "error" in outcome:
                     row["error"] = outcome["error"]
                 else:
@@ -164,6 +168,15 @@ def main(config: Config) -> dict:
     plots.benchmark(run.path / "benchmark.png", results["rows"], PEER_NAMES)
     print(f"Wrote {path}, and benchmark.png beside it.")
     return results
+
+
+@cache
+def where() -> tuple[str, str]:
+    """The backend that is measured, and its devices in words: asked of a process of its own, which then lets go."""
+    code = "import jax; d = jax.devices(); print(jax.default_backend()); print(len(d), 'x', d[0].device_kind)"
+    command = [sys.executable, "-c", code]
+    backend, device = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-2:]
+    return backend, device
 
 
 def one_round(config: Config, row: dict[str, Any], compiled: str, backend: str) -> dict[str, Any]:

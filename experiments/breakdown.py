@@ -24,7 +24,8 @@ from maml_jax.record import RunDirectory
 
 PRODUCTS = "products and convolutions"
 KINDS = {
-    PRODUCTS: ("dot", "convolution", "gemm", "ynn", "cublas", "cudnn"),
+    PRODUCTS: ("dot", "convolution", "gemm", "ynn", "cublas", "cudnn", "custom-call"),
+    "stacks over inner steps": ("dynamic-slice", "dynamic-update-slice"),
     "windows put together": ("concatenate",),
     "slices, pads and their transposes": ("slice", "pad", "gather", "scatter"),
     "copies and transposes": ("copy", "transpose"),
@@ -77,7 +78,10 @@ def main(config: Config) -> dict[str, Any]:
 def breakdown(variant: measure.Variant) -> dict[str, Any]:
     """Milliseconds of a meta-step, and by operation; the shares of the kinds; and how fast the products were."""
     step, state, tasks, _ = measure.program(variant)
-    gflop, limit = flops.count(jax.make_jaxpr(step)(state, tasks).jaxpr) / 1e9, measure.product_rate(variant.dtype)
+    gflop, limit = (
+        flops.count(jax.make_jaxpr(step)(state, tasks).jaxpr) / 1e9,
+        measure.product_rate(variant.dtype, jax.devices()[:1]),
+    )
     run = jax.jit(step, donate_argnums=0)
     state, _ = jax.block_until_ready(run(state, tasks))
     with tempfile.TemporaryDirectory() as folder:
@@ -91,6 +95,8 @@ def breakdown(variant: measure.Variant) -> dict[str, Any]:
     for name, milliseconds in operations.items():
         kinds[kind(name)] += milliseconds
     total = kinds.total()
+    if not kinds[PRODUCTS]:
+        raise ValueError(f"The trace names no product of matrices, only {', '.join(operations) or 'nothing'}.")
     return {
         "ms": 1e3 * wall,
         "ms_in_operations": total,
@@ -107,8 +113,9 @@ def durations(trace: ProfileData) -> Counter[str]:
     for plane in trace.planes:
         for line in plane.lines:
             for event in line.events:
-                name = event.name.split(".")[0]
-                if name not in CONTAINERS and any(stat == "hlo_op" for stat, _ in event.stats):
+                operation = dict(event.stats).get("hlo_op")  # A GPU's kernels have names of their own.
+                name = str(operation).split(".")[0]
+                if operation and name not in CONTAINERS:
                     found[name] += event.duration_ns / 1e6
     return found
 

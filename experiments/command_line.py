@@ -142,8 +142,11 @@ def use_cores(small: bool = False, calls_host: bool = False) -> None:
     """
     if not small:
         jax.config.update("jax_num_cpu_devices", cores())
-    if small or calls_host:
-        os.environ.setdefault("NPROC", str(1 if small else cores() + 1))  # How XLA is told how many cores there are.
+    if small:
+        os.environ.setdefault("NPROC", "1")  # How XLA is told how many cores there are.
+    elif calls_host:
+        given = os.environ.get("NPROC", "")
+        os.environ["NPROC"] = str(max(int(given) if given.isdigit() else 0, cores() + 1))
 
 
 def cores() -> int:

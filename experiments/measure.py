@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,8 +108,6 @@ def measure(variant: Variant, seconds: float) -> dict[str, Any]:
         "memory_measured": memory_measured,
         "gflop": operations / 1e9,
         "limit_gflops": limit(variant),
-        "device": jax.devices()[0].device_kind,
-        "backend": jax.default_backend(),
         "devices_used": mesh.size if mesh is not None else 1,
     }
 
@@ -156,10 +154,10 @@ def is_small(variant: Variant) -> bool:
     return variant.workload in workloads.SMALL and variant.devices is None
 
 
-def product_rate(dtype: str) -> float:
-    """The machine's limit: products of large matrices on all devices at once, GFLOP/s."""
+def product_rate(dtype: str, devices: Sequence[jax.Device] | None = None) -> float:
+    """The machine's limit: products of large matrices on all devices at once, or on those given, GFLOP/s."""
     size, repeats = PRODUCT if jax.default_backend() == "cpu" else ACCELERATOR_PRODUCT, 8
-    devices = jax.devices()
+    devices = devices or jax.devices()
     factors = [jax.device_put(jnp.full((size, size), 1e-3, dtype), device) for device in devices]
     run = jax.jit(lambda a: jax.lax.fori_loop(0, repeats, lambda _, product: product @ a, a))
     best = np.inf

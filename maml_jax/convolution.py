@@ -113,23 +113,31 @@ class Implementation(NamedTuple):
 # caches, or in an accelerator's memory.
 
 
-def _in_groups(fn: Callable[..., jax.Array], geometry: Geometry, channels: int, *operands: jax.Array) -> jax.Array:
+def _in_groups(fn: Callable[..., jax.Array], geometry: Geometry, channels: int, x: jax.Array) -> jax.Array:
     """`fn` of groups of images, whose results are put one after the other."""
-    count, groups = _groups(len(operands[0]), geometry, channels)
+    count, groups = _groups(len(x), geometry, channels)
     if groups == 1:
-        return fn(*operands)
-    out = lax.map(lambda group: fn(*group), tuple(x.reshape(groups, count, *x.shape[1:]) for x in operands))
-    return out.reshape(-1, *out.shape[2:])
+        return fn(x)
+    out = lax.map(fn, _grouped(x, count, groups))
+    return out.reshape(-1, *out.shape[2:])[: len(x)]
 
 
 def _groups(images: int, geometry: Geometry, channels: int) -> tuple[int, int]:
-    """Images in a group, and groups."""
+    """Images in a group, and groups; the last may have fewer."""
     if math.prod(geometry.window) * geometry.stride == 1:  # Then the images are the windows.
         return images, 1
     row = math.prod((*geometry.output, *geometry.window, channels))
-    largest = max(1, geometry.at_once // (row * geometry.kernels))
-    count = max(n for n in range(1, min(images, largest) + 1) if images % n == 0)
-    return count, images // count
+    largest = max(1, min(images, geometry.at_once // (row * geometry.kernels)))
+    count = max(n for n in range(1, largest + 1) if images % n == 0)
+    if 2 * count < largest:  # Equal groups would be far smaller than they may be.
+        count = largest
+    return count, -(-images // count)
+
+
+def _grouped(x: jax.Array, count: int, groups: int) -> jax.Array:
+    """`[B, ...] -> [groups, count, ...]`, filled up with zeros, of which all three operations make zeros."""
+    filled = jnp.pad(x, ((0, count * groups - len(x)), *((0, 0),) * (x.ndim - 1)))
+    return filled.reshape(groups, count, *x.shape[1:])
 
 
 def _windows(x: jax.Array, geometry: Geometry) -> jax.Array:
@@ -201,7 +209,7 @@ def _patches_kernel_gradient(x: jax.Array, y: jax.Array, geometry: Geometry, tur
 
         wide = jnp.promote_types(x.dtype, jnp.float32)  # Or many small parts would be lost in a large sum.
         zeros = jnp.zeros((y.shape[3], math.prod(geometry.window) * x.shape[3]), wide)
-        parts = tuple(operand.reshape(groups, count, *operand.shape[1:]) for operand in (x, y))
+        parts = tuple(_grouped(operand, count, groups) for operand in (x, y))
         rows = lax.scan(add_group, zeros, parts)[0].astype(x.dtype)
     return rows.T.reshape(*geometry.window, x.shape[3], y.shape[3])
 

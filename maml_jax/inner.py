@@ -242,8 +242,10 @@ def inner_loop(
     start = lax.stop_gradient(adapted) if inner.order == 1 else adapted
     carry = (adapted, optimizer.init(start))
     of_steps = (None if inner.at_step is None else jnp.arange(steps), batch if batch_per_step else None)
-    if steps > 1:
-        step = hoisted(step, carry, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), of_steps))
+    if steps > 1 and not jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+        row = jax.tree.map(lambda leaf: leaf[0], of_steps)
+        carry = _strongly_typed(carry, jax.eval_shape(step, carry, row)[0])
+        step = hoisted(step, carry, row)
     if inner.checkpoint == "step":
         step = jax.checkpoint(step, prevent_cse=steps == 1)
     if steps == 1:
@@ -256,6 +258,15 @@ def inner_loop(
     params = seen(adapted, fixed, steps)
     probes = _append(probes, observe(params))
     return params, AdaptInfo(loss, aux, probes)
+
+
+def _strongly_typed(carry: Any, after: Any) -> Any:
+    """`carry` with the types that it has `after` a step where its own are weak, as a loop makes it."""
+
+    def strong(before: Any, after: Any) -> Any:
+        return lax.convert_element_type(before, after.dtype) if jax.typeof(before).weak_type else before
+
+    return jax.tree.map(strong, carry, after)
 
 
 def _started(start: Start, params: Params, batch: Batch) -> Params:

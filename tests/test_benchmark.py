@@ -164,6 +164,7 @@ def test_a_breakdown_has_all_of_the_time_once(tmp_path):
         ("convolution", breakdown.PRODUCTS),
         ("convert_power_fusion", breakdown.ELEMENTWISE),
         ("concatenate_bitcast_fusion", "windows put together"),
+        ("bitcast_dynamic-update-slice_fusion", "stacks over inner steps"),
         ("pad_slice_fusion", "slices, pads and their transposes"),
         ("transpose_copy_fusion", "copies and transposes"),
         ("multiply_reduce_fusion", "sums"),
@@ -174,7 +175,7 @@ def test_kinds_of_operations(name, kind):
 
 
 def test_loops_are_not_counted_beside_what_is_in_them():
-    event = lambda name, stats: SimpleNamespace(name=name, duration_ns=1e6, stats=stats)  # noqa: E731
-    events = [event("while.3", [("hlo_op", "")]), event("dot.1", [("hlo_op", "")]), event("dot.2", [("hlo_op", "")])]
-    line = SimpleNamespace(events=[*events, event("python", [("line", 3)])])
+    event = lambda **stats: SimpleNamespace(name="kernel", duration_ns=1e6, stats=list(stats.items()))  # noqa: E731
+    events = [event(hlo_op=name) for name in ("while.3", "dot.1", "dot.2")]
+    line = SimpleNamespace(events=[*events, event(line=3)])
     assert breakdown.durations(SimpleNamespace(planes=[SimpleNamespace(lines=[line])])) == {"dot": 2}

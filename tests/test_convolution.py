@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from maml_jax import backend, layers, normalisation
+from maml_jax import backend, convolution, layers, normalisation
 from maml_jax.convolution import IMPLEMENTATIONS, conv
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -92,6 +92,21 @@ def test_in_groups_of_images(shape, monkeypatch):
     assert ("stablehlo.while" in program) != images_are_windows
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12), derivatives(one, x, kernel), whole
+    )
+
+
+def test_groups_that_do_not_divide_the_images(monkeypatch):
+    """Seven images, at most four at a time: four and three, and not one by one."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 7, 4, 4, 2)))
+    kernel = jnp.asarray(np.random.default_rng(1).standard_normal((2, 3, 3, 2, 3)))
+    one = partial(conv, implementation="patches")
+    expected = derivatives(partial(through_jax, stride=1), x, kernel)
+    monkeypatch.setattr(backend, "GROUP_OF_WINDOWS", 2 * 3 * 16 * 9 * 3)
+    geometry = convolution.Geometry((4, 4), (3, 3), 1, 2, backend.GROUP_OF_WINDOWS)
+    assert [convolution._groups(7, geometry, channels) for channels in (2, 3)] == [(4, 2), (3, 3)]
+    jax.clear_caches()
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), derivatives(one, x, kernel), expected
     )
 
 

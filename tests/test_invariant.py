@@ -89,3 +89,30 @@ def test_more_steps_of_the_head_alone_take_no_more_of_the_body(order):
     body = 2 * 2 * 10 * 100 * 100  # Of two tasks, forwards, its second layer.
     assert 0 < one_more({"body": False, "head": True}) < 0.2 * body
     assert one_more({"body": True, "head": True}) > body
+
+
+def quadratic(params, batch):
+    return 0.5 * jnp.sum((params - batch) ** 2), {}
+
+
+def test_an_optimizer_whose_state_begins_with_a_plain_number():
+    """It takes the type that a step gives it, as in any loop of JAX."""
+    init = lambda params: 0  # noqa: E731
+    update = lambda grads, state, params=None: (-0.1 * grads, 0.9 * state + optax.tree.norm(grads))  # noqa: E731
+    inner = maml_jax.unrolled(optax.GradientTransformation(init, update), steps=3)
+    params, _ = maml_jax.inner.inner_loop(inner, quadratic, jnp.ones(2, jnp.bfloat16), (), jnp.zeros(2, jnp.bfloat16))
+    assert params.dtype == jnp.bfloat16
+    np.testing.assert_allclose(params.astype(float), 0.9**3, rtol=0.02)
+
+
+def test_without_compilation_a_loss_sees_numbers():
+    seen = []
+
+    def loss_fn(params, batch):
+        loss, aux = quadratic(params, batch)
+        seen.append(str(loss))
+        return loss, aux
+
+    with jax.disable_jit():
+        maml_jax.inner.inner_loop(maml_jax.sgd(0.5, steps=3), loss_fn, jnp.ones(1), (), 0.0)
+    assert len(seen) == 3 and all(number in text for number, text in zip(("0.5", "0.125", "0.03125"), seen))
