@@ -98,7 +98,7 @@ def quadratic(params, batch):
 def test_an_optimizer_whose_state_begins_with_a_plain_number():
     """It takes the type that a step gives it, as in any loop of JAX."""
     init = lambda params: 0  # noqa: E731
-    update = lambda grads, state, params=None: (-0.1 * grads, 0.9 * state + optax.tree.norm(grads))  # noqa: E731
+    update = lambda grads, state, params=None: (-0.1 * grads, 2 * state + optax.tree.norm(grads))  # noqa: E731
     inner = maml_jax.unrolled(optax.GradientTransformation(init, update), steps=3)
     params, _ = maml_jax.inner.inner_loop(inner, quadratic, jnp.ones(2, jnp.bfloat16), (), jnp.zeros(2, jnp.bfloat16))
     assert params.dtype == jnp.bfloat16
