@@ -180,8 +180,7 @@ def where() -> tuple[str, str]:
 
 
 def one_round(config: Config, row: dict[str, Any], compiled: str, backend: str) -> dict[str, Any]:
-    """Measures one row once, in a process of its own, peers on the `backend` that we ran on: what it printed, or how
-    it failed."""
+    """Measures one row once, in a process of its own, peers on our `backend`: what it printed, or how it failed."""
     keys = [field.name for field in dataclasses.fields(Variant)] if row["kind"] == "ours" else [
         "peer", "workload", "order", "inner_steps"]  # fmt: skip
     given = {key: row[key] for key in keys} | {"seconds": config.seconds}

@@ -76,12 +76,14 @@ def main(config: Config) -> dict[str, Any]:
 
 
 def breakdown(variant: measure.Variant) -> dict[str, Any]:
-    """Milliseconds of a meta-step, and by operation; the shares of the kinds; and how fast the products were."""
+    """Milliseconds of a meta-step, and by operation; the shares of the kinds; and how fast the products were.
+
+    Raises:
+      RuntimeError: if the trace has no product of matrices under a name that is known here.
+    """
     step, state, tasks, _ = measure.program(variant)
-    gflop, limit = (
-        flops.count(jax.make_jaxpr(step)(state, tasks).jaxpr) / 1e9,
-        measure.product_rate(variant.dtype, jax.devices()[:1]),
-    )
+    gflop = flops.count(jax.make_jaxpr(step)(state, tasks).jaxpr) / 1e9
+    limit = measure.product_rate(variant.dtype, jax.devices()[:1])
     run = jax.jit(step, donate_argnums=0)
     state, _ = jax.block_until_ready(run(state, tasks))
     with tempfile.TemporaryDirectory() as folder:
@@ -96,7 +98,7 @@ def breakdown(variant: measure.Variant) -> dict[str, Any]:
         kinds[kind(name)] += milliseconds
     total = kinds.total()
     if not kinds[PRODUCTS]:
-        raise ValueError(f"The trace names no product of matrices, only {', '.join(operations) or 'nothing'}.")
+        raise RuntimeError(f"The trace names no product of matrices, only {', '.join(operations) or 'nothing'}.")
     return {
         "ms": 1e3 * wall,
         "ms_in_operations": total,

@@ -122,8 +122,8 @@ def meta_step(peer, order, steps, net, loss, rate, data):
 def main():
     given = {"order": 2, "seconds": 3.0, "threads": 2, "device": "cpu", "inner_steps": None, **json.loads(sys.argv[1])}
     torch.set_num_threads(given["threads"])
-    # As JAX has it: where an accelerator's units for products take float32 with fewer bits, they are used.
-    torch.set_float32_matmul_precision("high")
+    if given["device"] != "cpu":  # As JAX has it: float32 products in the units that take it with fewer bits.
+        torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)
     net, loss, steps, rate, data = workload(given["workload"])
     net, data = net.to(given["device"]), [part.to(given["device"]) for part in data]

@@ -229,7 +229,7 @@ def _product_with_windows(x: jax.Array, y: jax.Array, geometry: Geometry, turned
     return lax.optimization_barrier(lax.optimization_barrier(y.T) @ windows)
 
 
-# --- XLA's convolution, and what JAX derives from it: for what a library knows.
+# --- XLA's convolution, and what JAX derives from it: fast where a library knows all three.
 
 
 def _lax_conv(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:

@@ -179,3 +179,33 @@ def test_loops_are_not_counted_beside_what_is_in_them():
     events = [event(hlo_op=name) for name in ("while.3", "dot.1", "dot.2")]
     line = SimpleNamespace(events=[*events, event(line=3)])
     assert breakdown.durations(SimpleNamespace(planes=[SimpleNamespace(lines=[line])])) == {"dot": 2}
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """Nothing is started; what would be is kept."""
+    kept = []
+
+    def run(command, **_):
+        kept.append(command)
+        return SimpleNamespace(returncode=0, stdout='{"ms": [1.0]}')
+
+    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    return kept
+
+
+@pytest.mark.parametrize("backend, device", [("cpu", "cpu"), ("gpu", "cuda")])
+def test_peers_run_where_we_do(backend, device, commands):
+    row = {"kind": "peer", "peer": "func", "workload": "sinusoid", "order": 2, "inner_steps": None}
+    assert benchmark.one_round(benchmark.Config(), row, "unused", backend) == {"ms": [1.0]}
+    assert json.loads(commands[0][-1])["device"] == device
+
+
+def test_against_torch_on_accelerators(commands, monkeypatch):
+    config = benchmark.Config(against="torch")
+    for backend, devices in (("cpu", ()), ("gpu", (1,))):
+        monkeypatch.setattr(benchmark, "where", lambda backend=backend: (backend, ""))
+        assert benchmark.prepare(config).devices == devices
+    monkeypatch.setattr(benchmark, "where", lambda: ("tpu", ""))
+    with pytest.raises(ValueError, match="on CPUs and GPUs, but JAX has a tpu here"):
+        benchmark.prepare(config)
