@@ -59,13 +59,23 @@ class Classifier(NamedTuple):
 
     def predictor(self, state: MetaState, steps: int, seen: QueriesSeen = "together") -> Predictor:
         """What the state predicts after 0 to `steps` inner steps."""
-        evaluate = _evaluation_of(self, seen)
+        evaluate = _evaluation_of(self, seen, only_last=False)
 
         def predict(tasks: Task) -> tuple[jax.Array, jax.Array]:
             found = evaluate(state, self.tasks(tasks), steps)
             return found.aux, found.support_loss
 
         return predict
+
+    def accuracy(self, state: MetaState, groups: Iterable[Task], steps: int) -> float:
+        """Mean accuracy on tasks after `steps` inner steps; nothing is predicted before the last."""
+        evaluate, right = _evaluation_of(self, "together", only_last=True), []
+        for tasks in groups:
+            predicted = evaluate(state, self.tasks(tasks), steps).aux[:, 0]
+            # What is not a number is never right.
+            found = jnp.where(jnp.isfinite(predicted).all(-1), predicted.argmax(-1), -1)
+            right.append(np.asarray(found == tasks.query[1]))
+        return float(np.concatenate(right).mean())
 
 
 @functools.cache  # Compiled once, for all validations.
@@ -79,7 +89,9 @@ def _gather_of(model: Classifier, steps: int) -> Callable[[Params, Rates, Task],
 
 
 @functools.cache
-def _evaluation_of(model: Classifier, seen: QueriesSeen) -> Callable[[MetaState, Task, int], maml_jax.Evaluation]:
+def _evaluation_of(
+    model: Classifier, seen: QueriesSeen, only_last: bool
+) -> Callable[[MetaState, Task, int], maml_jax.Evaluation]:
     apply, inner = models.apply_params(model.net), model.method.inner
     judged = losses.log_probabilities(losses.one_by_one(apply) if seen == "one by one" else apply)
     if model.gathers:
@@ -87,7 +99,7 @@ def _evaluation_of(model: Classifier, seen: QueriesSeen) -> Callable[[MetaState,
         inner = inner._replace(at_step=per_step.choose(models.norms_only))
     mesh = local_mesh()
     learner = maml_jax.maml(losses.cross_entropy(apply), inner, optax.identity(), query_loss_fn=judged, mesh=mesh)
-    evaluate = jax.jit(learner.evaluate, static_argnums=2)
+    evaluate = jax.jit(functools.partial(learner.evaluate, only_last=only_last), static_argnums=2)
     return lambda state, tasks, steps: evaluate(task_axis(None, mesh).replicate(state), tasks, steps)
 
 

@@ -54,6 +54,8 @@ class Config(command_line.Looks):
     """Tasks computed together on a device, the rest after them. Default: what suits the backend and the net."""
     test_tasks: int = 600
     """Tasks to evaluate on."""
+    seen: Literal["together", "both"] = "both"
+    """Evaluate with the queries of a task in one batch, or also one by one, which takes as long again."""
     seed: int = 0
     """Of the parameters and of all episodes."""
     cache_dir: Path | None = None
@@ -138,6 +140,7 @@ def resolve(config: Config, recipe: Callable[[int, int], Recipe]) -> Setting:
         validation.at_least(name, getattr(setting, name), 1)
     validation.meta_steps("steps", config.steps)
     validation.at_least("test_tasks", config.test_tasks, 1)
+    validation.one_of("seen", config.seen, ("together", "both"))
     validation.seed("seed", config.seed)
     validation.positive("inner_rate", setting.inner_rate)
     validation.positive("outer_rate", setting.outer_rate)
@@ -152,6 +155,13 @@ def resolve(config: Config, recipe: Callable[[int, int], Recipe]) -> Setting:
                 f"tasks_at_once must divide the tasks of one device, {share}, but got {config.tasks_at_once}."
             )
     return setting
+
+
+def reported_steps(method: MethodName, published: int) -> int:
+    """Inner steps at test whose accuracy counts: as `published` for MAML, and as many as the method needs."""
+    if method == "maml++":
+        return 5  # It has rates and norms for the steps of its training, and is tested with as many.
+    return min(TEST_STEPS, methods.inner_steps_of(method, published))
 
 
 class DataSet(NamedTuple):
@@ -186,6 +196,11 @@ class Prepared(NamedTuple):
     val_tasks: int
 
     @property
+    def reported_steps(self) -> int:
+        """Inner steps after which models are selected and compared."""
+        return reported_steps(self.config.method, self.published_steps)
+
+    @property
     def shape(self) -> EpisodeShape:
         return EpisodeShape(self.setting.ways, self.setting.shots, self.setting.queries, self.data.rotations)
 
@@ -209,7 +224,7 @@ def recorded(config: Config, setting: Setting) -> dict[str, Any]:
 def harmless(config: Config) -> tuple[str, ...]:
     """Options that may be others when a run goes on."""
     annealed = config.method in ("maml++", "reptile")  # Over all meta-steps: another number is another run.
-    return (*PLACES, "test_tasks", "tasks_at_once", *(() if annealed else ("steps",)))
+    return (*PLACES, "test_tasks", "seen", "tasks_at_once", *(() if annealed else ("steps",)))
 
 
 def check_workdir(config: Config, setting: Setting) -> None:

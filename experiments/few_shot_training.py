@@ -46,7 +46,6 @@ def main(prepared: Prepared) -> dict:
     val_tasks = fixed_tasks(val_key, data.val, prepared.val_tasks, shape)
 
     train_tasks = fixed_tasks(jax.random.fold_in(val_key, 1), data.train, prepared.val_tasks, shape)
-    val_protocol = protocol(prepared, "val", prepared.val_tasks, config.seed)
 
     name = run_name(prepared)
     run = RunDirectory(
@@ -57,8 +56,7 @@ def main(prepared: Prepared) -> dict:
 
     def validated(state: MetaState) -> dict[str, float]:
         finished = model.finished(state, train_tasks, TEST_STEPS)
-        found = evaluate(prepared, [(model, finished)], val_tasks, val_protocol, steps=setting.inner_steps)
-        accuracy = float(found.accuracy[:, -1].mean())
+        accuracy = model.accuracy(finished, val_tasks(), prepared.reported_steps)
         best.add(finished, accuracy)
         return {"val_accuracy": accuracy}
 
@@ -88,7 +86,8 @@ def main(prepared: Prepared) -> dict:
     test_tasks = fixed_tasks(test_key, data.test, config.test_tasks, shape)
     test_protocol, found = protocol(prepared, "test", config.test_tasks, config.seed), {}
     # With other normalisations the queries of a task are independent of each other.
-    for seen in get_args(QueriesSeen) if config.normalisation == "batch" else ("together",):
+    both = config.seen == "both" and config.normalisation == "batch"
+    for seen in get_args(QueriesSeen) if both else ("together",):
         found[f"queries {seen}"] = evaluate(
             prepared, [(model, selected)], test_tasks, test_protocol, steps=TEST_STEPS, seen=seen
         )
@@ -103,7 +102,10 @@ def main(prepared: Prepared) -> dict:
         )
     results = {
         **describe(prepared),
-        "selected": {"by": "accuracy on validation tasks", "step": int(selected.step)},
+        "selected": {
+            "by": f"accuracy on validation tasks after {prepared.reported_steps} inner steps",
+            "step": int(selected.step),
+        },
         "data": data.about,
         "published": prepared.published,
         "test": {label: each.summary() for label, each in found.items()},
@@ -143,9 +145,7 @@ def tuned(prepared: Prepared, state: MetaState, val_tasks: Callable[[], Iterable
         setting = dataclasses.replace(prepared.setting, inner_rate=prepared.setting.inner_rate * factor)
         other = prepared._replace(setting=setting)
         model = classifier(prepared.config, setting, image_shape(prepared.data), len(prepared.data.train.counts))
-        told = protocol(other, "val", prepared.val_tasks, prepared.config.seed)
-        judged = evaluate(other, [(model, state)], val_tasks, told, steps=TEST_STEPS)
-        found.append((judged.accuracy[:, -1].mean(), other, model))
+        found.append((model.accuracy(state, val_tasks(), other.reported_steps), other, model))
     _, best, model = max(found, key=lambda each: each[0])
     print(f"Fine-tuning at a rate of {best.setting.inner_rate:g}, the best on validation tasks.")
     return best, model

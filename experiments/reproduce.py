@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from experiments import command_line, compare, page
 from experiments.rows import Row, choose
@@ -46,6 +46,8 @@ class Config:
     """Meta-steps of each run; default: the full schedule."""
     hours: float | None = None
     """Budget over all runs of this call. At its end the run under way is stopped, and the rest is left."""
+    seen: Literal["together", "both"] = "both"
+    """Evaluate each run with the queries of a task in one batch, or also one by one, which takes as long again."""
     seeds: tuple[int, ...] = (0,)
     """Seeds; all rows run with the first, then all with the next."""
     workdir: Path = Path("runs/reproduce")
@@ -98,6 +100,7 @@ def command(config: Config, row: Row, seed: int) -> list[str]:
         "steps": config.steps or row.steps,
         "seed": seed,
         "workdir": config.workdir / f"{row.name}-seed{seed}",
+        **({} if config.seen == "both" else {"seen": config.seen}),
     }
     flags = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     return [sys.executable, "-m", f"experiments.{row.experiment}", *flags]

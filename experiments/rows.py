@@ -8,7 +8,7 @@ from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from experiments import few_shot, methods, miniimagenet, omniglot
+from experiments import few_shot, miniimagenet, omniglot
 
 EXPERIMENTS: dict[str, ModuleType] = {"omniglot": omniglot, "miniimagenet": miniimagenet}
 FULL = 60_000  # Meta-steps of the paper's schedule, for every data set.
@@ -136,11 +136,8 @@ def _row(data: str, setting: str, method: str) -> Row:
         options["normalisation"] = method.removeprefix("norm-")
     elif method != "maml":
         options["method"] = method
-    steps = (3 if ways < 20 else 5) if data == "omniglot" else 10
-    if method == "maml++":
-        steps = 5  # It has rates and norms for the steps of its training, and is tested with as many.
-    elif "method" in options:
-        steps = min(few_shot.TEST_STEPS, methods.inner_steps_of(options["method"], steps))
+    published = (3 if ways < 20 else 5) if data == "omniglot" else 10
+    steps = few_shot.reported_steps(options.get("method", "maml"), published)
     name = f"{data}-{setting}" if method == "maml" else f"{data}-{setting}-{method}"
     return Row(
         name, data, setting, method, "omniglot" if data == "omniglot" else "miniimagenet", options, inner_steps=steps
@@ -187,7 +184,7 @@ def choose(patterns: Sequence[str]) -> list[Row]:
     return [row for row in ROWS if any(fnmatch.fnmatch(row.name, pattern) for pattern in patterns)]
 
 
-_OPEN = (*few_shot.PLACES, "tasks_at_once", "test_tasks", "preset", "steps", "seed")
+_OPEN = (*few_shot.PLACES, "tasks_at_once", "test_tasks", "seen", "preset", "steps", "seed")
 """Options that runs of one row may differ in; the preset is told by ways, shots and net."""
 
 

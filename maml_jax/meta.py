@@ -24,7 +24,8 @@ class MetaLearner(NamedTuple):
 
     `init(params) -> MetaState`;
     `step(state, tasks) -> (MetaState, MetaInfo)`, one outer update on a batch of tasks;
-    `evaluate(state, tasks, steps=None) -> Evaluation`, with `steps` inner steps (None: as in training);
+    `evaluate(state, tasks, steps=None) -> Evaluation`, with `steps` inner steps (None: as in training), before the
+    first and after each of them; with `only_last=True` after the last alone, which spares the other predictions;
     `adapt(state, batch, steps=None) -> (params, AdaptInfo)`, to one new task as in training, with its
     learned rates, mask and optimizer.
 
@@ -132,7 +133,7 @@ def meta_learner(
             MetaInfo(loss, aux, info.loss, optax.tree.norm(grads)),
         )
 
-    def evaluate(state: MetaState, tasks: Task, steps: int | None = None) -> Evaluation:
+    def evaluate(state: MetaState, tasks: Task, steps: int | None = None, *, only_last: bool = False) -> Evaluation:
         validation.task_axis(tasks)
         if steps is not None:
             validation.at_least("steps", steps, 0)
@@ -141,8 +142,9 @@ def meta_learner(
             def probe(params: Params) -> Evaluation:
                 return Evaluation(*query_loss(params, task.query), support_loss(params, task.support)[0])
 
-            _, info = inner_loop(inner, support_loss, *meta_params, task.support, steps=steps, probe=probe)
-            return info.probes
+            along = None if only_last else probe
+            params, info = inner_loop(inner, support_loss, *meta_params, task.support, steps=steps, probe=along)
+            return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], probe(params)) if only_last else info.probes
 
         return over_tasks.map(one_task, (state.params, state.rates), tasks)
 

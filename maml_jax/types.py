@@ -73,7 +73,7 @@ class MetaInfo(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Each task before adaptation (column 0) and after each inner step."""
+    """Each task before adaptation (column 0) and after each inner step, or after the last alone (the only column)."""
 
     loss: jax.Array
     """`[T, S + 1]`: query loss."""

@@ -265,6 +265,8 @@ def test_evaluation_follows_training():
     np.testing.assert_allclose(evaluation.loss[:, 2].mean(), info.loss, rtol=1e-12)
     np.testing.assert_allclose(evaluation.support_loss[:, :2], info.support_loss, rtol=1e-12)
     np.testing.assert_allclose(jax.jit(learner.evaluate)(state, batch).loss, evaluation.loss[:, :3], rtol=1e-12)
+    last = jax.jit(lambda state, batch: learner.evaluate(state, batch, 4, only_last=True))(state, batch)
+    jax.tree.map(lambda one, all: np.testing.assert_allclose(one, all[:, 4:], rtol=1e-12), last, evaluation)
     assert learner.evaluate(state, batch, 0).loss.shape == (3, 1)
     for index in range(3):
         task = jax.tree.map(lambda leaf, index=index: leaf[index], batch)
