@@ -60,8 +60,8 @@ def main(prepared: Prepared) -> dict:
         best.add(finished, accuracy)
         return {"val_accuracy": accuracy}
 
-    # The progress of ten to a hundred validations, between calls.
-    validate_every = STEPS_PER_CALL * max(1, min(1000, config.steps // 10) // STEPS_PER_CALL)
+    # Five validations or more, between calls: in short runs more of them would cost as much as the training.
+    validate_every = STEPS_PER_CALL * max(1, min(1000, config.steps // 5) // STEPS_PER_CALL)
     progress = Progress(config.steps, name)
     for state, row in resumable_train(
         learner,
