@@ -139,16 +139,9 @@ def drawn_from(prepared: Prepared, key: jax.Array) -> tuple[Callable[[Any, jax.A
     data, tasks, shape = prepared.data.train, prepared.setting.tasks, prepared.shape
     if prepared.config.method == "reptile":
         shape = shape._replace(shots=max(shape.shots, min(REPTILE_SHOTS, min(data.counts) - shape.queries)))
-    if prepared.config.method != "pretrained":
-        return host.by_step(key, data, tasks, shape, mesh=task_mesh(tasks))
-    joint = EpisodeShape(min(JOINT_CLASSES, len(data.counts)), shots=1, queries=1, rotations=shape.rotations)
-
-    def draw(data: ImageClasses, step: jax.Array) -> Task:
-        choice = episodes.choose(jax.random.fold_in(key, step), data.counts, tasks, joint)
-        drawn = episodes.put_together(jnp.asarray(data.images)[choice.images], choice.turns, joint)
-        return methods.joint_tasks(data, choice, drawn)
-
-    return draw, data
+    elif prepared.config.method == "pretrained":
+        shape = EpisodeShape(min(JOINT_CLASSES, len(data.counts)), 1, 1, shape.rotations, labels="classes")
+    return host.by_step(key, data, tasks, shape, mesh=task_mesh(tasks))
 
 
 REPTILE_SHOTS = 10
@@ -167,8 +160,8 @@ def fixed_tasks(key: jax.Array, data: ImageClasses, count: int, shape: EpisodeSh
 
     def groups() -> Iterator[Task]:
         for first in range(0, count, group):
-            images, turns = (leaf[first : first + group] for leaf in choice)
-            yield episodes.put_together(jnp.asarray(data.images[images]), jnp.asarray(turns), shape)
+            some = jax.tree.map(lambda leaf, first=first: leaf[first : first + group], choice)
+            yield episodes.put_together(data.images[some.images], some, shape)
 
     return groups
 

@@ -15,9 +15,7 @@ from maml_jax.implicit import imaml, regularised
 from maml_jax.inner import InnerLearner
 from maml_jax.losses import Apply
 from maml_jax.reptile import one_of_each_class, reptile
-from maml_jax.tasks import episodes
-from maml_jax.tasks.episodes import ImageClasses
-from maml_jax.types import Batch, LossFn, Params, Task
+from maml_jax.types import LossFn, Params, Task
 
 MethodName = Literal[
     "maml",
@@ -190,14 +188,3 @@ def nearest_neighbour(features: Apply, params: Params) -> Predictor:
         return jnp.log(predicted[:, None] == ways)[None], jnp.zeros(1)
 
     return jax.jit(jax.vmap(one))
-
-
-def joint_tasks(data: ImageClasses, choice: episodes.Choice, tasks: Task) -> Task:
-    """Tasks whose labels number all classes of the data, for joint training on these."""
-    class_of = jnp.searchsorted(jnp.asarray(data.first), choice.images, side="right") - 1
-    shots = tasks.support[1].shape[1] // choice.images.shape[1]
-
-    def labelled(batch: Batch, of: slice) -> Batch:
-        return batch[0], class_of[..., of].reshape(batch[1].shape)
-
-    return Task(labelled(tasks.support, slice(shots)), labelled(tasks.query, slice(shots, None)))

@@ -50,13 +50,14 @@ def test_devices_get_the_pixels_of_their_own_tasks_alone(classes):
     whole = host.by_step(jax.random.key(1), classes, 4, SHAPE, "host")[1](7, 3)
     divided = choose(7, 3)
     for device, tasks in ((0, slice(2)), (1, slice(2, 4))):
-        for values, all_values in ((divided.pixels, whole.pixels), (divided.turns, whole.turns)):
+        for values, all_values in zip(*(jax.tree.leaves((of.pixels, of.choice)) for of in (divided, whole))):
             np.testing.assert_array_equal(values.addressable_data(device), all_values[:, tasks])
 
 
+@pytest.mark.parametrize("labels", ["ways", "classes"])
 @pytest.mark.parametrize("rotations", ["random", "none"])
-def test_the_same_episodes_as_on_the_device(classes, rotations):
-    shape = SHAPE._replace(rotations=rotations)
+def test_the_same_episodes_as_on_the_device(classes, rotations, labels):
+    shape = SHAPE._replace(rotations=rotations, labels=labels)
     draw, data = host.by_step(jax.random.key(1), classes, 4, shape, "device")
     draw_chosen, choose = host.by_step(jax.random.key(1), classes, 4, shape, "host")
     assert data is classes and callable(choose)

@@ -57,6 +57,13 @@ def test_episodes_hold_what_they_should(data, rotations):
         assert any(len(set(s_class[task])) < 5 for task in range(40))
 
 
+@pytest.mark.parametrize("rotations", ["classes", "none"])
+def test_labels_may_number_all_classes(data, rotations):
+    shape = EpisodeShape(5, 2, 3, rotations, labels="classes")
+    for images, labels in draw_episodes(jax.random.key(0), data, 20, shape):
+        np.testing.assert_array_equal(labels, read(images)[0])
+
+
 def test_episodes_are_a_pure_function_of_the_key(data):
     shape = EpisodeShape(5, 1, 1, "random")
 

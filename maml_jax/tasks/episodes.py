@@ -25,6 +25,10 @@ code. 'classes': each of the four turns of a class is a class of its own, four t
 (Santoro et al. 2016). 'none': as they are."""
 ROTATIONS = ("random", "classes", "none")
 
+Labels = Literal["ways", "classes"]
+"""'ways': 0 to N-1 in every episode. 'classes': the number of the class among all of the data's, for joint training."""
+LABELS = ("ways", "classes")
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=["images"], meta_fields=["counts"])
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,6 +73,7 @@ class EpisodeShape(NamedTuple):
     queries: int
     """Query examples per class."""
     rotations: Rotations = "none"
+    labels: Labels = "ways"
 
     def check(self, data: ImageClasses, names: Sequence[str] | None = None) -> None:
         """Raises ValueError if `data` does not have the classes or the images for such episodes.
@@ -78,6 +83,7 @@ class EpisodeShape(NamedTuple):
         for name in ("ways", "shots", "queries"):
             validation.at_least(name, getattr(self, name), 1)
         validation.one_of("rotations", self.rotations, ROTATIONS)
+        validation.one_of("labels", self.labels, LABELS)
         classes = len(data.counts) * (4 if self.rotations == "classes" else 1)
         if self.ways > classes:
             raise ValueError(f"ways must be at most the number of classes, {classes}, but got {self.ways}.")
@@ -94,12 +100,14 @@ class EpisodeShape(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """Which images make a batch of episodes, and which way up."""
+    """Which images make a batch of episodes, which way up, and of which classes they are."""
 
     images: jax.Array
     """int32 `[T, N, K+Q]`: indices into the images, support first."""
     turns: jax.Array
     """int32 `[T, N]`: quarter turns of each class; all 0 where `rotations` is 'none'."""
+    classes: jax.Array
+    """int32 `[T, N]`: their numbers in the data."""
 
 
 def draw_episodes(key: jax.Array, data: ImageClasses, tasks: int, shape: EpisodeShape) -> Task:
@@ -113,14 +121,14 @@ def draw_episodes(key: jax.Array, data: ImageClasses, tasks: int, shape: Episode
 
     Returns:
       Tasks of `(images [T, N*K, H, W, C] in [0, 1], labels [T, N*K])` and the same with N*Q. Examples of a
-      class stand together, labels 0 to N-1.
+      class stand together.
 
     Raises:
       ValueError: while tracing, if the data does not have that many classes or examples.
     """
     shape.check(data)
     choice = choose(key, data.counts, tasks, shape)
-    return put_together(jnp.asarray(data.images)[choice.images], choice.turns, shape)
+    return put_together(jnp.asarray(data.images)[choice.images], choice, shape)
 
 
 def choose(key: jax.Array, counts: tuple[int, ...], tasks: int, shape: EpisodeShape) -> Choice:
@@ -128,24 +136,24 @@ def choose(key: jax.Array, counts: tuple[int, ...], tasks: int, shape: EpisodeSh
     return jax.vmap(lambda key: _choose(key, counts, shape))(jax.random.split(key, tasks))
 
 
-def put_together(pixels: jax.Array, turns: jax.Array, shape: EpisodeShape) -> Task:
+def put_together(pixels: jax.Array, choice: Choice, shape: EpisodeShape) -> Task:
     """Episodes of chosen pixels, uint8 `[T, N, K+Q, H, W]` or `[T, N, K+Q, H, W, C]`; see `draw_episodes`."""
-    ways, shots, queries, rotations = shape
+    ways, shots, queries, rotations, labels = shape
     pixels = jnp.asarray(pixels)[..., None] if pixels.ndim == 5 else jnp.asarray(pixels)
-    pixels = pixels if rotations == "none" else jax.vmap(jax.vmap(_turn))(pixels, turns)
+    pixels = pixels if rotations == "none" else jax.vmap(jax.vmap(_turn))(pixels, choice.turns)
     pixels = pixels.astype(jnp.float32) / 255
     tasks, size = pixels.shape[0], pixels.shape[3:]
-    labels = jnp.arange(ways, dtype=jnp.int32)
+    numbers = jnp.broadcast_to(jnp.arange(ways, dtype=jnp.int32), (tasks, ways)) if labels == "ways" else choice.classes
 
     def part(of: slice, per_class: int) -> tuple[jax.Array, jax.Array]:
-        repeated = jnp.broadcast_to(jnp.repeat(labels, per_class), (tasks, ways * per_class))
+        repeated = jnp.repeat(jnp.asarray(numbers), per_class, axis=1)
         return pixels[:, :, of].reshape(tasks, ways * per_class, *size), repeated
 
     return Task(part(slice(shots), shots), part(slice(shots, None), queries))
 
 
 def _choose(key: jax.Array, counts: tuple[int, ...], shape: EpisodeShape) -> Choice:
-    ways, shots, queries, rotations = shape
+    ways, shots, queries, rotations, _ = shape
     class_key, example_key, turn_key = jax.random.split(key, 3)
     if rotations == "classes":
         chosen = _distinct(class_key, 4 * len(counts), ways)
@@ -157,7 +165,7 @@ def _choose(key: jax.Array, counts: tuple[int, ...], shape: EpisodeShape) -> Cho
     drawn = jax.vmap(lambda key, count: _distinct(key, max(counts), shots + queries, count))(
         jax.random.split(example_key, ways), jnp.asarray(counts, jnp.int32)[chosen]
     )
-    return Choice(first[:, None] + drawn, turns)
+    return Choice(first[:, None] + drawn, turns, chosen)
 
 
 def _first(counts: tuple[int, ...]) -> np.ndarray:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from maml_jax import hosts, validation
-from maml_jax.tasks.episodes import EpisodeShape, ImageClasses, choose, draw_episodes, put_together
+from maml_jax.tasks.episodes import Choice, EpisodeShape, ImageClasses, choose, draw_episodes, put_together
 from maml_jax.types import Task
 
 Place = Literal["auto", "device", "host"]
@@ -34,8 +34,8 @@ class ChosenPixels(NamedTuple):
     """int32 scalar."""
     pixels: np.ndarray
     """uint8 `[M, T, N, K+Q, H, W]` or `[M, T, N, K+Q, H, W, C]`."""
-    turns: np.ndarray
-    """int32 `[M, T, N]`."""
+    choice: Choice
+    """Which they are, with a leading axis `M`."""
 
 
 def by_step(
@@ -75,7 +75,7 @@ def by_step(
 
     def draw_chosen(chosen: ChosenPixels, step: jax.Array) -> Task:
         index = step - chosen.first_step
-        return put_together(chosen.pixels[index], chosen.turns[index], shape)
+        return put_together(chosen.pixels[index], jax.tree.map(lambda leaf: leaf[index], chosen.choice), shape)
 
     return draw_chosen, chooser(key, classes, tasks, shape, mesh)
 
@@ -103,17 +103,17 @@ def chooser(
         return jax.vmap(one_step)(first_step + jnp.arange(count))
 
     def pixels_of(first_step: int, count: int) -> ChosenPixels:
-        images, turns = jax.tree.map(np.asarray, chosen(key, first_step, count))
+        choice = jax.tree.map(np.asarray, chosen(key, first_step, count))
         first = np.asarray(first_step, np.int32)
         if mesh is None:
-            return ChosenPixels(first, classes.images[images], turns)
+            return ChosenPixels(first, classes.images[choice.images], choice)
 
         def divided(shape: tuple[int, ...], values: Callable[[Any], np.ndarray]) -> Any:
             return jax.make_array_from_callback(shape, NamedSharding(mesh, P(None, mesh.axis_names)), values)
 
-        size = (*images.shape, *classes.images.shape[1:])
-        pixels = divided(size, lambda index: classes.images[images[index[: images.ndim]]])
-        return ChosenPixels(first, pixels, divided(turns.shape, lambda index: turns[index]))
+        size = (*choice.images.shape, *classes.images.shape[1:])
+        pixels = divided(size, lambda index: classes.images[choice.images[index[: choice.images.ndim]]])
+        return ChosenPixels(first, pixels, jax.tree.map(lambda leaf: divided(leaf.shape, leaf.__getitem__), choice))
 
     return pixels_of
 
