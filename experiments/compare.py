@@ -153,11 +153,16 @@ class Line(NamedTuple):
 
     def numbers(self, label: str | None = None) -> list[Number]:
         """By seed, of this evaluation or another."""
-        at = self.inner_steps
-        return [
-            Number(found["accuracy"][at], found["half_width"][at], at, run.seed, str(Protocol(**found["protocol"])))
-            for run, found in self.summaries(label)
-        ]
+        numbers = []
+        for run, found in self.summaries(label):
+            at = self.at(found)
+            told = str(Protocol(**found["protocol"]))
+            numbers.append(Number(found["accuracy"][at], found["half_width"][at], at, run.seed, told))
+        return numbers
+
+    def at(self, found: dict[str, Any]) -> int:
+        """Inner steps at which a summary is read: an evaluation may have been of fewer than the row's."""
+        return min(self.inner_steps, len(found["accuracy"]) - 1)
 
     def apart(self) -> list[Number]:
         """Those with the queries one by one; the same ones where queries do not see each other anyway."""
@@ -247,6 +252,6 @@ def _paired(lines: Sequence[Line]) -> Iterator[Paired]:
                         difference = evaluation.difference(
                             evaluation.from_summary(ours),
                             evaluation.from_summary(theirs),
-                            steps=(first.inner_steps, second.inner_steps),
+                            steps=(first.at(ours), second.at(theirs)),
                         )
                         yield Paired(first, second, run.seed, difference)
