@@ -75,7 +75,8 @@ def maml_rl(
       discount, gae_lambda: of the advantages.
       mesh: devices among which the tasks are divided, such as `task_axis.task_mesh(T)`; None uses one. Each samples
         and differentiates its own; what the outer step sums over tasks goes between them. Where the environment is
-        simulated on the host, give a CPU but one: with large batches, calls from several of its devices have hung.
+        simulated on the host, devices of a CPU need a thread more than they are (the environment variable NPROC):
+        without it, calls with large batches wait for each other for ever.
 
     Returns:
       A `MetaLearner` whose tasks are `Trials`, and whose losses are minus the mean return (paper, equation 4):
