@@ -18,6 +18,7 @@ from experiments import command_line
 from maml_jax import hosts, validation
 from maml_jax.record import Progress, RunDirectory
 from maml_jax.resumable import resumable_train
+from maml_jax.rl.advantage import Summary
 from maml_jax.rl.environment import Environment, told
 from maml_jax.rl.losses import InnerLossName
 from maml_jax.rl.meta_rl import Trials, draw_trials, maml_rl
@@ -264,28 +265,44 @@ def evaluate(prepared: Prepared, method: MethodName, trained: Trained) -> dict[s
     trained_state = task_axis("all", local_mesh()).replicate(trained.state)
 
     @jax.jit
-    def test(state: maml_jax.MetaState, rates: tuple[float, float], key: jax.Array) -> maml_jax.Evaluation:
+    def test(state: maml_jax.MetaState, rates: tuple[float, float], key: jax.Array) -> tuple[jax.Array, Summary]:
+        """The tasks, and what came of them."""
         trials = draw_trials(trained.environment, key, config.test_tasks)
-        return tester(trained, rates, setting.test_episodes).evaluate(state, trials, steps)
+        return trials.task, tester(trained, rates, setting.test_episodes).evaluate(state, trials, steps).aux
 
     def tuned(rates: tuple[float, float]) -> float:
         """Mean return over the tuning tasks and the gradient steps; an episode that broke rules the rates out."""
-        tested = [test(trained_state, rates, key).aux for key in jax.random.split(tuning_key, TUNING)]
+        tested = [test(trained_state, rates, key)[1] for key in jax.random.split(tuning_key, TUNING)]
         broken = any(aux.broken.any() for aux in tested)
         return -np.inf if broken else float(np.mean([aux.total[:, 1:] for aux in tested]))
 
     pairs = setting.test_rates
     rates = pairs[0] if len(pairs) == 1 or not steps else max(pairs, key=tuned)
-    evaluation = test(trained_state, rates, test_key)
-    mean, half_width = interval(np.asarray(evaluation.aux.total))
+    tasks, found = test(trained_state, rates, test_key)
+    mean, half_width = interval(np.asarray(found.total))
     return {
         "rates": rates if steps else None,
         "return": mean,
         "half_width": half_width,
-        "improved": (np.diff(evaluation.aux.total, axis=1)[:, :1] > 0).mean(0),
-        "length": np.asarray(evaluation.aux.length).mean(0),
-        "broken": float(evaluation.aux.broken.sum()),
+        "improved": (np.diff(found.total, axis=1)[:, :1] > 0).mean(0),
+        "length": np.asarray(found.length).mean(0),
+        "broken": float(found.broken.sum()),
         "cpu_seconds": trained.cpu_seconds,
+        **by_task(np.asarray(tasks), np.asarray(found.total)),
+    }
+
+
+def by_task(tasks: np.ndarray, returns: np.ndarray) -> dict[str, Any]:
+    """Tasks `[T, ...]` and returns `[T, S + 1]` as lines of text, one for each number of a task and each gradient step.
+
+    Where there are but two kinds of tasks, such as directions, also the mean return of each: one of them may lag.
+    """
+    kinds = np.unique(tasks, axis=0)
+    few = kinds.ndim == 1 and len(kinds) <= 2
+    return {
+        "tasks": [" ".join(f"{value:.4g}" for value in column) for column in tasks.reshape(len(tasks), -1).T],
+        "return_of_task": [" ".join(f"{value:.2f}" for value in column) for column in returns.T],
+        "return_of_kind": {f"{kind:g}": returns[tasks == kind].mean(0) for kind in kinds} if few else {},
     }
 
 
@@ -357,6 +374,8 @@ def table(results: dict[str, Any]) -> str:
             cost = "" if row["cpu_seconds"] is None else f"{row['cpu_seconds']:.2f}"
             name = method.replace("_", " ")
             lines.append(f"{name:<18}{row['seed']:>4} {rates:>11} {cells}{better:>17}{cost:>32}".rstrip())
+            for kind, of_kind in row["return_of_kind"].items():
+                lines.append(f"{f'  tasks of {kind}':<35}" + "".join(f"{mean:10.2f}        " for mean in of_kind))
             if row["broken"]:
                 lines.append(f"  {row['broken']:.0f} of these episodes ended early by something that was not finite")
         if len(mine) > 1:

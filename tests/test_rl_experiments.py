@@ -113,9 +113,25 @@ def test_navigation_from_beginning_to_end(quickly_compiled, monkeypatch, capsys,
     (maml,) = results["rows"]
     assert len(maml["return"]) == len(maml["half_width"]) == 4
     assert maml["broken"] == 0 and np.ptp(maml["return"]) > 0
+    of_task = np.array([line.split() for line in maml["return_of_task"]], float)
+    assert of_task.shape == (4, 3) and np.array([line.split() for line in maml["tasks"]]).shape == (2, 3)
+    np.testing.assert_allclose(of_task.mean(1), maml["return"], atol=0.01)
+    assert maml["return_of_kind"] == {}
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [(row["method"], row["step"]) for row in rows] == [("maml", 1), ("maml", 2)]
     assert rows[0]["return"] < 0 and rows[0]["return_before"] < 0
+
+
+def test_returns_are_told_of_each_direction():
+    returns = np.array([[1.0, 4.0], [2.0, 9.0], [3.0, 6.0]])
+    told = reinforcement.by_task(np.array([1.0, -1.0, 1.0]), returns)
+    assert told["tasks"] == ["1 -1 1"] and told["return_of_task"] == ["1.00 2.00 3.00", "4.00 9.00 6.00"]
+    np.testing.assert_array_equal(told["return_of_kind"]["1"], [2, 5])
+    np.testing.assert_array_equal(told["return_of_kind"]["-1"], [2, 9])
+    row = {"method": "maml", "seed": 0, "rates": (0.1, 0.05), "return": [2, 6], "half_width": [1, 1], "improved": [1.0]}
+    results = {"protocol": "", "paper": {}, "rows": [row | {"cpu_seconds": None, "broken": 0.0} | told]}
+    (line,) = [line for line in reinforcement.table(results).splitlines() if "tasks of -1" in line]
+    assert line.split() == ["tasks", "of", "-1", "2.00", "9.00"]
 
 
 def test_the_recipes_are_the_papers():
