@@ -153,16 +153,11 @@ class Line(NamedTuple):
 
     def numbers(self, label: str | None = None) -> list[Number]:
         """By seed, of this evaluation or another."""
-        numbers = []
-        for run, found in self.summaries(label):
-            at = self.at(found)
-            told = str(Protocol(**found["protocol"]))
-            numbers.append(Number(found["accuracy"][at], found["half_width"][at], at, run.seed, told))
-        return numbers
-
-    def at(self, found: dict[str, Any]) -> int:
-        """Inner steps at which a summary is read: an evaluation may have been of fewer than the row's."""
-        return min(self.inner_steps, len(found["accuracy"]) - 1)
+        at = self.inner_steps
+        return [
+            Number(found["accuracy"][at], found["half_width"][at], at, run.seed, str(Protocol(**found["protocol"])))
+            for run, found in self.summaries(label)
+        ]
 
     def apart(self) -> list[Number]:
         """Those with the queries one by one; the same ones where queries do not see each other anyway."""
@@ -252,6 +247,6 @@ def _paired(lines: Sequence[Line]) -> Iterator[Paired]:
                         difference = evaluation.difference(
                             evaluation.from_summary(ours),
                             evaluation.from_summary(theirs),
-                            steps=(first.at(ours), second.at(theirs)),
+                            steps=(first.inner_steps, second.inner_steps),
                         )
                         yield Paired(first, second, run.seed, difference)

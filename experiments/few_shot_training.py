@@ -19,7 +19,7 @@ from experiments.classifier import (
     nearest,
     protocol,
 )
-from experiments.few_shot import Prepared, QueriesSeen, describe, harmless, image_shape, recorded_with_data
+from experiments.few_shot import TEST_STEPS, Prepared, QueriesSeen, describe, harmless, image_shape, recorded_with_data
 from maml_jax import hosts, plots, saved
 from maml_jax.record import Progress, RunDirectory
 from maml_jax.resumable import Validate, resumable_train
@@ -55,7 +55,7 @@ def main(prepared: Prepared) -> dict:
     best = Best(run.path / "best", describe(prepared))
 
     def validated(state: MetaState) -> dict[str, float]:
-        finished = model.finished(state, train_tasks, prepared.test_steps)
+        finished = model.finished(state, train_tasks, TEST_STEPS)
         accuracy = model.accuracy(finished, val_tasks(), prepared.reported_steps)
         best.add(finished, accuracy)
         return {"val_accuracy": accuracy}
@@ -89,7 +89,7 @@ def main(prepared: Prepared) -> dict:
     both = config.seen == "both" and config.normalisation == "batch"
     for seen in get_args(QueriesSeen) if both else ("together",):
         found[f"queries {seen}"] = evaluate(
-            prepared, [(model, selected)], test_tasks, test_protocol, steps=prepared.test_steps, seen=seen
+            prepared, [(model, selected)], test_tasks, test_protocol, steps=TEST_STEPS, seen=seen
         )
     if config.method == "pretrained":
         found["nearest neighbour"] = nearest(model, selected, test_tasks, test_protocol)
@@ -122,7 +122,7 @@ def examples(
 ) -> list[dict[str, np.ndarray]]:
     """What `plots.adaptation` shows of the first test tasks: of each class the first support image and query."""
     tasks = next(iter(groups()))
-    log_probabilities, _ = model.predictor(state, prepared.test_steps)(tasks)
+    log_probabilities, _ = model.predictor(state, TEST_STEPS)(tasks)
     shots, queries = prepared.shape.shots, prepared.shape.queries
     support, query, found = (
         np.asarray(values, np.float32)

@@ -70,15 +70,6 @@ def inner_steps_of(method: MethodName, recipe: int) -> int:
     return max(recipe, least.get(method, 1))
 
 
-def test_steps_of(method: MethodName, recipe: int) -> int:
-    """Inner steps at test after which models are selected and compared: MAML's in the paper, or the method's own.
-
-    MAML++ has rates and norms for five, iMAML takes as many as in training; Reptile: Nichol et al. 2018, appendix A.
-    """
-    own = {"maml++": 5, "reptile": 50, "imaml": 16}
-    return own.get(method, recipe)
-
-
 def inner_rate_of(method: MethodName, recipe: float) -> float:
     """The inner step size where none is given: the paper's recipe, unless the method cannot do with so large a one."""
     # Beside the loss iMAML minimises a parabola of curvature `STRENGTH`, in many steps: large ones run away.
