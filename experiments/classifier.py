@@ -71,10 +71,8 @@ class Classifier(NamedTuple):
         """Mean accuracy on tasks after `steps` inner steps; nothing is predicted before the last."""
         evaluate, right = _evaluation_of(self, "together", only_last=True), []
         for tasks in groups:
-            predicted = evaluate(state, self.tasks(tasks), steps).aux[:, 0]
-            # What is not a number is never right.
-            found = jnp.where(jnp.isfinite(predicted).all(-1), predicted.argmax(-1), -1)
-            right.append(np.asarray(found == tasks.query[1]))
+            log_probabilities = evaluate(state, self.tasks(tasks), steps).aux[:, 0]
+            right.append(evaluation.predicted(np.exp(log_probabilities)) == np.asarray(tasks.query[1]))
         return float(np.concatenate(right).mean())
 
 

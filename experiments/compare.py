@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -99,6 +99,12 @@ def _trained(metrics: Path) -> int:
     return 0
 
 
+def labels(row: Row, seen: Literal["together", "both"] = "both") -> tuple[str, ...]:
+    """Of the evaluations of a row's run: the queries are apart only where they see each other."""
+    both = seen == "both" and row.options.get("normalisation", "batch") == "batch"
+    return (TOGETHER, ONE_BY_ONE) if both else (TOGETHER,)
+
+
 class Number(NamedTuple):
     """A measured accuracy and the half width of its 95% interval over tasks, in per cent."""
 
@@ -163,7 +169,7 @@ class Line(NamedTuple):
         """Those with the queries one by one; the same ones where queries do not see each other anyway."""
         if self.label == NEAREST:
             return []
-        return self.numbers(ONE_BY_ONE if self.row.options.get("normalisation", "batch") == "batch" else TOGETHER)
+        return self.numbers(ONE_BY_ONE if ONE_BY_ONE in labels(self.row) else TOGETHER)
 
     def curve(self) -> dict[str, list[float]]:
         """Accuracy after each number of inner steps, mean over seeds, and the half width of its interval."""

@@ -157,11 +157,12 @@ def resolve(config: Config, recipe: Callable[[int, int], Recipe]) -> Setting:
     return setting
 
 
-def reported_steps(method: MethodName, published: int) -> int:
-    """Inner steps at test whose accuracy counts: as `published` for MAML, and as many as the method needs."""
-    if method == "maml++":
-        return 5  # It has rates and norms for the steps of its training, and is tested with as many.
-    return min(TEST_STEPS, methods.inner_steps_of(method, published))
+def reported_steps(method: MethodName, published: int, trained: int) -> int:
+    """Inner steps at test whose accuracy counts: as `published` for MAML, and as many as the method needs.
+
+    MAML++ has rates and norms for the steps that it is `trained` with, and is tested with as many.
+    """
+    return min(TEST_STEPS, trained if method == "maml++" else methods.inner_steps_of(method, published))
 
 
 class DataSet(NamedTuple):
@@ -198,7 +199,7 @@ class Prepared(NamedTuple):
     @property
     def reported_steps(self) -> int:
         """Inner steps after which models are selected and compared."""
-        return reported_steps(self.config.method, self.published_steps)
+        return reported_steps(self.config.method, self.published_steps, self.setting.inner_steps)
 
     @property
     def shape(self) -> EpisodeShape:
@@ -232,7 +233,7 @@ def check_workdir(config: Config, setting: Setting) -> None:
     RunDirectory.check(
         config.workdir,
         recorded(config, setting),
-        harmless=(*harmless(config), "data_sha256"),
+        harmless=(*harmless(config), "data_sha256", "selected_after"),
         wandb=config.wandb,
     )
 
@@ -245,7 +246,10 @@ def check_data(prepared: Prepared) -> None:
 
 def recorded_with_data(prepared: Prepared) -> dict[str, Any]:
     """What a run is compared with once its data are known."""
-    return recorded(prepared.config, prepared.setting) | {"data_sha256": prepared.data.sha256}
+    return recorded(prepared.config, prepared.setting) | {
+        "data_sha256": prepared.data.sha256,
+        "selected_after": prepared.reported_steps,  # Accuracies after other numbers of inner steps do not compare.
+    }
 
 
 def check_tasks(prepared: Prepared) -> None:

@@ -60,7 +60,7 @@ def main(prepared: Prepared) -> dict:
         best.add(finished, accuracy)
         return {"val_accuracy": accuracy}
 
-    # Five validations or more, between calls: in short runs more of them would cost as much as the training.
+    # From five validations on, between calls: in short runs more of them would cost as much as the training.
     validate_every = STEPS_PER_CALL * max(1, min(1000, config.steps // 5) // STEPS_PER_CALL)
     progress = Progress(config.steps, name)
     for state, row in resumable_train(

@@ -70,18 +70,22 @@ class Job(NamedTuple):
     command: list[str]
     folder: Path
     """Of its data."""
+    labels: tuple[str, ...]
+    """Of the evaluations that are wanted."""
 
     def __str__(self) -> str:
         return shlex.join(["python", *self.command[1:]])
 
     @property
     def finished(self) -> bool:
-        """Whether its directory holds results of this row, seed and schedule, or of a longer one.
+        """Whether its directory holds results of this row, seed and schedule, or of a longer one, with all evaluations.
 
         Of any images, also whether it was this folder of them; other data sets are what they are, wherever they lie.
         """
         run = compare.read(self.path)
         if run is None or run.results is None or run.row is not self.row or run.seed != self.seed:
+            return False
+        if not {*self.labels} <= {*run.results["test"]}:
             return False
         same = self.row.data != "images" or Path(run.results["config"]["data_dir"]) == self.folder
         return same and run.steps >= self.steps
@@ -139,6 +143,7 @@ def prepare(config: Config) -> tuple[Config, list[Job]]:
             config.workdir / f"{row.name}-seed{seed}",
             command(config, row, seed),
             folder(config, row),
+            compare.labels(row, config.seen),
         )
         for seed in config.seeds
         for row in rows

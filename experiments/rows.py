@@ -8,7 +8,7 @@ from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from experiments import few_shot, miniimagenet, omniglot
+from experiments import few_shot, methods, miniimagenet, omniglot
 
 EXPERIMENTS: dict[str, ModuleType] = {"omniglot": omniglot, "miniimagenet": miniimagenet}
 FULL = 60_000  # Meta-steps of the paper's schedule, for every data set.
@@ -137,7 +137,8 @@ def _row(data: str, setting: str, method: str) -> Row:
     elif method != "maml":
         options["method"] = method
     published = (3 if ways < 20 else 5) if data == "omniglot" else 10
-    steps = few_shot.reported_steps(options.get("method", "maml"), published)
+    algorithm = options.get("method", "maml")
+    steps = few_shot.reported_steps(algorithm, published, methods.inner_steps_of(algorithm, 1))
     name = f"{data}-{setting}" if method == "maml" else f"{data}-{setting}-{method}"
     return Row(
         name, data, setting, method, "omniglot" if data == "omniglot" else "miniimagenet", options, inner_steps=steps

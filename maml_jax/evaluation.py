@@ -132,22 +132,26 @@ def evaluate(predictors: Iterable[Predictor], groups: Callable[[], Iterable[Task
     for number, predict in enumerate(predictors):
         for place, tasks in enumerate(groups()):
             log_probabilities, support_loss = map(np.asarray, predict(tasks))
-            found = np.exp(log_probabilities.astype(np.float64))
+            own = np.exp(log_probabilities.astype(np.float64))
             worse = ~(support_loss <= support_loss[:, :1])
             if number == 0:
                 labels.append(np.asarray(tasks.query[1]))
-                probabilities.append(found)
+                probabilities.append(own)
                 diverged.append(worse)
             else:
-                probabilities[place] += found
+                probabilities[place] += own
                 diverged[place] |= worse
-    # What is not a number is never right.
-    total = np.nan_to_num(np.concatenate(probabilities), nan=-1.0)
-    predicted = np.where(total.max(-1) < 0, -1, total.argmax(-1))
-    accuracy = (predicted == np.concatenate(labels)[:, None]).mean(-1)
+    found = predicted(np.concatenate(probabilities))
+    accuracy = (found == np.concatenate(labels)[:, None]).mean(-1)
     if len(accuracy) != protocol.tasks:
         raise ValueError(f"The protocol says {protocol.tasks} tasks, but {len(accuracy)} were given.")
     return Results(protocol, accuracy, np.concatenate(diverged))
+
+
+def predicted(probabilities: np.ndarray) -> np.ndarray:
+    """`[..., N] -> [...]`: the likeliest class, and -1, which is never right, where all are not a number."""
+    known = np.nan_to_num(probabilities, nan=-1.0)
+    return np.where(known.max(-1) < 0, -1, known.argmax(-1))
 
 
 class Difference(NamedTuple):

@@ -25,7 +25,7 @@ class MetaLearner(NamedTuple):
     `init(params) -> MetaState`;
     `step(state, tasks) -> (MetaState, MetaInfo)`, one outer update on a batch of tasks;
     `evaluate(state, tasks, steps=None) -> Evaluation`, with `steps` inner steps (None: as in training), before the
-    first and after each of them; with `only_last=True` after the last alone, which spares the other predictions;
+    first and after each of them; with `only_last=True` (not in `rl`) after the last alone, which spares the rest;
     `adapt(state, batch, steps=None) -> (params, AdaptInfo)`, to one new task as in training, with its
     learned rates, mask and optimizer.
 

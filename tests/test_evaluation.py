@@ -181,6 +181,35 @@ def test_the_best_models_are_kept_by_validation(characters, tmp_path, small_net)
     assert best.load(state).step == 8
 
 
+def test_models_are_selected_by_what_is_reported(characters, tmp_path, small_net, monkeypatch):
+    """Not after as many inner steps as training takes; and --seen together leaves the queries one by one out."""
+    asked, whole = [], classifier.Classifier.accuracy
+
+    def accuracy(model, state, groups, steps):
+        asked.append((steps, whole(model, state, groups, steps)))
+        return asked[-1][1]
+
+    monkeypatch.setattr(classifier.Classifier, "accuracy", accuracy)
+    prepared, _, _ = prepared_with(characters, tmp_path, steps=40, tasks=4, test_tasks=5, seen="together")
+    results = few_shot_training.main(prepared._replace(published_steps=3))
+    assert prepared.setting.inner_steps == 1 and [steps for steps, _ in asked] == [3, 3]
+    assert results["selected"]["by"] == "accuracy on validation tasks after 3 inner steps"
+    assert results["selected"]["step"] == (40 if asked[1][1] >= asked[0][1] else 20)
+    assert list(results["test"]) == ["queries together"]
+
+
+def test_a_run_selected_after_other_inner_steps_does_not_go_on(characters, tmp_path, small_net):
+    prepared, _, _ = prepared_with(characters, tmp_path)
+    record.RunDirectory(prepared.config.workdir, "run", few_shot.recorded_with_data(prepared)).close()
+    few_shot.check_workdir(prepared.config, prepared.setting)
+    with pytest.raises(OSError, match="selected_after was 1, is 3"):
+        few_shot.check_data(prepared._replace(published_steps=3))
+
+
+def test_mamlpp_counts_after_the_steps_that_it_has_rates_for():
+    assert few_shot.reported_steps("maml", 3, 1) == 3 and few_shot.reported_steps("maml++", 3, 7) == 7
+
+
 @pytest.mark.parametrize("method", ["maml++", "meta-curvature"])
 def test_a_saved_model_is_what_was_trained(method, characters, tmp_path, small_net, monkeypatch):
     """With its rates, in the structure that they had; and what does not fit is refused before anything is evaluated."""
@@ -228,18 +257,17 @@ def test_fine_tuning_takes_the_rate_that_is_best_in_validation(characters, tmp_p
     tasks = classifier.fixed_tasks(jax.random.key(0), characters.val, 20, prepared.shape)
     seen = []
 
-    def evaluate(prepared, models, groups, told, *, steps):
-        assert groups is tasks and told.split == "val" and steps == 10
-        rate = prepared.setting.inner_rate
+    def accuracy(model, state, groups, steps):
+        assert len(list(groups)) == len(list(tasks())) and steps == prepared.reported_steps
         # The rate is that which the model adapts with.
-        adapted, _ = inner_loop(models[0][0].method.inner, quadratic, {"x": jnp.array(1.0)}, (), None, steps=1)
-        np.testing.assert_allclose(adapted["x"], 1 - rate, rtol=1e-6)
-        seen.append(rate)
-        return evaluation.Results(told, np.full((20, 11), -abs(rate - 0.2)), np.zeros((20, 11), bool))
+        adapted, _ = inner_loop(model.method.inner, quadratic, {"x": jnp.array(1.0)}, (), None, steps=1)
+        seen.append(1 - float(adapted["x"]))
+        return -abs(seen[-1] - 0.2)
 
     def quadratic(params, batch):
         return params["x"] ** 2 / 2, {}
 
-    monkeypatch.setattr(few_shot_training, "evaluate", evaluate)
+    monkeypatch.setattr(classifier.Classifier, "accuracy", accuracy)
     best, _ = few_shot_training.tuned(prepared, state, tasks)
-    assert len(seen) == len(few_shot_training.FACTORS) and best.setting.inner_rate == pytest.approx(0.2)
+    np.testing.assert_allclose(seen, np.multiply(few_shot_training.FACTORS, prepared.setting.inner_rate), rtol=1e-5)
+    assert best.setting.inner_rate == pytest.approx(0.2)

@@ -283,7 +283,7 @@ def stub(tmp_path, monkeypatch):
     def command(config, row, seed):
         name = f"{row.name}-seed{seed}"
         if not (tmp_path / "made" / name).exists():
-            made_up(tmp_path / "made" / name, row.name, seed, config.steps or row.steps)
+            made_up(tmp_path / "made" / name, row.name, seed, config.steps or row.steps, queries_one_by_one=0.8)
         results = tmp_path / "made" / name / "results.json"
         return [
             sys.executable,
@@ -336,9 +336,13 @@ def test_any_images_are_finished_only_where_they_are_the_same(tmp_path):
     made_up(tmp_path / "images-5w1s-seed0", "images-5w1s", steps=100)
     places = {"rows": ("images-5w1s",), "steps": 100, "workdir": tmp_path}
     same = rows.EXPERIMENTS["miniimagenet"].Config().data_dir
-    for images, finished in ((same, True), (tmp_path, False)):
-        _, (job,) = reproduce.prepare(reproduce.Config(image_dir=images, list=True, **places))
-        assert job.finished == finished
+    for images, seen, finished in (
+        (same, "together", True),
+        (tmp_path, "together", False),
+        (same, "both", False),  # The evaluation of the queries one by one is missing.
+    ):
+        _, (job,) = reproduce.prepare(reproduce.Config(image_dir=images, seen=seen, list=True, **places))
+        assert job.finished == finished and ("--seen together" in str(job)) == (seen == "together")
 
 
 def test_at_the_end_of_the_budget_the_run_saves_and_the_rest_is_left(stub, tmp_path, capfd):
