@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from experiments import classifier, command_line
+from experiments import classifier, command_line, few_shot
 from experiments.classifier import Classifier
 from experiments.rows import EXPERIMENTS
 from maml_jax import plots, saved, validation
@@ -31,8 +31,8 @@ class Config:
     """A file that training wrote to `best/`."""
     folder: tyro.conf.Positional[Path]
     """A folder or zip archive: `<class>/<picture>` for each labelled picture, and the others beside these folders."""
-    steps: int = 10
-    """Inner steps of adaptation."""
+    steps: int | None = None
+    """Inner steps of adaptation; default: those after which the model was the best."""
     output: Path = Path("predictions.json")
     """Where to write the predictions; the grid of pictures is written beside it as PNG."""
 
@@ -47,6 +47,8 @@ class Prepared(NamedTuple):
     """Pictures of each class, as the model sees them before they are scaled: uint8."""
     others: dict[str, np.ndarray]
     """The pictures to classify, by name."""
+    steps: int
+    """Inner steps, resolved."""
 
 
 def prepare(config: Config) -> Prepared:
@@ -55,7 +57,8 @@ def prepare(config: Config) -> Prepared:
     Raises:
       ValueError, DataError, OSError: saying what is wrong and what to do.
     """
-    validation.at_least("steps", config.steps, 0)
+    if config.steps is not None:
+        validation.at_least("steps", config.steps, 0)
     if not config.output.parent.is_dir():
         raise ValueError(f"output must be in a directory that exists, but {config.output.parent} does not.")
     content = saved.load(config.model)
@@ -71,7 +74,8 @@ def prepare(config: Config) -> Prepared:
         labelled = {name: [_grey(picture) for picture in each] for name, each in labelled.items()}
         others = {name: _grey(picture) for name, picture in others.items()}
     model = classifier.classifier(trained, setting, (size, size, 1 if grey else 3), setting.ways)
-    return Prepared(config, model, classifier.load_trained(content, model), labelled, others)
+    steps = content.description.get("selected_after", few_shot.TEST_STEPS) if config.steps is None else config.steps
+    return Prepared(config, model, classifier.load_trained(content, model), labelled, others, steps)
 
 
 def sort(
@@ -119,11 +123,11 @@ def predict(prepared: Prepared) -> np.ndarray:
     labels = np.repeat(np.arange(len(labelled), dtype=np.int32), [len(each) for each in labelled])
     support = (inputs([picture for each in labelled for picture in each]), jnp.asarray(labels)[None])
     query = (inputs(others), jnp.zeros((1, len(others)), jnp.int32))  # No label is known, and none is used.
-    log_probabilities, _ = prepared.model.predictor(prepared.state, prepared.config.steps)(Task(support, query))
+    log_probabilities, _ = prepared.model.predictor(prepared.state, prepared.steps)(Task(support, query))
     of_classes = np.exp(np.asarray(log_probabilities[0, -1, :, : len(labelled)], np.float64))
     if not np.isfinite(of_classes).all():
         raise FloatingPointError(
-            f"After {prepared.config.steps} inner steps the predictions are no numbers any more: give fewer --steps."
+            f"After {prepared.steps} inner steps the predictions are no numbers any more: give fewer --steps."
         )
     return of_classes / of_classes.sum(-1, keepdims=True)
 

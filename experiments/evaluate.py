@@ -48,7 +48,7 @@ class Config:
     steps: int = few_shot.TEST_STEPS
     """Inner steps, of which all from 0 are shown."""
     at_step: int | None = None
-    """Inner step at which models are compared; default: the last."""
+    """Inner step at which models are compared; default: that after which the first was the best, or the last."""
     inner_rate: float | None = None
     """Inner step size for the mean cross-entropy; without effect on learned rates, and refused there."""
     normalisation: Normalisation | None = None
@@ -70,6 +70,8 @@ class Model(NamedTuple):
     prepared: Prepared
     classifier: Classifier
     state: MetaState
+    selected_after: int
+    """Inner steps after which training found it the best."""
 
 
 def prepare(config: Config) -> tuple[Config, list[Model]]:
@@ -135,7 +137,8 @@ def load(path: Path, config: Config, known: dict[str, Prepared]) -> Model:
         )
     data = prepared.data
     model = classifier.classifier(prepared.config, prepared.setting, few_shot.image_shape(data), prepared.setting.ways)
-    return Model(str(path), prepared, model, classifier.load_trained(content, model))
+    selected_after = about.get("selected_after", few_shot.TEST_STEPS)
+    return Model(str(path), prepared, model, classifier.load_trained(content, model), selected_after)
 
 
 def main(prepared: tuple[Config, list[Model]]) -> dict[str, Any]:
@@ -143,7 +146,7 @@ def main(prepared: tuple[Config, list[Model]]) -> dict[str, Any]:
     config, models = prepared
     groups = [models] if config.ensemble else [[model] for model in models]
     seen: tuple[QueriesSeen, ...] = ("together", "one by one") if config.seen == "both" else (config.seen,)
-    step = config.steps if config.at_step is None else config.at_step
+    step = min(config.steps, models[0].selected_after) if config.at_step is None else config.at_step
     rows: dict[str, Any] = {}
     first: dict[str, evaluation.Results] = {}
     for group in groups:

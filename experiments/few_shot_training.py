@@ -52,7 +52,7 @@ def main(prepared: Prepared) -> dict:
         config.workdir, name, recorded_with_data(prepared), harmless=harmless(config), wandb=config.wandb
     )
     print(f"{config.method}, order {config.order}: {setting}\nWriting to {run.path}", flush=True)
-    best = Best(run.path / "best", describe(prepared))
+    best = Best(run.path / "best", describe(prepared) | {"selected_after": prepared.reported_steps})
 
     def validated(state: MetaState) -> dict[str, float]:
         finished = model.finished(state, train_tasks, TEST_STEPS)

@@ -56,6 +56,14 @@ def test_pictures_are_classified_and_shown(model, folder, tmp_path, capsys):
         assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 100
 
 
+def test_inner_steps_are_those_that_the_model_was_selected_after(model, folder):
+    assert adapt.prepare(adapt.Config(model, folder)).steps == 10  # Where it does not say.
+    content = saved.load(model)
+    saved.save(model, content.params, (), content.description | {"selected_after": 3})
+    assert adapt.prepare(adapt.Config(model, folder)).steps == 3
+    assert adapt.prepare(adapt.Config(model, folder, steps=0)).steps == 0
+
+
 def test_what_is_wrong_with_the_folder_is_told(model, folder, tmp_path):
     def refused(message, **options):
         with pytest.raises(ValueError, match=message):
@@ -84,11 +92,14 @@ def test_drawings_are_seen_as_in_training(tmp_path):
         None,
         {"a": [np.full((28, 28), 255, np.uint8)], "b": [np.zeros((28, 28), np.uint8)]},
         {"x": np.full((28, 28), 255, np.uint8)},
+        steps=2,
     )
     seen = []
 
     class Recorder:
         def predictor(self, state, steps):
+            assert steps == 2
+
             def predict(tasks):
                 seen.append(tasks)
                 return jnp.zeros((1, steps + 1, 1, net.ways)), None

@@ -196,6 +196,8 @@ def test_models_are_selected_by_what_is_reported(characters, tmp_path, small_net
     assert results["selected"]["by"] == "accuracy on validation tasks after 3 inner steps"
     assert results["selected"]["step"] == (40 if asked[1][1] >= asked[0][1] else 20)
     assert list(results["test"]) == ["queries together"]
+    (best,) = [path for path in (tmp_path / "run" / "best").iterdir() if str(results["selected"]["step"]) in path.name]
+    assert saved.load(best).description["selected_after"] == 3
 
 
 def test_a_run_selected_after_other_inner_steps_does_not_go_on(characters, tmp_path, small_net):
@@ -215,11 +217,12 @@ def test_a_saved_model_is_what_was_trained(method, characters, tmp_path, small_n
     """With its rates, in the structure that they had; and what does not fit is refused before anything is evaluated."""
     prepared, _, state = prepared_with(characters, tmp_path, method=method)
     state = jax.tree.map(lambda leaf: leaf + 0.01 if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, state)
-    few_shot_training.Best(tmp_path, few_shot.describe(prepared)).add(state._replace(step=jnp.int32(7)), 0.5)
+    description = few_shot.describe(prepared) | {"selected_after": 4}
+    few_shot_training.Best(tmp_path, description).add(state._replace(step=jnp.int32(7)), 0.5)
     monkeypatch.setattr(omniglot_experiment, "prepare", lambda config: prepared._replace(config=config))
     path = tmp_path / "step-0000007.msgpack"
     loaded = evaluate.load(path, evaluate.Config((path,)), {})
-    assert loaded.state.step == 7
+    assert loaded.state.step == 7 and loaded.selected_after == 4
     jax.tree.map(np.testing.assert_array_equal, loaded.state[1:3], state[1:3])
     for options, message in (
         ({"inner_rate": 0.1}, "its rates are learned"),
