@@ -118,7 +118,7 @@ def _section(group: Group) -> str:
             parts.append(f"<li>{escape(what)}: <b>{pair.difference}</b></li>")
         parts.append("</ul>")
     if any(line.runs for line in group.lines):
-        parts.append(image(_curves(group), f"{group.title}: accuracy over inner steps"))
+        parts.append(image(curves(group), f"{group.title}: accuracy over inner steps"))
     for path in dict.fromkeys(run.path / "curves.png" for line in group.lines for run in line.runs):
         if path.exists():
             picture = image(path.read_bytes(), f"training of {path.parent.name}")
@@ -150,8 +150,8 @@ def _published(number: Published | None) -> str:
     return f'<td data-name="published"><b>{interval(number, "±")}</b><small>{escape(number.source)}</small></td>'
 
 
-def _curves(group: Group) -> bytes:
-    """Picture of the accuracy over inner steps, a line for each method."""
+def curves(group: Group) -> bytes:
+    """Picture of the accuracy over inner steps as PNG, a line for each method that has a result."""
     lines = [line for line in group.lines if line.runs]
     several = len({line.data for line in lines}) > 1
     shown = {}

@@ -179,13 +179,13 @@ def main(prepared: tuple[Config, list[Job]]) -> None:
         render(config)
     for name, outcome in outcomes.items():
         print(f"{name}: {outcome}")
-    print(f"Wrote {config.workdir / 'index.html'} and table.md beside it.")
+    print(f"Wrote {config.workdir / 'index.html'} with table.md and pictures beside it.")
     if any(outcome.startswith("failed") for outcome in outcomes.values()):
         raise SystemExit(1)
 
 
 def render(config: Config) -> None:
-    """Writes the page, the table, and the region of the README."""
+    """Writes the page, the table, the pictures of accuracy over inner steps, and the region of the README."""
     rows = choose(config.rows)
     ours = compare.find([config.workdir]) if config.workdir.is_dir() else []
     others = compare.find(config.results)
@@ -194,6 +194,10 @@ def render(config: Config) -> None:
     strays = [run for run in [*ours, *others] if run.row is None]
     (config.workdir / "index.html").write_text(page.html(groups, strays), encoding="utf-8")
     (config.workdir / "table.md").write_text(page.markdown(groups, config.workdir), encoding="utf-8")
+    for group in groups:
+        if any(line.runs for line in group.lines):
+            row = group.lines[0].row
+            (config.workdir / f"inner-steps-{row.data}-{row.setting}.png").write_bytes(page.curves(group))
     if config.readme is not None:
         content = page.markdown(compare.group([], others), config.readme.parent, unfinished=False)
         config.readme.write_text(page.with_region(config.readme.read_text("utf-8"), content), encoding="utf-8")

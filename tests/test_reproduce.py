@@ -238,6 +238,7 @@ def test_rendering_alone_writes_the_region_of_a_readme_from_the_results(tmp_path
     assert "20,000 of 60,000" not in text and "20-way" not in text and "omniglot-" not in text
     assert "20,000 of 60,000" in table and "`../kept/a`" in table and "Omniglot, 20-way 5-shot" in table
     assert str(tmp_path / "work" / "index.html") in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "work").glob("*.png")] == ["inner-steps-omniglot-5w1s.png"]
 
 
 def test_the_readme_shows_what_results_hold(monkeypatch):
