@@ -6,7 +6,7 @@
     python -m experiments.reproduce --render-only --results results --readme README.md
 
 The same command again goes on: what is finished is skipped. Beside the runs, the work directory gets `index.html`,
-which needs no other file, and `table.md`.
+which needs no other file, `table.md`, and accuracy over inner steps as pictures.
 """
 
 import dataclasses
