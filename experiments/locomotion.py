@@ -50,6 +50,7 @@ def problem(preset: PresetName, physics: Physics = "mujoco") -> reinforcement.Pr
             inner_rate=0.1,
             kl_limit=0.01,
             test_rates=((0.1, 0.05),),
+            own_test_rates={"pretrained": (0.02, 0.01)},
             test_episodes=20,
             paper={
                 "maml": (-129.5, -78.6, -66.6, -60.8),
@@ -67,6 +68,7 @@ def problem(preset: PresetName, physics: Physics = "mujoco") -> reinforcement.Pr
             inner_rate=0.1,
             kl_limit=0.02,
             test_rates=((0.1, 0.05),),
+            own_test_rates={"pretrained": (0.2, 0.1), "random": (0.5, 0.25)},
             test_episodes=20,
             paper={
                 "maml": (-50.7, 293.0, 313.0, 316.0),
@@ -84,6 +86,7 @@ def problem(preset: PresetName, physics: Physics = "mujoco") -> reinforcement.Pr
             inner_rate=0.1,
             kl_limit=0.01,
             test_rates=((0.1, 0.05),),
+            own_test_rates={"pretrained": (0.2, 0.1), "random": (1.0, 0.5)},
             test_episodes=20,
             paper={
                 "maml": (30.6, 96.7, 100.0, 101.0),
@@ -100,6 +103,7 @@ def problem(preset: PresetName, physics: Physics = "mujoco") -> reinforcement.Pr
         inner_rate=0.1,
         kl_limit=0.01,
         test_rates=((0.1, 0.001),),
+        own_test_rates={"pretrained": (0.2, 0.002), "random": (1.0, 0.01)},
         test_episodes=40,
         paper={
             "maml": (8.7, 499.0, 501.0, 499.0),

@@ -26,6 +26,7 @@ def problem() -> reinforcement.Problem:
         inner_rate=0.1,
         kl_limit=0.01,
         test_rates=((0.1, 0.05), (0.12, 0.05), (0.2, 0.1), (0.5, 0.25)),
+        own_test_rates={},
         test_episodes=40,
         paper={
             "maml": (-40.4, -11.7, -3.3, -3.2),

@@ -48,6 +48,8 @@ class Problem(NamedTuple):
     kl_limit: float
     test_rates: tuple[tuple[float, float], ...]
     """Inner rates at test, of the first step and of later ones: the best pair on other tasks is taken."""
+    own_test_rates: dict[MethodName, tuple[float, float]]
+    """Of methods that the authors' code tests with other rates than these."""
     test_episodes: int
     paper: dict[MethodName, tuple[float, ...]]
     """Returns after 0 to 3 gradient steps; one number for the oracle, which takes none."""
@@ -85,8 +87,8 @@ class Config(command_line.Looks):
     outer_rate: float | None = None
     """Adam's rate for 'policy_gradient' and 'promp'; default: .001."""
     test_rates: tuple[float, float] | None = None
-    """Sizes of the first gradient step at test and of later ones. Default: for each method, the best of the
-    recipe's pairs on other tasks."""
+    """Sizes of the first gradient step at test and of later ones, for all methods. Default: the recipe's for each, or
+    the best of its pairs on other tasks."""
     test_tasks: int = 40
     """Tasks to evaluate on."""
     test_episodes: int | None = None
@@ -259,7 +261,7 @@ def tester(trained: Trained, rates: tuple[float, float], episodes: int) -> maml_
 
 def evaluate(prepared: Prepared, method: MethodName, trained: Trained) -> dict[str, Any]:
     """Adapts to the test tasks. Where there is a choice of rates, the best on other tasks is taken."""
-    config, _, setting = prepared
+    config, problem, setting = prepared
     steps = 0 if method == "oracle" else TEST_STEPS
     test_key, tuning_key = jax.random.split(jax.random.key(TEST_SEED))
     trained_state = task_axis("all", local_mesh()).replicate(trained.state)
@@ -276,7 +278,8 @@ def evaluate(prepared: Prepared, method: MethodName, trained: Trained) -> dict[s
         broken = any(aux.broken.any() for aux in tested)
         return -np.inf if broken else float(np.mean([aux.total[:, 1:] for aux in tested]))
 
-    pairs = setting.test_rates
+    own = problem.own_test_rates if config.test_rates is None else {}
+    pairs = (own[method],) if method in own else setting.test_rates
     rates = pairs[0] if len(pairs) == 1 or not steps else max(pairs, key=tuned)
     tasks, found = test(trained_state, rates, test_key)
     mean, half_width = interval(np.asarray(found.total))

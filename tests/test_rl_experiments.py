@@ -6,10 +6,13 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import maml_jax
 from experiments import command_line, locomotion, navigation, reinforcement, rl_speed
+from maml_jax.rl.policy import gaussian_mlp
 
 BAD = [
     (navigation, ["--steps", "0"], "steps must be an integer of at least 1, but got 0"),
@@ -120,6 +123,27 @@ def test_navigation_from_beginning_to_end(quickly_compiled, monkeypatch, capsys,
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [(row["method"], row["step"]) for row in rows] == [("maml", 1), ("maml", 2)]
     assert rows[0]["return"] < 0 and rows[0]["return_before"] < 0
+
+
+@pytest.mark.parametrize(("given", "rates"), [(None, (0.3, 0.2)), ((0.7, 0.6), (0.7, 0.6))])
+def test_methods_may_have_test_rates_of_their_own(given, rates, monkeypatch, tmp_path):
+    """Which what the user gives overrules."""
+    tried = []
+
+    def tester(trained, rates, episodes):
+        tried.append(rates)
+        raise InterruptedError
+
+    monkeypatch.setattr(reinforcement, "tester", tester)
+    config = reinforcement.Config(methods=("random",), test_rates=given, workdir=tmp_path / "run")
+    problem = navigation.problem()._replace(own_test_rates={"random": (0.3, 0.2)})
+    prepared = reinforcement.prepare(config, problem)
+    policy = gaussian_mlp(2, 2)
+    params = policy.init(jax.random.key(0))
+    trained = reinforcement.Trained(problem.environment, policy, maml_jax.MetaState(jnp.int32(0), params, (), ()))
+    with jax.disable_jit(), pytest.raises(InterruptedError):
+        reinforcement.evaluate(prepared, "random", trained)
+    assert tried == [rates]
 
 
 def test_returns_are_told_of_each_direction():
