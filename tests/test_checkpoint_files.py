@@ -143,7 +143,7 @@ class TestGoingOn:
 def test_killed_at_any_moment_it_ends_the_same(environment, tmp_path):
     """SIGKILL in training and in saving, then SIGTERM and SIGINT; each is followed by the same command."""
     rng = random.Random(0)
-    steps, reached, in_mid_save = 2 * SAVE_EVERY * (KILLS + 2), 0, 0
+    steps, reached, in_mid_save = 100 * (KILLS + 2), 0, 0  # It must not be done before the signal comes.
     ways = [signal.SIGKILL] * KILLS + [signal.SIGTERM, signal.SIGINT]
     workdir = tmp_path / "killed"
     for number, way in enumerate(ways):
