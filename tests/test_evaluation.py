@@ -14,7 +14,7 @@ from experiments.omniglot import Config
 from maml_jax import evaluation, models, record, saved
 from maml_jax.evaluation import Protocol
 from maml_jax.inner import inner_loop
-from maml_jax.tasks import episodes, omniglot
+from maml_jax.tasks import episodes, host, omniglot
 from maml_jax.train import many_steps
 from maml_jax.types import Task
 
@@ -206,6 +206,17 @@ def test_a_run_selected_after_other_inner_steps_does_not_go_on(characters, tmp_p
     few_shot.check_workdir(prepared.config, prepared.setting)
     with pytest.raises(OSError, match="selected_after was 1, is 3"):
         few_shot.check_data(prepared._replace(published_steps=3))
+
+
+def test_joint_training_draws_the_same_from_host_memory(characters, tmp_path, small_net, monkeypatch):
+    prepared, _, _ = prepared_with(characters, tmp_path, method="pretrained", tasks=2)
+    draw, data = classifier.drawn_from(prepared, jax.random.key(3))
+    on_device = jax.jit(draw)(data, 7)
+    monkeypatch.setattr(host, "fits_on_device", lambda size: False)
+    draw, choose = classifier.drawn_from(prepared, jax.random.key(3))
+    jax.tree.map(np.testing.assert_array_equal, on_device, jax.jit(draw)(choose(7, 1), 7))
+    numbers = np.asarray(on_device.support[1])
+    assert numbers.shape == (2, 64) and all(len(set(row)) == 64 for row in numbers) and numbers.max() > 500
 
 
 def test_mamlpp_counts_after_the_steps_that_it_has_rates_for():
