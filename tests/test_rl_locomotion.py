@@ -80,6 +80,40 @@ def test_the_callback_is_the_engines_own_loop_bit_for_bit(x64_everywhere, engine
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_the_listed_contacts_are_those_that_a_search_finds(name):
+    def simulated(model):
+        """States of bodies dropped at any angle, and the parts that touch something on the way."""
+        rng, data, states, touching = np.random.default_rng(0), mujoco.MjData(model), [], set()
+        for _ in range(12):
+            mujoco.mj_resetData(model, data)
+            if name == "ant":
+                data.qpos[3:7] = rng.normal(size=4)
+            else:
+                data.qpos[2] = rng.uniform(-np.pi, np.pi)
+            for _ in range(80):
+                data.ctrl[:] = rng.uniform(-1, 1, size=model.nu)
+                mujoco.mj_step(model, data)
+                states.append(np.concatenate([data.qpos, data.qvel]))
+                touching |= {model.geom(part).name for part in data.contact.geom.ravel()}
+        return np.array(states), touching
+
+    spec = mujoco.MjSpec.from_file(str(MODELS / f"{name}.xml"))
+    listed, touching = simulated(spec.compile())
+    assert {pair.geomname2 for pair in spec.pairs} == {part.name for part in spec.geoms} - {"floor"}
+    rule = spec.pairs[0]
+    for pair in list(spec.pairs):
+        spec.delete(pair)
+    for part in spec.geoms:
+        floor = part.name == "floor"
+        part.contype, part.conaffinity, part.condim = not floor, floor, rule.condim
+        part.friction, part.solref, part.solimp = rule.friction[[0, 2, 3]], rule.solref, rule.solimp
+        part.margin = 0 if floor else rule.margin  # Today's engine adds the two.
+    searched, found = simulated(spec.compile())
+    assert touching == found and len(found) > len(spec.geoms) / 2
+    np.testing.assert_array_equal(listed, searched)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_what_goes_wrong_stays_where_it_is(engines, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # The engine writes its warnings to a file.
     engine = engines[name]

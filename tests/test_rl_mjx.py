@@ -39,7 +39,7 @@ def steep_and_low(states):
         capsules = model.geom_type == mujoco.mjtGeom.mjGEOM_CAPSULE
         axes = data.geom_xmat[:, [2, 5, 8]]
         lowest = data.geom_xpos[:, 2] - np.abs(axes[:, 2]) * model.geom_size[:, 1] - model.geom_size[:, 0]
-        found.append((capsules & (np.abs(axes[:, 2]) > STEEP) & (lowest < 0.1)).any())
+        found.append((capsules & (np.abs(axes[:, 2]) > STEEP) & (lowest < 0.05)).any())
     return np.array(found)
 
 

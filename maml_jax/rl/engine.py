@@ -58,6 +58,8 @@ class Engine:
         if self._reader is not None:
             self._reader.opt.integrator = mujoco.mjtIntegrator.mjINT_EULER
             self.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_SENSOR
+        for model in filter(None, (self.model, self._reader)):  # One body is one island: a search finds nothing.
+            model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_ISLAND
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._memory = [mujoco.MjData(self.model) for _ in range(cores)]
         self._lock = threading.Lock()
