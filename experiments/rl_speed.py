@@ -71,7 +71,10 @@ def problem(name: ProblemName) -> reinforcement.Problem:
 
 
 def parts(config: Config, recipe: reinforcement.Problem) -> tuple[dict[str, Callable[[], Any]], int]:
-    """What is measured, as functions that end when their work has, and the environment steps of all episodes."""
+    """What is measured, as functions that end when their work has, and the environment steps of the episodes.
+
+    A step after the end of an episode is none.
+    """
     environment = recipe.environment
     tasks, episodes = config.tasks or recipe.tasks, config.episodes or recipe.episodes
     policy = gaussian_mlp(environment.observation_size, environment.action_size)
@@ -95,7 +98,7 @@ def parts(config: Config, recipe: reinforcement.Problem) -> tuple[dict[str, Call
         "gradient": iteration(policy_gradient(optax.identity())),
         "whole": iteration(trpo(recipe.kl_limit, curvature_tasks=curvature_tasks)),
     }
-    return measured, tasks * episodes * environment.horizon
+    return measured, int(sample(params, trials).mask.sum())
 
 
 def main(prepared: tuple[Config, list[reinforcement.Problem]]) -> dict[str, Any]:

@@ -121,7 +121,14 @@ def test_what_goes_wrong_stays_where_it_is(engines, name, tmp_path, monkeypatch)
     control = jnp.zeros((5, engine.sizes[2]))
     step = jax.jit(jax.vmap(engine.step))
     fine = step(state, control)
+    simulated, rollout = [], engine._rollout
+    monkeypatch.setattr(
+        engine, "_rollout", lambda *args, **kwargs: simulated.append(len(args[2])) or rollout(*args, **kwargs)
+    )
     wrong = step(state.at[1, 4].set(jnp.nan).at[3, -1].set(1e18), control.at[0, 2].set(jnp.nan))
+    jax.block_until_ready(wrong)
+    assert simulated == [3] + [2] * (name == "ant")  # The fourth went wrong on the way, and has no sensors to be read.
+    assert np.isnan(step(state.at[:].set(jnp.nan), control).state).all() and len(simulated) == 1 + (name == "ant")
     for before, after in zip(fine, wrong):
         if after.shape[1]:  # The cheetah has no sensors.
             np.testing.assert_array_equal(np.isnan(after).all(1), [True, True, False, True, False])
@@ -157,9 +164,13 @@ def test_rewards_and_observations_are_the_papers(x64_everywhere, engines, make, 
     np.testing.assert_allclose(seen, np.concatenate(observation), atol=1e-9)
     np.testing.assert_allclose(positions(engines[name], seen), data.qpos, atol=1e-9)
     if name == "ant":
-        for height, ends in ((0.1, True), (0.5, False), (1.2, True)):
-            at = body._replace(state=body.state.at[2].set(height))
-            assert bool(environment.step(at, jnp.zeros(8), task).done) == ends
+        for height, speed, ends in ((0.21, -8.0, True), (0.5, -4.0, False), (0.95, 4.0, True)):
+            at = body._replace(state=body.state.at[2].set(height).at[engines[name].sizes[0] + 2].set(speed))
+            moved = environment.step(at, action, task)
+            assert bool(moved.done) == ends and moved.state.state[2] != height
+            later = environment.step(moved.state, action, task)
+            same = [bool((old == new).all()) for old, new in zip(moved.state, later.state)]
+            assert same == [ends, ends] and bool(later.done) == ends  # After its end an episode stays.
 
 
 def test_pictures_show_the_pose():

@@ -105,35 +105,44 @@ class Engine:
         return jax.pure_callback(function, shapes, state, control, vmap_method="broadcast_all")
 
     def _step(self, state: Any, control: Any) -> Seen:
-        before, control, sound = self._given(state, control)
-        after, _ = self._simulate(self.model, before, control)
-        # A state that is not finite may not enter the engine: its sensors are read elsewhere, and not used.
-        sound &= (after[:, 0] > START) & np.isfinite(after).all(1)
-        after = np.where(sound[:, None], after, before)
+        rows, control, sound = self._given(state, control)
+        after, _ = self._simulate(self.model, rows, control)
+        went_well = (after[:, 0] > START) & np.isfinite(after).all(1)
+        sound[sound] = went_well
+        after, control = after[went_well], control[went_well]
         after[:, 0] = START
         return self._result(state, after, control, sound)
 
     def _read(self, state: Any, control: Any) -> Seen:
-        at, control, sound = self._given(state, control)
-        return self._result(state, at, control, sound)
+        return self._result(state, *self._given(state, control))
 
     def _given(self, state: Any, control: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows of the engine's full state and of controls, and which of them are finite; start and 0 for the others."""
+        """Rows of the engine's full state and of controls where both are finite, and where that is.
+
+        What is not finite may not enter the engine, and takes none of its time.
+        """
         state = np.asarray(state, np.float64).reshape(-1, state.shape[-1])
         control = np.asarray(control, np.float64).reshape(-1, control.shape[-1])
         sound = np.isfinite(state).all(1) & np.isfinite(control).all(1)
-        standing = np.concatenate([self.start, np.zeros(self.model.nv)])
-        rows = np.where(sound[:, None], state, standing)
-        return np.insert(rows, 0, START, axis=1), np.where(sound[:, None], control, 0), sound
+        return np.insert(state[sound], 0, START, axis=1), control[sound], sound
 
     def _result(self, like: Any, after: np.ndarray, control: np.ndarray, sound: np.ndarray) -> Seen:
+        """What is seen at the rows `after` of the full state, NaN where it is not `sound`, in the shape of `like`."""
         sensors = np.zeros((len(after), 0))
         if self._reader is not None:
             _, sensors = self._simulate(self._reader, after, control)
-        seen = (np.where(sound[:, None], values, np.nan) for values in (after[:, 1:], sensors))
-        return Seen(*(values.reshape(*like.shape[:-1], values.shape[1]).astype(like.dtype) for values in seen))
+
+        def spread(values: np.ndarray) -> Any:
+            everywhere = np.full((len(sound), values.shape[1]), np.nan, like.dtype)
+            everywhere[sound] = values
+            return everywhere.reshape(*like.shape[:-1], values.shape[1])
+
+        return Seen(spread(after[:, 1:]), spread(sensors))
 
     def _simulate(self, model: Any, state: np.ndarray, control: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """States after one step, and sensors before it."""
+        if not len(state):
+            return state, np.zeros((0, model.nsensordata))
         with self._lock:  # The memory is shared between calls.
             after, sensors = self._rollout(model, self._memory, state, control[:, None], nstep=1, persistent_pool=True)
         return after[:, 0], sensors[:, 0]

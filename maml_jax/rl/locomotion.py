@@ -89,13 +89,20 @@ def ant(goal: Goal, horizon: int = 200, physics: Physics = "mujoco") -> Environm
         forces = jnp.clip(contact_forces(body.sensors), -1, 1)
         return jnp.concatenate([body.state, forces.ravel(), rotation(body.state[3:7]).ravel(), centre])
 
+    def fallen(body: Body) -> jax.Array:
+        height = body.state[2]
+        return (height < HEIGHTS[0]) | (height > HEIGHTS[1])
+
     def step(body: Body, action: jax.Array, task: jax.Array) -> Step:
-        body = Body(*engine.step(body.state, action))
-        velocity, height = body.sensors[3], body.state[2]
+        # After its end an episode stays as it is: without a control the engine spends no time on it.
+        over = fallen(body)
+        moved = Body(*engine.step(body.state, jnp.where(over, jnp.nan, action)))
+        body = jax.tree.map(partial(jnp.where, over), body, moved)
+        velocity = body.sensors[3]
         progress = 1 - jnp.abs(velocity - task) if goal == "velocity" else task * velocity
         costs = 0.005 * jnp.square(action).sum()
         costs += 0.0005 * jnp.square(jnp.clip(contact_forces(body.sensors), -1, 1)).sum()
-        return Step(body, progress - costs + 0.05, (height < HEIGHTS[0]) | (height > HEIGHTS[1]))
+        return Step(body, progress - costs + 0.05, fallen(body))
 
     return _environment("ant", goal, (0.0, 3.0), engine, horizon, ANT_OBSERVATION, observe, step)
 
