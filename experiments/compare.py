@@ -13,7 +13,7 @@ from experiments.rows import DATA, METHODS, PUBLISHED, ROWS, SETTINGS, Published
 from maml_jax import evaluation
 from maml_jax.evaluation import Difference, Protocol
 
-TOGETHER, ONE_BY_ONE, NEAREST = "queries together", "queries one by one", "nearest neighbour"
+TOGETHER, ONE_BY_ONE, NEAREST, ENSEMBLE = "queries together", "queries one by one", "nearest neighbour", "ensemble"
 
 
 class Run(NamedTuple):
@@ -102,7 +102,8 @@ def _trained(metrics: Path) -> int:
 def labels(row: Row, seen: Literal["together", "both"] = "both") -> tuple[str, ...]:
     """Of the evaluations of a row's run: the queries are apart only where they see each other."""
     both = seen == "both" and row.options.get("normalisation", "batch") == "batch"
-    return (TOGETHER, ONE_BY_ONE) if both else (TOGETHER,)
+    apart, ensemble = (ONE_BY_ONE,) * both, (ENSEMBLE,) * row.options.get("ensemble", False)
+    return (TOGETHER, *apart, *ensemble)
 
 
 class Number(NamedTuple):
@@ -132,7 +133,7 @@ class Line(NamedTuple):
 
     @property
     def title(self) -> str:
-        return METHODS[self.method]
+        return METHODS[self.method] + (", ensemble" if self.label == ENSEMBLE else "")
 
     @property
     def steps(self) -> int:
@@ -167,7 +168,7 @@ class Line(NamedTuple):
 
     def apart(self) -> list[Number]:
         """Those with the queries one by one; the same ones where queries do not see each other anyway."""
-        if self.label == NEAREST:
+        if self.label in (NEAREST, ENSEMBLE):
             return []
         return self.numbers(ONE_BY_ONE if ONE_BY_ONE in labels(self.row) else TOGETHER)
 
@@ -226,8 +227,9 @@ def _lines(row: Row, runs: Sequence[Run]) -> Iterator[Line]:
     for data, steps in sorted({(_data(run), run.steps) for run in done}, key=lambda key: (-key[1], key[0])):
         same = _one_a_seed([run for run in done if (_data(run), run.steps) == (data, steps)])
         yield Line(row, TOGETHER, same, trained)
-        if any(NEAREST in (run.results or {})["test"] for run in same):
-            yield Line(row, NEAREST, same, trained)
+        for label in (ENSEMBLE, NEAREST):
+            if having := [run for run in same if label in (run.results or {})["test"]]:
+                yield Line(row, label, having, trained)
 
 
 def _one_a_seed(runs: Sequence[Run]) -> list[Run]:
@@ -244,8 +246,8 @@ def _data(run: Run) -> str:
 
 def _paired(lines: Sequence[Line]) -> Iterator[Paired]:
     """Second-order MAML against every other line of the same schedule, where the tasks were the same."""
-    for first in (line for line in lines if line.method == "maml"):
-        for second in (line for line in lines if line.method != "maml" and line.steps == first.steps):
+    for first in (line for line in lines if line.method == "maml" and line.label == TOGETHER):
+        for second in (line for line in lines if line.title != first.title and line.steps == first.steps):
             for run, ours in first.summaries():
                 for other, theirs in second.summaries():
                     known = "correct" in ours and "correct" in theirs

@@ -56,6 +56,8 @@ class Config(command_line.Looks):
     """Tasks to evaluate on."""
     seen: Literal["together", "both"] = "both"
     """Evaluate with the queries of a task in one batch, or also one by one, which takes as long again."""
+    ensemble: bool = False
+    """Evaluate also the best models of the validation together, their predictions averaged, as MAML++ is published."""
     seed: int = 0
     """Of the parameters and of all episodes."""
     cache_dir: Path | None = None
@@ -225,7 +227,7 @@ def recorded(config: Config, setting: Setting) -> dict[str, Any]:
 def harmless(config: Config) -> tuple[str, ...]:
     """Options that may be others when a run goes on."""
     annealed = config.method in ("maml++", "reptile")  # Over all meta-steps: another number is another run.
-    return (*PLACES, "test_tasks", "seen", "tasks_at_once", *(() if annealed else ("steps",)))
+    return (*PLACES, "test_tasks", "seen", "ensemble", "tasks_at_once", *(() if annealed else ("steps",)))
 
 
 def check_workdir(config: Config, setting: Setting) -> None:

@@ -80,7 +80,8 @@ def main(prepared: Prepared) -> dict:
     if not hosts.leads():
         return {}
 
-    selected = best.load(hosts.local(state))
+    candidates = best.states(hosts.local(state))
+    selected = candidates[0]
     if config.method == "pretrained":
         prepared, model = tuned(prepared, selected, val_tasks)
     test_tasks = fixed_tasks(test_key, data.test, config.test_tasks, shape)
@@ -91,6 +92,9 @@ def main(prepared: Prepared) -> dict:
         found[f"queries {seen}"] = evaluate(
             prepared, [(model, selected)], test_tasks, test_protocol, steps=TEST_STEPS, seen=seen
         )
+    if config.ensemble:
+        pairs = [(model, candidate) for candidate in candidates]
+        found["ensemble"] = evaluate(prepared, pairs, test_tasks, test_protocol, steps=TEST_STEPS)
     if config.method == "pretrained":
         found["nearest neighbour"] = nearest(model, selected, test_tasks, test_protocol)
     for label, each in found.items():
@@ -190,6 +194,6 @@ class Best:
         """From best to worst; of equals the later first."""
         return sorted(self._accuracy, key=lambda path: (self._accuracy[path], path.name), reverse=True)
 
-    def load(self, like: MetaState) -> MetaState:
-        """The best state, in the structure of `like`."""
-        return load_state(saved.load(self.paths()[0]), like)
+    def states(self, like: MetaState) -> list[MetaState]:
+        """From best to worst, in the structure of `like`."""
+        return [load_state(saved.load(path), like) for path in self.paths()]

@@ -106,7 +106,9 @@ def command(config: Config, row: Row, seed: int) -> list[str]:
         "workdir": config.workdir / f"{row.name}-seed{seed}",
         **({} if config.seen == "both" else {"seen": config.seen}),
     }
-    flags = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    flags = []
+    for name, value in options.items():
+        flags += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     return [sys.executable, "-m", f"experiments.{row.experiment}", *flags]
 
 

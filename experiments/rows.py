@@ -136,6 +136,8 @@ def _row(data: str, setting: str, method: str) -> Row:
         options["normalisation"] = method.removeprefix("norm-")
     elif method != "maml":
         options["method"] = method
+    if method == "maml++":
+        options["ensemble"] = True
     published = (3 if ways < 20 else 5) if data == "omniglot" else 10
     algorithm = options.get("method", "maml")
     steps = few_shot.reported_steps(algorithm, published, methods.inner_steps_of(algorithm, 1))
@@ -185,7 +187,7 @@ def choose(patterns: Sequence[str]) -> list[Row]:
     return [row for row in ROWS if any(fnmatch.fnmatch(row.name, pattern) for pattern in patterns)]
 
 
-_OPEN = (*few_shot.PLACES, "tasks_at_once", "test_tasks", "seen", "preset", "steps", "seed")
+_OPEN = (*few_shot.PLACES, "tasks_at_once", "test_tasks", "seen", "ensemble", "preset", "steps", "seed")
 """Options that runs of one row may differ in; the preset is told by ways, shots and net."""
 
 

@@ -178,7 +178,7 @@ def test_the_best_models_are_kept_by_validation(characters, tmp_path, small_net)
         best.add(state._replace(step=jnp.int32(step)), accuracy)
     assert [int(path.stem[5:]) for path in best.paths()] == [8, 4, 2, 6, 3]
     assert sorted(best.paths()) == sorted((tmp_path / "best").iterdir())
-    assert best.load(state).step == 8
+    assert [int(candidate.step) for candidate in best.states(state)] == [8, 4, 2, 6, 3]
 
 
 def test_models_are_selected_by_what_is_reported(characters, tmp_path, small_net, monkeypatch):
@@ -198,6 +198,20 @@ def test_models_are_selected_by_what_is_reported(characters, tmp_path, small_net
     assert list(results["test"]) == ["queries together"]
     (best,) = [path for path in (tmp_path / "run" / "best").iterdir() if str(results["selected"]["step"]) in path.name]
     assert saved.load(best).description["selected_after"] == 3
+
+
+def test_the_best_models_are_evaluated_together_where_asked(characters, tmp_path, small_net, capsys):
+    prepared, model, state = prepared_with(characters, tmp_path, steps=60, tasks=4, test_tasks=6, ensemble=True)
+    found = few_shot_training.main(prepared)["test"]
+    assert list(found) == ["queries together", "queries one by one", "ensemble"]
+    assert [each["protocol"]["models"] for each in found.values()] == [1, 1, 3]
+    test_key = jax.random.split(jax.random.key(prepared.config.seed), 4)[3]
+    (tasks,) = classifier.fixed_tasks(test_key, prepared.data.test, 6, prepared.shape)()
+    best = few_shot_training.Best(tmp_path / "run" / "best", {})
+    each = [np.exp(model.predictor(one, few_shot.TEST_STEPS)(tasks)[0]) for one in best.states(state)]
+    together = evaluation.predicted(np.mean(each, 0)) == np.asarray(tasks.query[1])[:, None]
+    np.testing.assert_allclose(found["ensemble"]["accuracy"], 100 * together.mean((0, 2)), atol=1e-4)
+    assert (found["ensemble"]["accuracy"] != found["queries together"]["accuracy"]).any()
 
 
 def test_a_run_selected_after_other_inner_steps_does_not_go_on(characters, tmp_path, small_net):

@@ -219,6 +219,19 @@ def test_pretraining_gives_two_lines_and_images_are_named_as_what_they_are(tmp_p
     assert len(re.findall("<tr><td>", page.html([group], []))) == 3
 
 
+def test_an_ensemble_has_a_line_of_its_own(tmp_path):
+    made_up(tmp_path / "a", "omniglot-5w1s-maml++", ensemble=0.95)
+    made_up(tmp_path / "b", "omniglot-5w1s", queries_one_by_one=0.2)
+    (group,) = compare.group([], compare.find([tmp_path]))
+    plain, single, together = group.lines
+    assert (single.title, together.title) == ("MAML++", "MAML++, ensemble") and not together.apart() and plain.apart()
+    assert single.published == together.published == (99.47, None, rows._QUOTED[8][1]) and "maml++" not in group.others
+    assert [pair.second for pair in group.paired] == [single, together]
+    (number,) = together.numbers()
+    assert number.accuracy > single.numbers()[0].accuracy and number.inner_steps == single.row.inner_steps
+    assert compare.labels(single.row) == ("queries together", "queries one by one", "ensemble")
+
+
 def test_queries_that_do_not_see_each_other_have_one_accuracy(tmp_path):
     made_up(tmp_path / "a", "omniglot-5w1s-norm-tasknorm")
     made_up(tmp_path / "b", "omniglot-5w1s")
