@@ -23,6 +23,7 @@ from typing import Literal, NamedTuple
 from experiments import command_line, compare, page
 from experiments.rows import Row, choose
 from maml_jax import validation
+from maml_jax.workdir import read_json
 
 GRACE = 600.0
 """Seconds from SIGTERM until a run is killed: it may be compiling before it saves."""
@@ -87,8 +88,12 @@ class Job(NamedTuple):
             return False
         if not {*self.labels} <= {*run.results["test"]}:
             return False
-        same = self.row.data != "images" or Path(run.results["config"]["data_dir"]) == self.folder
-        return same and run.steps >= self.steps
+        return run.steps >= self.steps and (self.row.data != "images" or self._folder_was() == self.folder)
+
+    def _folder_was(self) -> Path | None:
+        """Where the data of the run in its directory were, which the results do not say."""
+        about = self.path / "run.json"
+        return Path(read_json(about)["config"]["data_dir"]) if about.exists() else None
 
 
 def folder(config: Config, row: Row) -> Path:

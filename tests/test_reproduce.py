@@ -52,13 +52,14 @@ def made_up(path, name, seed=0, steps=60_000, accuracy=0.9, tasks=50, **labels):
             "finished": "2026-01-01T02:30:00Z",
         },
         "experiment": row.experiment,
-        "config": vars(config),
+        "config": {name: value for name, value in vars(config).items() if name not in few_shot.PLACES},
         "setting": vars(setting),
         "selected": {"by": "accuracy on validation tasks", "step": steps - 1},
         "test": test,
     }
     path.mkdir(parents=True)
     (path / "results.json").write_text(as_json(results))
+    (path / "run.json").write_text(as_json({"config": few_shot.recorded(config, setting)}))
     return results
 
 
