@@ -6,7 +6,7 @@ Training still runs then, only worse. Here the gradient is held against what it 
 """
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +17,7 @@ from jax.extend.core import jaxprs_in_params
 
 from maml_jax import validation
 from maml_jax.inner import InnerLearner, adapted_part
-from maml_jax.meta import task_loss
+from maml_jax.meta import StepWeights, task_loss
 from maml_jax.types import LossFn, Params, Task
 
 NUDGE = 1e-3
@@ -75,28 +75,31 @@ def check_meta_gradient(
     inner: InnerLearner,
     *,
     query_loss_fn: LossFn | None = None,
-    step_weights: Sequence[float] | None = None,
+    step_weights: StepWeights | None = None,
     directions: int = 3,
     tolerance: float = 1e-6,
     seed: int = 0,
 ) -> MetaGradientReport:
     """Compares the meta-gradient with central differences, and with itself computed in other ways.
 
-    In float64, whatever the types given, and a small random step away from `params`. It takes some
-    hundred evaluations of the meta-loss, some of them not compiled: two tasks and a small batch are enough.
+    In float64, whatever the types given, and a small random step away from `params`; that it is finite, as
+    training would have it: in float32, at `params` themselves. It takes some hundred evaluations of the meta-loss,
+    some of them not compiled: two tasks and a small batch are enough.
 
     Args:
       loss_fn: `(params, batch) -> (scalar loss, aux)`, as for `maml`.
       params: where to check, such as the initial parameters.
       tasks: a batch of tasks, leading axis `T` on every leaf.
       inner: the inner learner, as for `maml`.
-      query_loss_fn, step_weights: as for `maml`.
+      query_loss_fn, step_weights: as for `maml`; of a function from the meta-step, the weights at the first.
       directions: random directions in the space of the meta-parameters.
       tolerance: relative difference up to which two results agree.
       seed: of the directions.
 
     Returns:
-      A `MetaGradientReport` of these findings:
+      A `MetaGradientReport` of these findings, of which those after 'finite' are left out where there is nothing to
+      compare:
+      'finite': the losses before and after adaptation and, in float32, the meta-gradient at `params`;
       'loss gradient': `jax.grad` of the loss against its central differences;
       'value': the loss out of `value_and_grad` against the loss alone;
       'meta-gradient': jitted and vmapped, against central differences of the jitted meta-loss;
@@ -110,6 +113,8 @@ def check_meta_gradient(
     if not isinstance(inner, InnerLearner):
         raise TypeError(f"inner must come from maml_jax.sgd or maml_jax.unrolled, but got {inner!r}.")
     validation.at_least("inner.steps", inner.steps, 1)
+    if callable(step_weights):
+        step_weights = np.asarray(step_weights(jnp.zeros([], jnp.int32))).tolist()
     if step_weights is not None:
         validation.weights("step_weights", step_weights, inner.steps + 1)
     validation.at_least("directions", directions, 1)
@@ -121,14 +126,19 @@ def check_meta_gradient(
 
     with jax.enable_x64(True):
         random = np.random.default_rng(seed)
-        params, tasks = _cast((params, tasks), np.float64)
-        params = jax.tree.map(lambda leaf: leaf + NUDGE * random.standard_normal(leaf.shape), params)
+        given, tasks = _cast((params, tasks), np.float64)
+        params = jax.tree.map(lambda leaf: leaf + NUDGE * random.standard_normal(leaf.shape), given)
         of_task = partial(task_loss, support_loss, query_loss, step_weights=step_weights)
         problem = _Problem(support_loss, of_task, inner, params, tasks)
+        single = problem.in_float32()
+        finite = _finite(problem, single, given)
+        if not finite.passed:
+            return MetaGradientReport((finite,))
         value, gradient = problem.value_and_grad(problem.start)
         coarsest = _coarsest(jax.make_jaxpr(problem.meta_loss)(problem.start).jaxpr)
         judge = _judge(tolerance, coarsest, directions, seed)
         findings = [
+            finite,
             _loss_gradient(judge, problem),
             _value(judge, problem, value),
             _meta_gradient(judge, problem, gradient),
@@ -138,7 +148,7 @@ def check_meta_gradient(
                 _jit(judge, problem, gradient),
                 _vmap(judge, problem, gradient),
                 _order(problem, gradient),
-                _precision(problem, gradient, coarsest),
+                _precision(problem, single, gradient, coarsest),
             ]
     return MetaGradientReport(tuple(findings))
 
@@ -164,8 +174,9 @@ class _Problem:
         def meta_loss(meta_params: Any) -> jax.Array:
             return jax.vmap(partial(of_task, meta_params))(tasks).mean()
 
-        support = jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], tasks.support)
-        self.support_loss = jax.jit(lambda params: support_loss(params, support)[0])
+        first = jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], tasks.support)
+        self.support_loss = jax.jit(lambda params: support_loss(params, first)[0])
+        self.support_losses = jax.jit(lambda support: support_loss(params, support)[0])
         self.meta_loss, self.loss = meta_loss, jax.jit(meta_loss)
         self.value_and_grad = jax.jit(jax.value_and_grad(meta_loss))
         self.task_gradient = jax.jit(jax.grad(of_task))
@@ -173,6 +184,11 @@ class _Problem:
     def with_order(self, order: Literal[1, 2]) -> "_Problem":
         support_loss, objective, inner, params, tasks = self.parts
         return _Problem(support_loss, objective, inner._replace(order=order), params, tasks)
+
+    def in_float32(self) -> "_Problem":
+        support_loss, objective, inner, *data = self.parts
+        with jax.enable_x64(False):
+            return _Problem(support_loss, objective, inner, *_cast(tuple(data), np.float32))
 
 
 def _coarsest(jaxpr: Any) -> np.dtype:
@@ -213,13 +229,12 @@ class _Judge(NamedTuple):
 
     def culprits(self, fn: Callable[[Any], jax.Array], at: Any, gradient: Any) -> str:
         """Names the leaves along which `gradient` is wrong."""
-        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(at)]
         wrong = []
-        for index, path in enumerate(paths):
+        for index, (path, _) in enumerate(jax.tree_util.tree_leaves_with_path(at)):
             error = self._along(fn, at, gradient, _direction(np.random.default_rng(self.seed), at, only=index))
             if not error <= self.tolerance:
-                wrong.append(jax.tree_util.keystr(path))
-        return f", along {', '.join(wrong[:6])}{' and more' if len(wrong) > 6 else ''}" if wrong else ""
+                wrong.append(path)
+        return f", along {_listed(wrong)}" if wrong else ""
 
     def _along(self, fn: Callable[[Any], jax.Array], at: Any, gradient: Any, direction: Any) -> float:
         claimed = _dot(gradient, direction)
@@ -240,10 +255,62 @@ class _Judge(NamedTuple):
         return float(np.min([error(step) for step in self.steps]))
 
 
+def _finite(problem: _Problem, single: _Problem, given: Params) -> Finding:
+    """Numbers first: of what is none, nothing else can be told."""
+    support = [problem.support_losses(task.support) for task in _each_task(problem.tasks)]
+    meaning = ""
+    if not np.isfinite(support).all():
+        meaning = (
+            "The support loss is not a finite number before any adaptation. Look for what is not finite in the tasks "
+            "and the parameters, and for a log, a division or a root in the loss."
+        )
+    elif not np.isfinite(problem.loss(problem.start)):
+        meaning = (
+            "The loss after adaptation is not a finite number, while that of the support sets before it is. The inner "
+            "loop diverges, then a smaller inner rate or fewer steps help, or the query sets hold what is not finite."
+        )
+    else:
+        with jax.enable_x64(False):
+            start = (_cast(given, np.float32), single.start[1])
+            value, gradient = single.value_and_grad(start)
+        wrong = _not_finite(gradient)
+        if not np.isfinite(value):
+            meaning = (
+                "At the given parameters, in float32, the meta-loss is not a finite number. A smaller inner rate, "
+                "fewer steps or float64 help where the inner loop diverges."
+            )
+        elif wrong:
+            meaning = (
+                f"At the given parameters, in float32, the meta-gradient is not finite along {wrong}. Where a gradient "
+                "is exactly zero, as beside weights that start at zero, an inner optimizer with a square root has no "
+                "derivative: Adam needs eps_root > 0, and so do its kin. A loss with sqrt, log or norm needs care "
+                "at zero."
+            )
+    if meaning:
+        return Finding("finite", float("nan"), 0.0, meaning)
+    return Finding("finite", 0.0, 0.0, "Losses and, at the given parameters in float32, the meta-gradient are numbers.")
+
+
+def _not_finite(tree: Any) -> str:
+    """Names the leaves that are not finite."""
+    return _listed([path for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if not np.isfinite(leaf).all()])
+
+
+def _listed(paths: list[Any]) -> str:
+    names = [jax.tree_util.keystr(path) for path in paths]
+    return f"{', '.join(names[:6])}{' and more' if len(names) > 6 else ''}"
+
+
 def _loss_gradient(judge: _Judge, problem: _Problem) -> Finding:
     """The inner gradient by itself, so that a fault in the loss is told from one in its second derivative."""
     params = problem.start[0]
     gradient = jax.grad(problem.support_loss)(params)
+    if _norm(gradient) == 0:
+        meaning = (
+            "The gradient of the support loss is zero along all parameters, so that the inner loop learns nothing. "
+            "Look for stop_gradient, rounding or argmax, and whether the loss takes the parameters that it is given."
+        )
+        return Finding("loss gradient", float("inf"), judge.tolerance, meaning)
     error = judge.error(problem.support_loss, params, gradient)
     if error <= judge.tolerance:
         meaning = "jax.grad of the support loss is its derivative."
@@ -271,11 +338,20 @@ def _value(judge: _Judge, problem: _Problem, value: jax.Array) -> Finding:
 
 
 def _meta_gradient(judge: _Judge, problem: _Problem, gradient: Any) -> Finding:
+    if _norm(gradient) == 0:
+        meaning = (
+            "It is zero along all parameters, so that nothing is meta-learned. Look for stop_gradient, rounding or "
+            "argmax in the query loss, and whether it takes the parameters that it is given."
+        )
+        return Finding("meta-gradient", float("inf"), judge.tolerance, meaning)
     error = judge.error(problem.loss, problem.start, gradient)
     if problem.inner.order == 1:
         meaning = "The inner learner is first order (order=1), an approximation: its slope is off by this much here."
     elif error <= judge.tolerance:
         meaning = f"It agrees with differences of the meta-loss along {judge.directions} random directions."
+        still = [path for path, leaf in jax.tree_util.tree_leaves_with_path(gradient) if not np.any(leaf)]
+        if still:
+            meaning += f" Along {_listed(still)} it is zero, so that these are not meta-learned."
     elif not np.isfinite(_norm(gradient)):
         meaning = (
             "It is not finite. An inner optimizer with a square root, such as Adam, needs eps_root > 0; a loss with "
@@ -301,15 +377,17 @@ def _jit(judge: _Judge, problem: _Problem, gradient: Any) -> Finding:
 
 
 def _vmap(judge: _Judge, problem: _Problem, gradient: Any) -> Finding:
-    count = validation.task_axis(problem.tasks)
-    tasks = [jax.tree.map(operator.itemgetter(index), problem.tasks) for index in range(count)]
-    each = [problem.task_gradient(problem.start, task) for task in tasks]
-    error = _difference(gradient, jax.tree.map(lambda *leaves: sum(leaves) / count, *each))
+    each = [problem.task_gradient(problem.start, task) for task in _each_task(problem.tasks)]
+    error = _difference(gradient, jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *each))
     if error <= judge.tolerance:
         meaning = "Mapped over tasks it is the same as in a Python loop over them."
     else:
         meaning = "Mapped over tasks it differs from a Python loop over them: something in the loss changes under vmap."
     return Finding("vmap", error, judge.tolerance, meaning)
+
+
+def _each_task(tasks: Task) -> list[Task]:
+    return [jax.tree.map(operator.itemgetter(index), tasks) for index in range(validation.task_axis(tasks))]
 
 
 def _order(problem: _Problem, gradient: Any) -> Finding:
@@ -326,10 +404,8 @@ def _order(problem: _Problem, gradient: Any) -> Finding:
     return Finding("order", change, float("inf"), meaning)
 
 
-def _precision(problem: _Problem, gradient: Any, coarsest: np.dtype) -> Finding:
-    support_loss, query_loss, inner, *data = problem.parts
+def _precision(problem: _Problem, single: _Problem, gradient: Any, coarsest: np.dtype) -> Finding:
     with jax.enable_x64(False):
-        single = _Problem(support_loss, query_loss, inner, *_cast(tuple(data), np.float32))
         rounded = single.value_and_grad(single.start)[1]
     error = _difference(_cast(rounded, np.float64), gradient)
     note = ""

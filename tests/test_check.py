@@ -9,7 +9,7 @@ import pytest
 from model_zoo import drawn_params, plain_dict, tasks
 
 import maml_jax
-from maml_jax import check_meta_gradient, layers, losses
+from maml_jax import check_meta_gradient, layers, losses, schedules
 from maml_jax.convolution import conv
 
 
@@ -149,9 +149,72 @@ def test_explains_the_square_root_of_adam():
     (x, labels), query = tasks(2)
     batch = maml_jax.Task((x.at[..., 0].set(0), labels), query)  # A row of w1 has a gradient of exactly zero.
     report = check_meta_gradient(loss_fn, params, batch, maml_jax.unrolled(optax.adam(0.1), steps=2))
-    assert "meta-gradient" in failed(report) and "eps_root" in report["meta-gradient"].meaning
+    assert failed(report) == {"finite"} and "eps_root" in report["finite"].meaning and "['w1']" in str(report)
     sound = maml_jax.unrolled(optax.adam(0.1, eps_root=1e-8), steps=2)
-    assert np.isfinite(check_meta_gradient(loss_fn, params, batch, sound)["meta-gradient"].error)
+    assert check_meta_gradient(loss_fn, params, batch, sound)["finite"].passed
+
+
+def test_the_parameters_themselves_must_give_finite_gradients():
+    """A step away, where all else is compared, no gradient is exactly zero; where training starts, one is."""
+    loss_fn, params = plain_dict()
+    start = params | {"w2": jnp.zeros_like(params["w2"])}
+    report = check_meta_gradient(loss_fn, start, tasks(2), maml_jax.unrolled(optax.adam(0.1), steps=2))
+    learner = maml_jax.maml(loss_fn, maml_jax.unrolled(optax.adam(0.1), steps=2), optax.sgd(0.1))
+    assert not np.isfinite(learner.step(learner.init(start), tasks(2))[1].grad_norm)
+    assert failed(report) == {"finite"} and not report.exact and "exactly zero" in report["finite"].meaning
+
+
+@pytest.mark.parametrize(
+    ("where", "rate", "told"),
+    [
+        ("support", 0.3, "before any adaptation"),
+        ("query", 0.3, "the query sets hold what is not finite"),
+        (None, 1e30, "a smaller inner rate"),
+    ],
+)
+def test_what_is_not_finite_is_told_first_and_alone(where, rate, told):
+    def loss_fn(params, batch):
+        return jnp.square(batch @ params).mean() ** 2, {}
+
+    batch = maml_jax.Task(*np.random.default_rng(0).standard_normal((2, 2, 4, 3)))
+    if where:
+        getattr(batch, where)[1, 2, 0] = np.nan  # Of the second task.
+    report = check_meta_gradient(loss_fn, jnp.ones(3), batch, maml_jax.sgd(rate, steps=6))
+    (finding,) = report.findings
+    assert not report.exact and finding.name == "finite" and told in finding.meaning
+
+
+def test_a_gradient_of_zero_is_no_exact_one():
+    loss_fn, params = plain_dict()
+
+    def rounded(params, batch):
+        return loss_fn(jax.tree.map(lambda leaf: jnp.round(leaf * 8) / 8, params), batch)
+
+    def detached(params, batch):
+        return loss_fn(jax.lax.stop_gradient(params), batch)
+
+    report = check_meta_gradient(rounded, params, tasks(2), maml_jax.sgd(0.3, steps=1))
+    assert failed(report) == {"loss gradient", "meta-gradient"} and "rounding" in report["loss gradient"].meaning
+    report = check_meta_gradient(loss_fn, params, tasks(2), maml_jax.sgd(0.3, steps=1), query_loss_fn=detached)
+    assert failed(report) == {"meta-gradient"} and "query loss" in report["meta-gradient"].meaning
+
+
+def test_leaves_that_the_loss_does_not_use_are_told():
+    loss_fn, params = plain_dict()
+    report = check_meta_gradient(loss_fn, params | {"spare": jnp.ones(3)}, tasks(2), maml_jax.sgd(0.3, steps=1))
+    assert report.exact and "['spare'] it is zero" in report["meta-gradient"].meaning
+
+
+def test_step_weights_may_follow_the_meta_step():
+    loss_fn, params = plain_dict()
+    weights = schedules.multi_step_weights(2, until=10)
+    as_numbers, followed = (
+        check_meta_gradient(loss_fn, params, tasks(2), maml_jax.sgd(0.3, steps=2), step_weights=given)
+        for given in (np.asarray(weights(0)).tolist(), weights)
+    )
+    assert followed.exact and followed["order"].error == pytest.approx(as_numbers["order"].error)
+    with pytest.raises(ValueError, match="step_weights must be 4 finite numbers"):
+        check_meta_gradient(loss_fn, params, tasks(2), maml_jax.sgd(0.3, steps=3), step_weights=weights)
 
 
 def test_zero_biases_and_blank_inputs_are_no_fault():
