@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import serialization
 
 import maml_jax
 from experiments import methods
@@ -231,8 +230,7 @@ def protocol(prepared: Prepared, split: Split, tasks: int, seed: int) -> Protoco
 
 def load_state(content: saved.Saved, like: MetaState) -> MetaState:
     """A saved state; its rates in the structure of those of another."""
-    rates = serialization.from_state_dict(like.rates, content.rates or {})
-    params, rates = jax.tree.map(jnp.asarray, (content.params, rates))
+    params, rates = jax.tree.map(jnp.asarray, content.params), saved.restore(like.rates, content.rates)
     return like._replace(step=jnp.int32(content.description["step"]), params=params, rates=rates)
 
 

@@ -113,10 +113,9 @@ def check_meta_gradient(
     if not isinstance(inner, InnerLearner):
         raise TypeError(f"inner must come from maml_jax.sgd or maml_jax.unrolled, but got {inner!r}.")
     validation.at_least("inner.steps", inner.steps, 1)
-    if callable(step_weights):
-        step_weights = np.asarray(step_weights(jnp.zeros([], jnp.int32))).tolist()
-    if step_weights is not None:
-        validation.weights("step_weights", step_weights, inner.steps + 1)
+    weights = step_weights(jnp.zeros([], jnp.int32)) if callable(step_weights) else step_weights
+    if weights is not None:
+        validation.weights("step_weights", weights, inner.steps + 1)
     validation.at_least("directions", directions, 1)
     validation.positive("tolerance", tolerance)
     validation.task_axis(tasks)
@@ -128,7 +127,7 @@ def check_meta_gradient(
         random = np.random.default_rng(seed)
         given, tasks = _cast((params, tasks), np.float64)
         params = jax.tree.map(lambda leaf: leaf + NUDGE * random.standard_normal(leaf.shape), given)
-        of_task = partial(task_loss, support_loss, query_loss, step_weights=step_weights)
+        of_task = partial(task_loss, support_loss, query_loss, step_weights=weights)
         problem = _Problem(support_loss, of_task, inner, params, tasks)
         single = problem.in_float32()
         finite = _finite(problem, single, given)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
 
 from maml_jax import hosts, wandb_copy
 from maml_jax.events import Events
@@ -29,6 +28,7 @@ from maml_jax.workdir import (
     make_directory,
     note,
     now,
+    plain,
     read_json,
     utc,
     write,
@@ -338,19 +338,6 @@ def _processor() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def plain(tree: Any) -> Any:
-    """Arrays as lists and paths as strings, so that JSON takes them; NaN and infinity as null, which JSON lacks."""
-    if isinstance(tree, dict):
-        return {key: plain(value) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return [plain(value) for value in tree]
-    if isinstance(tree, (np.ndarray, np.generic, jax.Array)):
-        return plain(np.asarray(tree).tolist())
-    if isinstance(tree, float):
-        return tree if np.isfinite(tree) else None
-    return str(tree) if isinstance(tree, Path) else tree
 
 
 class Progress:

@@ -8,10 +8,10 @@ from maml_jax import hosts, signals, validation
 from maml_jax.checkpoint import Checkpoints
 from maml_jax.meta import MetaLearner
 from maml_jax.profiling import profiled
-from maml_jax.record import RunDirectory, plain
+from maml_jax.record import RunDirectory
 from maml_jax.train import DrawFn, Metrics, train
 from maml_jax.types import MetaState, NotFiniteError
-from maml_jax.workdir import WorkdirError, note
+from maml_jax.workdir import WorkdirError, note, plain
 
 Rate = float | Callable[[int], Any]
 """A rate, or the schedule of one: from the number of steps before to the rate, as in optax."""

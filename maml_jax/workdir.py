@@ -8,6 +8,10 @@ import sys
 import time
 import weakref
 from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
 
 
 class WorkdirError(OSError):
@@ -95,6 +99,19 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise WorkdirError(f"{path} holds no JSON object. Restore it, or give another --workdir.")
     return content
+
+
+def plain(tree: Any) -> Any:
+    """Arrays as lists and paths as strings, so that JSON takes them; NaN and infinity as null, which JSON lacks."""
+    if isinstance(tree, dict):
+        return {key: plain(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [plain(value) for value in tree]
+    if isinstance(tree, (np.ndarray, np.generic, jax.Array)):
+        return plain(np.asarray(tree).tolist())
+    if isinstance(tree, float):
+        return tree if np.isfinite(tree) else None
+    return str(tree) if isinstance(tree, Path) else tree
 
 
 def now() -> str:

@@ -1,7 +1,5 @@
 """Evaluation against what a hand count gives; saved models; every method on real characters."""
 
-import pickle
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,36 +78,6 @@ def test_a_paired_difference_is_narrower_than_its_parts():
     other = second._replace(protocol=second.protocol._replace(seed=1))
     with pytest.raises(ValueError, match="needs the same tasks on both sides"):
         evaluation.difference(first, other, steps=(0, 0))
-
-
-def test_saved_and_loaded_is_the_same(tmp_path):
-    params = {"a": {"kernel": jnp.arange(6.0).reshape(2, 3)}, "b": jnp.ones(2, jnp.bfloat16)}
-    rates = {"a": {"kernel": [jnp.eye(2), jnp.eye(3)]}}
-    path = saved.save(tmp_path / "deep" / "model.msgpack", params, rates, {"way": 5, "list": [1, 2]})
-    content = saved.load(path)
-    assert content.description == {"way": 5, "list": [1, 2]} and content.params["b"].dtype == jnp.bfloat16
-    jax.tree.map(np.testing.assert_array_equal, content.params, params)
-    np.testing.assert_array_equal(content.rates["a"]["kernel"]["1"], np.eye(3))
-    assert saved.load(saved.save(path, params)).rates == () and list(path.parent.iterdir()) == [path]
-    whole, touched = path.read_bytes(), tmp_path / "touched"
-    code = pickle.dumps(Touches(touched))
-    for damage in (whole[:100], whole.replace(b"maml_jax 1", b"maml_jax 9"), b"", code, b"{}"):
-        path.write_bytes(damage)
-        with pytest.raises(ValueError, match=r"model\.msgpack is not a file of maml_jax\.saved\.save, or damaged"):
-            saved.load(path)
-    assert not touched.exists()  # No code was run.
-    pickle.loads(code)
-    assert touched.exists()
-
-
-class Touches:
-    """Touches a file when it is read from a pickle."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return self.path.touch, ()
 
 
 @pytest.fixture(scope="module")
