@@ -59,8 +59,7 @@ def prepare(config: Config) -> Prepared:
     """
     if config.steps is not None:
         validation.at_least("steps", config.steps, 0)
-    if not config.output.parent.is_dir():
-        raise ValueError(f"output must be in a directory that exists, but {config.output.parent} does not.")
+    command_line.check_output(config.output)
     content = saved.load(config.model)
     name = content.description.get("experiment")
     if name not in EXPERIMENTS:

@@ -113,6 +113,16 @@ class Hosts:
     """Which of them this is, from 0, which alone writes."""
 
 
+def check_output(path: Path) -> None:
+    """Raises ValueError unless a JSON file can be written there and a picture of the same name, as PNG, beside it."""
+    if not path.parent.is_dir():
+        raise ValueError(f"output must be in a directory that exists, but {path.parent} does not.")
+    if path.is_dir() or path.suffix == ".png":
+        raise ValueError(
+            f"output must be a file for JSON, beside which its picture is written as .png, but got {path}."
+        )
+
+
 def keep_compiled(folder: Path) -> None:
     """Keeps compiled programs in `folder`, so that the same run starts sooner the next time.
 

@@ -87,8 +87,8 @@ def prepare(config: Config) -> tuple[Config, list[Model]]:
     validation.at_least("steps", config.steps, 0)
     if config.seed is not None:
         validation.seed("seed", config.seed)
-    if config.output is not None and not config.output.parent.is_dir():
-        raise ValueError(f"output must be in a directory that exists, but {config.output.parent} does not.")
+    if config.output is not None:
+        command_line.check_output(config.output)
     if config.at_step is not None and not 0 <= config.at_step <= config.steps:
         raise ValueError(f"at_step must be from 0 to steps, {config.steps}, but got {config.at_step}.")
     prepared: dict[str, Prepared] = {}

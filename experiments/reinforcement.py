@@ -112,8 +112,7 @@ class Config(command_line.Looks):
         for name in ("inner_rate", "kl_limit"):
             validation.positive(name, chosen[name])
         for name, given in (("methods", self.methods), ("seeds", self.seeds)):
-            if not given:
-                raise ValueError(f"{name} must name at least one, but got none.")
+            validation.different(name, given)
         for rate in (rate for pair in setting.test_rates for rate in pair):
             validation.positive("test_rates", rate)
         for method in self.methods:
@@ -170,7 +169,7 @@ class Trained(NamedTuple):
     as the next is under way before the last has been read."""
 
 
-HARMLESS = ("steps", "test_rates", "test_tasks", "test_episodes", *command_line.LOOKS)
+HARMLESS = ("methods", "seeds", "steps", "test_rates", "test_tasks", "test_episodes", *command_line.LOOKS)
 """Options that may be others when a run goes on."""
 
 SAVE_EVERY = 5

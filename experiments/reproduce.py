@@ -130,8 +130,7 @@ def prepare(config: Config) -> tuple[Config, list[Job]]:
         validation.meta_steps("steps", config.steps)
     if config.hours is not None:
         validation.positive("hours", config.hours)
-    if not config.seeds or len(set(config.seeds)) < len(config.seeds):
-        raise ValueError(f"seeds must be one or more different numbers, but got {list(config.seeds)}.")
+    validation.different("seeds", config.seeds)
     for seed in config.seeds:
         validation.seed("seeds", seed)
     for path in config.results:

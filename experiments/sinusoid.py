@@ -71,13 +71,13 @@ class Config(command_line.Looks):
     def check(self) -> None:
         """Raises ValueError, naming the option, what was given and what is allowed."""
         validation.meta_steps("steps", self.steps)
-        for name in ("tasks", "shots", "queries", "inner_steps", "test_tasks"):
+        for name in ("tasks", "shots", "queries", "inner_steps"):
             validation.at_least(name, getattr(self, name), 1)
+        validation.at_least("test_tasks", self.test_tasks, 2)  # One has no interval.
         for name in ("inner_rate", "outer_rate"):
             validation.positive(name, getattr(self, name))
         for name in ("methods", "seeds"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} must name at least one, but got none.")
+            validation.different(name, getattr(self, name))
         for method in self.methods:
             validation.one_of("methods", method, get_args(MethodName))
         if set(self.methods) == {"steady"}:
@@ -206,8 +206,8 @@ def evaluate(config: Config, method: Method, state: maml_jax.MetaState, shots: i
 
 def harmless(config: Config) -> set[str]:
     """Options that may be others when a run goes on."""
-    # Each seed is a training of its own. Only the schedule of 'steady' depends on the number of steps.
-    return {"seeds", "test_tasks", *LOOKS} | ({"steps"} if "steady" not in config.methods else set())
+    # Each seed and method is a training of its own. Only the schedule of 'steady' depends on the number of steps.
+    return {"seeds", "test_tasks", *LOOKS} | ({"methods", "steps"} if "steady" not in config.methods else set())
 
 
 def prepare(config: Config) -> Config:

@@ -4,7 +4,7 @@ A learned head has a column for every label, though labels are given to classes 
 accuracy then varies with the numbering (Ye and Chao 2022). Both ways here are for `start=` of an inner learner.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def shared(name: str = HEAD) -> Start:
     """
 
     def start(params: Params, support: Batch) -> Params:
-        return {**params, name: jax.tree.map(_mean_for_all, params[name])}
+        return {**params, name: jax.tree.map(_mean_for_all, _head(params, name))}
 
     return start
 
@@ -40,11 +40,18 @@ def prototypes(features: Callable[..., jax.Array], name: str = HEAD) -> Start:
     def start(params: Params, support: Batch) -> Params:
         inputs, labels = support
         x = features(params, inputs)
-        belongs = jax.nn.one_hot(labels, params[name]["bias"].shape[-1], dtype=x.dtype)
+        belongs = jax.nn.one_hot(labels, _head(params, name)["bias"].shape[-1], dtype=x.dtype)
         means = belongs.T @ x / jnp.maximum(belongs.sum(0), 1)[:, None]
         return {**params, name: {"kernel": 2 * means.T, "bias": -jnp.square(means).sum(-1)}}
 
     return start
+
+
+def _head(params: Params, name: str) -> Params:
+    if not isinstance(params, Mapping) or name not in params:
+        known = f"the names {', '.join(map(repr, params))}" if isinstance(params, Mapping) else "none, being no mapping"
+        raise ValueError(f"The head is to be at {name!r} in the parameters, but they have {known}. Give name=.")
+    return params[name]
 
 
 def _mean_for_all(leaf: jax.Array) -> jax.Array:

@@ -53,10 +53,6 @@ def imaml(
 
     def gradient(shared: tuple[tuple[Params, Rates], jax.Array], task: Task) -> tuple[Any, Any]:
         (params, rates), _ = shared
-        if jax.tree.leaves(rates):
-            raise ValueError(
-                "imaml has no gradient for learned rates of the inner loop: give an inner learner with none."
-            )
         end, info = inner_loop(inner, support_loss, params, rates, task.support)
         (loss, aux), of_query = jax.value_and_grad(query_loss, has_aux=True)(end, task.query)
         adapted, fixed = partition(end, inner.trainable)
@@ -79,7 +75,14 @@ def imaml(
         return (loss, (combine(solution, of_fixed), rates)), (aux, info)
 
     return meta_learner(
-        summed(gradient), support_loss, query_loss, inner, outer, tasks_at_once=tasks_at_once, mesh=mesh
+        summed(gradient),
+        support_loss,
+        query_loss,
+        inner,
+        outer,
+        learns_rates=False,
+        tasks_at_once=tasks_at_once,
+        mesh=mesh,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -96,7 +97,8 @@ def sgd(
 
     Raises:
       ValueError: for a rate that is not positive and finite, fewer than 1 step, another order, and for
-        a checkpoint with order 1, which keeps nothing of the inner steps anyway.
+        a checkpoint with order 1, which keeps nothing of the inner steps anyway. A mask is checked where it meets
+        the parameters.
     """
     validation.positive("learning_rate", learning_rate)
     options: dict[str, Any] = {
@@ -133,7 +135,8 @@ def unrolled(optimizer: optax.GradientTransformation, *, steps: int, **options: 
     derivative of its square root is otherwise not a number.
 
     Args:
-      optimizer: an optax transformation, learning rate included.
+      optimizer: an optax transformation, learning rate included; not one that evaluates the loss again by itself,
+        as the line search of `optax.lbfgs` does.
       steps, options: as in `sgd`, all but `learn_rates`.
 
     Raises:
@@ -211,7 +214,7 @@ def inner_loop(
     if inner.start is not None:
         params = _started(inner.start, params, batch)
     adapted, fixed = partition(params, inner.trainable)
-    optimizer = inner.optimizer(rates)
+    optimizer = optax.with_extra_args_support(inner.optimizer(rates))
     observe = probe or (lambda _: None)
 
     def seen(adapted: Params, fixed: Params, index: Any) -> Params:
@@ -231,12 +234,12 @@ def inner_loop(
         adapted, opt_state = carry
         probed = observe(seen(adapted, fixed, index))
         (loss, aux), grads = value_and_grad(adapted, (fixed, own_batch if batch_per_step else batch, index))
-        at = adapted
+        at, value = adapted, loss
         if inner.order == 1:
             # The update becomes a constant shift, so that the meta-gradient is the gradient at the
             # adapted parameters. Learned rates still get theirs: the update multiplies by them.
-            grads, at = lax.stop_gradient((grads, at))
-        updates, opt_state = optimizer.update(grads, opt_state, at)
+            grads, at, value = lax.stop_gradient((grads, at, loss))
+        updates, opt_state = optimizer.update(grads, opt_state, at, value=value, grad=grads)
         return (optax.apply_updates(adapted, updates), opt_state), (loss, aux, probed)
 
     start = lax.stop_gradient(adapted) if inner.order == 1 else adapted
@@ -324,6 +327,7 @@ def partition(params: Params, mask: Mask | None) -> tuple[Params, Params]:
     """Splits leaves into adapted and fixed; each half keeps the structure, with None for what it lacks.
 
     Raises:
+      TypeError: for a mask of anything but bools.
       ValueError: for a mask that does not fit the parameters, or that selects none.
     """
     if mask is None:
@@ -338,6 +342,12 @@ def partition(params: Params, mask: Mask | None) -> tuple[Params, Params]:
             "trainable must be a pytree of bools with the structure of the parameters, or a prefix of it. "
             f"The parameters are {jax.tree.structure(params)}, the mask is {jax.tree.structure(mask)}."
         ) from error
+    for path, leaf in jax.tree_util.tree_leaves_with_path(mask):
+        if not isinstance(leaf, (bool, np.bool_)):
+            raise TypeError(
+                "trainable must hold True or False for each array of parameters, but at "
+                f"{jax.tree_util.keystr(path) or 'the array itself'} it has {leaf!r}."
+            )
     if not any(jax.tree.leaves(mask)):
         raise ValueError("trainable selects no parameter at all, so the inner loop has nothing to adapt.")
     return divide(params, mask)

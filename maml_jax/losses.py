@@ -36,11 +36,20 @@ def in_context(tasks: Task) -> Task:
 
 
 def mean_squared_error(apply: Apply) -> LossFn:
-    """Regression loss (paper, equation 2, as a mean). Batches are `(inputs [B, ...], targets [B, D])`; aux is `{}`."""
+    """Regression loss (paper, equation 2, as a mean). Batches are `(inputs [B, ...], targets [B, D])`; aux is `{}`.
+
+    Raises (when called):
+      ValueError: for targets of another shape than the outputs, which broadcasting would set against each other.
+    """
 
     def loss_fn(params: Params, batch: Batch) -> tuple[jax.Array, dict[str, Any]]:
         inputs, targets, *context = batch
-        return jnp.mean(jnp.square(apply(params, inputs, *context) - targets)), {}
+        outputs = apply(params, inputs, *context)
+        if jnp.shape(outputs) != jnp.shape(targets):
+            raise ValueError(
+                f"The targets must have the shape of the outputs, {jnp.shape(outputs)}, but have {jnp.shape(targets)}."
+            )
+        return jnp.mean(jnp.square(outputs - targets)), {}
 
     return loss_fn
 
@@ -49,13 +58,17 @@ def cross_entropy(apply: Apply) -> LossFn:
     """Mean softmax cross-entropy (paper, equation 3, over B).
 
     Batches are `(inputs [B, ...], labels [B] of integers)`; `apply` returns logits `[B, N]`. Aux is
-    `{"accuracy": fraction of the batch that is classified right}`.
+    `{"accuracy": fraction of the batch that is classified right}`. Labels are from 0 to N - 1: what is outside gives
+    NaN or, below, another class, as no compiled program can raise an error for it.
+
+    Raises (when called):
+      ValueError: for labels that are no integers, or not one for each row of logits.
     """
 
     def loss_fn(params: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         inputs, labels, *context = batch
         logits = apply(params, inputs, *context)
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        loss = _mean_cross_entropy(logits, labels)
         return loss, {"accuracy": jnp.mean((jnp.argmax(logits, -1) == labels).astype(logits.dtype))}
 
     return loss_fn
@@ -67,10 +80,19 @@ def log_probabilities(apply: Apply) -> LossFn:
     def loss_fn(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         inputs, labels, *context = batch
         logits = apply(params, inputs, *context)
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-        return loss, jax.nn.log_softmax(logits)
+        return _mean_cross_entropy(logits, labels), jax.nn.log_softmax(logits)
 
     return loss_fn
+
+
+def _mean_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    rows = jnp.shape(logits)[:-1]
+    if not jnp.issubdtype(jnp.result_type(labels), jnp.integer) or jnp.shape(labels) != rows:
+        raise ValueError(
+            f"The labels must be integers of shape {rows}, one for each row of logits {jnp.shape(logits)}, but are "
+            f"{jnp.result_type(labels)} of shape {jnp.shape(labels)}."
+        )
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 def one_by_one(apply: Apply) -> Apply:

@@ -27,9 +27,10 @@ class MetaLearner(NamedTuple):
     `evaluate(state, tasks, steps=None) -> Evaluation`, with `steps` inner steps (None: as in training), before the
     first and after each of them; with `only_last=True` (not in `rl`) after the last alone, which spares the rest;
     `adapt(state, batch, steps=None) -> (params, AdaptInfo)`, to one new task as in training, with its
-    learned rates, mask and optimizer.
+    learned rates, mask and optimizer; losses are those before each inner step, `[steps]`.
 
-    Jit them yourself: `jax.jit(learner.step, donate_argnums=0)`, `jax.jit(learner.evaluate, static_argnums=2)`.
+    Jit them yourself: `jax.jit(learner.step, donate_argnums=0)`,
+    `jax.jit(learner.evaluate, static_argnames=("steps", "only_last"))`.
     """
 
     init: Callable[[Params], MetaState]
@@ -61,8 +62,9 @@ def maml(
     Args:
       loss_fn: `(params, batch) -> (scalar loss, aux)`, of one task.
       inner: how a task is learned, e.g. `sgd(0.01, steps=1)`.
-      outer: any optax optimizer. It acts on the pair `(params, rates)`, with `rates == ()` unless
-        the inner learner has learned rates.
+      outer: any optax optimizer, but none that evaluates the loss again by itself, as the line search of
+        `optax.lbfgs` does. It acts on the pair `(params, rates)`, with `rates == ()` unless the inner learner has
+        learned rates.
       query_loss_fn: the loss of the query set where it differs from `loss_fn`.
       step_weights: `S + 1` weights of the query loss before the first and after each inner step, whose
         weighted sum is minimised (the multi-step loss of MAML++, Antoniou et al. 2019, section 4), or a
@@ -107,26 +109,33 @@ def meta_learner(
     inner: InnerLearner,
     outer: optax.GradientTransformation,
     *,
+    learns_rates: bool = True,
     tasks_at_once: AtOnce = None,
     mesh: Mesh | None = None,
 ) -> MetaLearner:
     """The algorithm that follows the mean over tasks of `gradient`; the other arguments are those of `maml`.
 
+    Without `learns_rates` an inner learner with learned rates is refused, of which there is no gradient then.
     Evaluation and adaptation go through the inner loop alone, and so do not depend on `gradient`.
     """
     validation.transformation("outer", outer)
+    outer = optax.with_extra_args_support(outer)
     over_tasks = task_axis(tasks_at_once, mesh)
 
     def init(params: Params) -> MetaState:
         validation.floating_params(params)
         params = jax.tree.map(jnp.array, params)  # Copies: a donated state must not take the user's own along.
         rates = inner.init_rates(adapted_part(inner, params))
+        if not learns_rates and jax.tree.leaves(rates):
+            raise ValueError(
+                "This algorithm has no gradient for learned rates of the inner loop: give a learner without."
+            )
         return over_tasks.replicate(MetaState(jnp.zeros([], jnp.int32), params, rates, outer.init((params, rates))))
 
     def step(state: MetaState, tasks: Task) -> tuple[MetaState, MetaInfo]:
         meta_params = (state.params, state.rates)
         (loss, grads), (aux, info) = over_tasks.mean(gradient, (meta_params, state.step), tasks)
-        updates, opt_state = outer.update(grads, state.opt_state, meta_params)
+        updates, opt_state = outer.update(grads, state.opt_state, meta_params, value=loss, grad=grads)
         params, rates = optax.apply_updates(meta_params, updates)
         return (
             MetaState(state.step + 1, params, rates, opt_state),

@@ -50,17 +50,20 @@ def reptile(
 
     def gradient(shared: tuple[tuple[Params, Rates], jax.Array], task: Task) -> tuple[Any, Any]:
         (params, rates), _ = shared
-        if jax.tree.leaves(rates):
-            raise ValueError(
-                "Reptile has no gradient for learned rates of the inner loop: give an inner learner with none."
-            )
         support = task.support if batches is None else batches(task.support, inner.steps)
         adapted, info = inner_loop(inner, support_loss, params, rates, support, batch_per_step=batches is not None)
         loss, aux = query_loss(adapted, task.query)
         return (loss, (jax.tree.map(jnp.subtract, params, adapted), rates)), (aux, info)
 
     return meta_learner(
-        summed(gradient), support_loss, query_loss, inner, outer, tasks_at_once=tasks_at_once, mesh=mesh
+        summed(gradient),
+        support_loss,
+        query_loss,
+        inner,
+        outer,
+        learns_rates=False,
+        tasks_at_once=tasks_at_once,
+        mesh=mesh,
     )
 
 

@@ -89,7 +89,10 @@ def resumable_train(
         restored = checkpoints.restore(state)
         done = saved = int(state.step) if restored is None else restored.step
         if done > steps:
-            raise WorkdirError(f"{folder} has {done} meta-steps behind it, more than the {steps} that are wanted.")
+            raise WorkdirError(
+                f"{folder} has {done} meta-steps behind it, more than the {steps} that are wanted. Give at least "
+                f"{done}, or another directory."
+            )
         run.drop_rows_after(done, **labels)
         rows = len(run.rows(**labels))
         if restored is not None:

@@ -110,7 +110,10 @@ def task_axis(tasks_at_once: AtOnce, mesh: Mesh | None) -> TaskAxis:
 
     Raises:
       ValueError: if `tasks_at_once` is neither a positive integer nor 'all'.
+      TypeError: if `mesh` is no mesh.
     """
+    if not isinstance(mesh, Mesh | None):
+        raise TypeError(f"mesh must be a jax.sharding.Mesh, such as task_axis.task_mesh(T), but got {mesh!r}.")
     if tasks_at_once not in (None, "all"):
         validation.at_least("tasks_at_once", tasks_at_once, 1)
     return TaskAxis(tasks_at_once, mesh and Mesh(mesh.devices.reshape(-1), (AXIS,)))
@@ -120,8 +123,9 @@ def task_mesh(tasks: int) -> Mesh | None:
     """The most devices, as many of each process, that can share `tasks` tasks evenly; None if that is only one.
 
     Raises:
-      ValueError: if the processes cannot have equal shares.
+      ValueError: if there is no task, or the processes cannot have equal shares.
     """
+    validation.at_least("tasks", tasks, 1)
     processes = jax.process_count()
     if tasks % processes:
         raise ValueError(f"tasks must be a multiple of {processes}, the number of processes, but got {tasks}.")

@@ -63,6 +63,14 @@ def weights(name: str, value: Any, count: int) -> None:
         )
 
 
+def different(name: str, values: Collection[Any]) -> None:
+    """Raises ValueError unless there is at least one of `values`, and none twice."""
+    if not values:
+        raise ValueError(f"{name} must name at least one, but got none.")
+    if len(set(values)) < len(values):
+        raise ValueError(f"{name} must be different from each other, but got {', '.join(map(str, values))}.")
+
+
 def one_of(name: str, value: Any, allowed: Collection[Any]) -> None:
     """Raises ValueError unless `value` is one of `allowed`."""
     if isinstance(value, bool) or value not in allowed:
@@ -122,6 +130,8 @@ def floating_params(params: Params) -> None:
     if not leaves:
         raise ValueError("params holds no arrays at all, so there is nothing to meta-learn.")
     for path, leaf in leaves:
+        if isinstance(leaf, float):
+            raise TypeError(f"params{jax.tree_util.keystr(path)} is a Python number: give jnp.asarray({leaf!r}).")
         if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(
                 f"params{jax.tree_util.keystr(path)} is {_describe(leaf)}, which no gradient can change. Give only "

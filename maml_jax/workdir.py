@@ -77,17 +77,22 @@ class Lock:
         except BlockingIOError as error:
             holder = os.read(file, 1000).decode(errors="replace").strip() or "another process"
             self.close()
-            raise InUseError(
-                f"{path} is in use by {holder}. Wait until it ends, end it, or give another --workdir."
-            ) from error
+            advice = "Wait until it ends, end it, or give another --workdir."
+            if holder.startswith(_self()):
+                advice = "That is this process itself: close() what has it open, such as a RunDirectory, first."
+            raise InUseError(f"{path} is in use by {holder}. {advice}") from error
         except OSError as error:
             note(f"{path} is on a file system without locks ({error.strerror}): see that only one run uses it.")
         try:
             os.ftruncate(file, 0)
-            os.write(file, f"process {os.getpid()} on {socket.gethostname()} since {now()}\n".encode())
+            os.write(file, f"{_self()} since {now()}\n".encode())
         except OSError as error:
             self.close()
             raise cannot_write(path / ".lock", error) from error
+
+
+def _self() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def read_json(path: Path) -> dict:

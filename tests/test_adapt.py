@@ -70,6 +70,7 @@ def test_what_is_wrong_with_the_folder_is_told(model, folder, tmp_path):
             adapt.prepare(adapt.Config(**{"model": model, "folder": folder, **options}))
 
     refused("output must be in a directory that exists", output=tmp_path / "nowhere" / "out.json")
+    refused("output must be a file for JSON, beside which its picture", output=tmp_path / "out.png")
     paint(folder / "red" / "deeper" / "x.png", (0, 0, 0), 0)
     refused("lies too deep")
     (folder / "red" / "deeper" / "x.png").unlink()

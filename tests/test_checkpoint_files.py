@@ -374,6 +374,8 @@ def test_a_lock_lasts_as_long_as_its_process(environment, tmp_path):
         for attempt in (lambda: RunDirectory(tmp_path, "it", {}), lambda: RunDirectory.check(tmp_path, {})):
             with pytest.raises(InUseError, match=rf"{tmp_path} is in use by process {child.pid} on .*--workdir"):
                 attempt()
+    with closing(Lock(tmp_path)), pytest.raises(InUseError, match=r"this process itself: close\(\) what has it open"):
+        RunDirectory(tmp_path, "it", {})
     Lock(tmp_path).close()
 
 

@@ -222,6 +222,7 @@ def test_a_saved_model_is_what_was_trained(method, characters, tmp_path, small_n
         ({"normalisation": "tasknorm"}, "normalisation cannot be 'tasknorm'"),
         ({"normalisation": "running"}, "normalisation cannot be 'running'"),
         ({"output": tmp_path / "nowhere" / "out.json"}, "output must be in a directory that exists"),
+        ({"output": tmp_path / "out.png"}, "output must be a file for JSON"),
         ({"models": ()}, "at least one file"),
         ({"at_step": 11}, "at_step must be from 0 to steps, 10, but got 11"),
     ):

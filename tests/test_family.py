@@ -139,9 +139,10 @@ def test_reptile_moves_towards_the_adapted_parameters():
         batch = jax.tree.map(lambda leaf, rows=rows: leaf[0, jnp.array(rows)], task.support)
         adapted, _ = maml_jax.adapt(LOSS, adapted, batch, learning_rate=0.3, steps=1)
     assert_close(after.params, adapted)
-    with pytest.raises(ValueError, match="Reptile has no gradient for learned rates"):
-        rated = reptile(LOSS, maml_jax.sgd(0.3, steps=2, learn_rates="layer"), optax.sgd(1.0))
-        rated.step(rated.init(params), tasks(3))
+    rated = maml_jax.sgd(0.3, steps=2, learn_rates="layer")
+    for learner in (reptile(LOSS, rated, optax.sgd(1.0)), imaml(LOSS, rated, optax.sgd(1.0), strength=1.0, cg_steps=2)):
+        with pytest.raises(ValueError, match="no gradient for learned rates"):
+            learner.init(params)
 
 
 def test_implicit_gradient_of_a_quadratic_in_closed_form():
@@ -285,3 +286,16 @@ def test_wrong_values_are_refused():
         imaml(LOSS, FAMILY["shared head"](2), optax.sgd(1.0), strength=1.0, cg_steps=5)
     with pytest.raises(ValueError, match="strength must be positive"):
         imaml(LOSS, maml_jax.sgd(0.3, steps=1), optax.sgd(1.0), strength=0.0, cg_steps=5)
+
+
+def test_optimizers_that_ask_for_the_loss_are_given_it():
+    """Polyak's step size is the loss over the square of its gradient; in the inner loop it is derived as well."""
+    params, batch = start_params(), tasks(3)
+    learner = maml_jax.maml(LOSS, maml_jax.sgd(0.3, steps=1), optax.polyak_sgd(max_learning_rate=1e3))
+    by_descent = maml_jax.maml(LOSS, maml_jax.sgd(0.3, steps=1), optax.sgd(1.0))
+    after, _ = learner.step(learner.init(params), batch)
+    descended, info = by_descent.step(by_descent.init(params), batch)
+    rate = info.loss / info.grad_norm**2
+    assert_close(after.params, jax.tree.map(lambda p, d: p + rate * (d - p), params, descended.params))
+    inner = maml_jax.unrolled(optax.polyak_sgd(max_learning_rate=1e3), steps=2)
+    assert maml_jax.check_meta_gradient(LOSS, params, tasks(2), inner).exact

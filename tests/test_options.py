@@ -72,7 +72,7 @@ RL = {
 FIELDS = {
     "sinusoid": {
         "steps": whole(1, MOST_STEPS), "tasks": COUNT, "shots": COUNT, "queries": COUNT, "inner_rate": RATE,
-        "inner_steps": COUNT, "outer_rate": RATE, "test_tasks": COUNT, "seeds": whole(0, MOST_SEED),
+        "inner_steps": COUNT, "outer_rate": RATE, "test_tasks": whole(2), "seeds": whole(0, MOST_SEED),
         "methods": choice("maml", "first_order", "pretrained", "oracle", "steady"),
     },
     "omniglot": FEW_SHOT | {

@@ -22,6 +22,7 @@ BAD = [
     (navigation, ["--kl-limit", "-1"], "kl_limit must be positive and finite, but got -1"),
     (navigation, ["--test-rates", "0.1", "0"], "test_rates must be positive and finite, but got 0"),
     (navigation, ["--methods", "magic"], "methods"),
+    (navigation, ["--seeds", "1", "0", "1"], "seeds must be different from each other, but got 1, 0, 1"),
     (navigation, ["--curvature-tasks", "21"], "at most tasks, 20, but got 21"),
     (navigation, ["--curvature-tasks", "5", "--outer", "promp"], "curvature_tasks is for --outer trpo"),
     (navigation, ["--sampling-term", "--tasks", "1"], "it needs --tasks of at least 2"),
@@ -123,6 +124,11 @@ def test_navigation_from_beginning_to_end(quickly_compiled, monkeypatch, capsys,
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [(row["method"], row["step"]) for row in rows] == [("maml", 1), ("maml", 2)]
     assert rows[0]["return"] < 0 and rows[0]["return_before"] < 0
+    # A method may be added later: what is trained stays.
+    start(navigation, [*options, "--methods", "random", "maml"], monkeypatch, tmp_path)
+    random, again = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
+    assert random["method"] == "random" and again["return"] == maml["return"]
+    assert [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == rows
 
 
 @pytest.mark.parametrize(("given", "rates"), [(None, (0.3, 0.2)), ((0.7, 0.6), (0.7, 0.6))])

@@ -2,12 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from model_zoo import plain_dict, tasks
 
 import maml_jax
-from maml_jax import Task
+from maml_jax import Task, heads, losses, task_axis
 
 
 @pytest.mark.parametrize("rate", [0, -0.1, float("nan"), float("inf"), "fast", None])
@@ -115,6 +116,33 @@ def test_params():
         learner(loss_fn).init({"w": jnp.ones(3), "count": jnp.zeros(2, jnp.int32)})
     with pytest.raises(ValueError, match="no arrays"):
         learner(loss_fn).init({})
+    with pytest.raises(TypeError, match=r"params\['w'\] is a Python number: give jnp\.asarray\(0\.5\)"):
+        learner(loss_fn).init({"w": 0.5})
+    with pytest.raises(ValueError, match=r"head is to be at 'head' in the parameters, but they have the names 'w1', "):
+        maml_jax.inner.inner_loop(
+            maml_jax.sgd(0.1, steps=1, start=heads.shared()), loss_fn, plain_dict()[1], (), tasks(1).support
+        )
+
+
+def test_meshes():
+    with pytest.raises(TypeError, match=r"mesh must be a jax\.sharding\.Mesh, such as .*, but got \["):
+        learner(plain_dict()[0], mesh=jax.devices())
+    with pytest.raises(ValueError, match="tasks must be an integer of at least 1, but got 0"):
+        task_axis.task_mesh(0)
+
+
+def test_targets_that_do_not_fit_are_told():
+    apply = lambda params, x: x * params  # noqa: E731
+    squares, classes = losses.mean_squared_error(apply), losses.cross_entropy(apply)
+    with pytest.raises(ValueError, match=r"have the shape of the outputs, \(4, 1\), but have \(4,\)"):
+        squares(1.0, (jnp.ones((4, 1)), jnp.ones(4)))
+    for labels, told in (
+        (jnp.zeros((4, 1), int), r"int.* of shape \(4, 1\)"),
+        (jnp.zeros(4), r"float.* of shape \(4,\)"),
+    ):
+        for loss_fn in (classes, losses.log_probabilities(apply)):
+            with pytest.raises(ValueError, match=rf"labels must be integers of shape \(4,\), .*but are {told}"):
+                loss_fn(1.0, (jnp.ones((4, 3)), labels))
 
 
 def test_masks():
@@ -126,6 +154,20 @@ def test_masks():
         inner = maml_jax.sgd(0.1, steps=1, trainable=mask)
         with pytest.raises(ValueError, match=message):
             maml_jax.maml(loss_fn, inner, optax.sgd(0.1)).init(params)
+    rest = {"b1": True, "w2": True, "b2": True}
+    for mask, message in (
+        ("w2", r"at \['b1'\] it has 'w2'"),
+        ({"w1": "frozen", **rest}, r"at \['w1'\] it has 'frozen'"),
+        ({"w1": 0.0, **rest}, r"at \['w1'\] it has 0\.0"),
+        ({"w1": np.zeros((2, 2), bool), **rest}, r"True or False for each array .*at \['w1'\]"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            maml_jax.maml(loss_fn, maml_jax.sgd(0.1, steps=1, trainable=mask), optax.sgd(0.1)).init(params)
+    mask = {"w1": np.bool_(False), **rest}
+    adapted = maml_jax.maml(loss_fn, maml_jax.sgd(0.1, steps=1, trainable=mask), optax.sgd(0.1))
+    batch = jax.tree.map(lambda leaf: leaf[0], tasks(1).support)
+    moved, _ = adapted.adapt(adapted.init(params), batch)
+    assert (moved["w1"] == params["w1"]).all() and (moved["w2"] != params["w2"]).any()
 
 
 def test_groups_of_tasks():
