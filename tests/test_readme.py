@@ -30,7 +30,6 @@ def test_a_lost_run_goes_on(tmp_path, monkeypatch, capsys):
     for steps in (range(500, 3001, 500), [3000]):
         exec(block, scope)
         assert [int(line.split()[0]) for line in capsys.readouterr().out.splitlines()] == list(steps)
-        scope["run"].close()
 
 
 def test_every_recipe_can_be_meta_trained():
@@ -45,3 +44,13 @@ def test_every_recipe_can_be_meta_trained():
             state, info = step(state, sinusoid.draw_tasks(jax.random.key(index), 25, shots=10, queries=10))
             curve.append(float(info.loss))
         assert sum(curve[-20:]) < 0.9 * sum(curve[:20]), name
+
+
+def test_what_is_padded_plays_no_part():
+    scope = {"jnp": jax.numpy, "apply": lambda slope, x: slope * x}
+    exec(next(block for block in BLOCKS if "def weighted" in block), scope)
+    x, y = jax.random.normal(jax.random.key(0), (2, 4, 1))
+    padded, weights = jax.numpy.full((6, 1), 7.0), jax.numpy.array([1.0, 1, 1, 1, 0, 0])
+    loss = losses.mean_squared_error(scope["apply"])(0.5, (x, y))[0]
+    batch = (padded.at[:4].set(x), padded.at[:4].set(y) + 3 * (weights == 0)[:, None], weights)
+    assert jax.numpy.allclose(scope["weighted"](0.5, batch)[0], loss)
