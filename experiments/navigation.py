@@ -25,7 +25,7 @@ def problem() -> reinforcement.Problem:
         episodes=20,
         inner_rate=0.1,
         kl_limit=0.01,
-        test_rates=((0.1, 0.05), (0.12, 0.05), (0.2, 0.1), (0.5, 0.25)),
+        test_rates=((0.1, 0.05), (0.1, 0.04), (0.12, 0.05), (0.2, 0.1), (0.5, 0.25)),
         own_test_rates={},
         test_episodes=40,
         paper={

@@ -74,15 +74,9 @@ def imaml(
             of_fixed = optax.tree.add_scale(of_fixed, -1 / strength, second_derivatives(solution)[1])
         return (loss, (combine(solution, of_fixed), rates)), (aux, info)
 
+    of_tasks = summed(gradient)
     return meta_learner(
-        summed(gradient),
-        support_loss,
-        query_loss,
-        inner,
-        outer,
-        learns_rates=False,
-        tasks_at_once=tasks_at_once,
-        mesh=mesh,
+        of_tasks, support_loss, query_loss, inner, outer, learns_rates=False, tasks_at_once=tasks_at_once, mesh=mesh
     )
 
 

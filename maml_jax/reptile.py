@@ -55,15 +55,9 @@ def reptile(
         loss, aux = query_loss(adapted, task.query)
         return (loss, (jax.tree.map(jnp.subtract, params, adapted), rates)), (aux, info)
 
+    of_tasks = summed(gradient)
     return meta_learner(
-        summed(gradient),
-        support_loss,
-        query_loss,
-        inner,
-        outer,
-        learns_rates=False,
-        tasks_at_once=tasks_at_once,
-        mesh=mesh,
+        of_tasks, support_loss, query_loss, inner, outer, learns_rates=False, tasks_at_once=tasks_at_once, mesh=mesh
     )
 
 
