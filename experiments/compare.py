@@ -33,8 +33,8 @@ class Run(NamedTuple):
         """Meta-steps of the schedule that the results are of."""
         return self.results["config"]["steps"] if self.results else 0
 
-    def cost(self) -> str:
-        """Hours, hardware, commit and day of the results, and which model they are of."""
+    def cost(self, label: str = "") -> str:
+        """Hours, hardware, commit and day of the results, and which model those of that label are of."""
         assert self.results is not None
         made_by, selected = self.results["made_by"], self.results["selected"]
         earlier = made_by.get("earlier_starts", [])
@@ -49,10 +49,8 @@ class Run(NamedTuple):
         # Of all its starts: a run may have gone on elsewhere.
         hardware, commits = (", then ".join(dict.fromkeys(str(each.get(key)) for each in (*earlier, made_by)))
                              for key in ("hardware", "commit"))  # fmt: skip
-        return (
-            f"{hours}, {hardware}, commit {commits}, {made_by['finished'][:10]}; "
-            f"the model of meta-step {selected['step']:,}, selected: {selected['by']}"
-        )
+        model = "the best models together" if label == ENSEMBLE else f"the model of meta-step {selected['step']:,}"
+        return f"{hours}, {hardware}, commit {commits}, {made_by['finished'][:10]}; {model}, selected: {selected['by']}"
 
 
 def read(path: Path) -> Run | None:

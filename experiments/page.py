@@ -136,7 +136,7 @@ def _line(line: Line) -> str:
             ours.append(f"<small>{seed}after {number.inner_steps} inner steps; {escape(number.protocol)}</small>")
     cost = [f"<div>{_so_far(line)}</div>"]
     for run in line.runs:
-        cost.append(f"<small>{escape(f'{run.path.name}: {run.cost()}')}</small>")
+        cost.append(f"<small>{escape(f'{run.path.name}: {run.cost(line.label)}')}</small>")
     return (
         f"<tr><td><b>{escape(line.title)}</b><small>{escape(line.row.name)}</small></td>"
         f'<td data-name="ours">{"".join(ours)}</td>{_published(line.published)}'
@@ -189,7 +189,7 @@ def markdown(groups: Sequence[Group], beside: Path, *, unfinished: bool = True) 
         protocols, made = [], []
         for line in group.lines:
             protocols += [number.protocol for number in (*line.numbers(), *line.apart())]
-            made += [f"`{os.path.relpath(run.path, beside)}`: {run.cost()}" for run in line.runs]
+            made += [f"`{os.path.relpath(run.path, beside)}`: {run.cost(line.label)}" for run in line.runs]
         for pair in group.paired:
             what = f"{pair.first.title} minus {pair.second.title}"
             parts.append(f"- {what}, same tasks (seed {pair.seed}), {pair.first.steps:,} meta-steps: {pair.difference}")

@@ -27,6 +27,7 @@ from maml_jax.rl.policy import Policy, gaussian_mlp
 from maml_jax.rl.trust_region import trpo
 from maml_jax.statistics import interval
 from maml_jax.task_axis import local_mesh, task_axis, task_mesh
+from maml_jax.workdir import read_json
 
 TEST_STEPS = 3
 TUNING = 8  # Times as many tasks as are tested choose the rates; with fewer, noise does.
@@ -169,8 +170,11 @@ class Trained(NamedTuple):
     as the next is under way before the last has been read."""
 
 
-HARMLESS = ("methods", "seeds", "steps", "test_rates", "test_tasks", "test_episodes", *command_line.LOOKS)
+HARMLESS = ("steps", "test_rates", "test_tasks", "test_episodes", *command_line.LOOKS)
 """Options that may be others when a run goes on."""
+
+GROWING = ("methods", "seeds")
+"""Options that may get further entries: each is a training of its own."""
 
 SAVE_EVERY = 5
 
@@ -178,6 +182,16 @@ SAVE_EVERY = 5
 def recorded(config: Config, setting: Setting) -> dict[str, Any]:
     """What a run that goes on is compared with."""
     return dataclasses.asdict(config) | setting._asdict() | {"outer_rate": adam_rate(config)}
+
+
+def run_of(config: Config, setting: Setting) -> dict[str, Any]:
+    """What a run directory is to know of the run."""
+    return {
+        "config": recorded(config, setting),
+        "harmless": HARMLESS,
+        "growing": GROWING,
+        "wandb": config.wandb,
+    }
 
 
 def adam_rate(config: Config) -> float:
@@ -190,7 +204,7 @@ def prepare(config: Config, problem: Problem) -> Prepared:
     setting = config.resolve(problem)
     if hosts.several():
         task_mesh(setting.tasks)  # Raises if they cannot be divided.
-    RunDirectory.check(config.workdir, recorded(config, setting), harmless=HARMLESS, wandb=config.wandb)
+    RunDirectory.check(config.workdir, **run_of(config, setting))
     return Prepared(config, problem, setting)
 
 
@@ -327,9 +341,10 @@ def run(
       which alone tests.
     """
     config, problem, setting = prepared
-    directory = RunDirectory(
-        config.workdir, problem.environment.name, recorded(config, setting), harmless=HARMLESS, wandb=config.wandb
-    )
+    directory = RunDirectory(config.workdir, problem.environment.name, **run_of(config, setting))
+    former = directory.path / "results.json"
+    known = read_json(former)["rows"] if hosts.leads() and former.exists() else []
+    costs = {(row["method"], row["seed"]): row["cpu_seconds"] for row in known}
     print(f"{config}\n{setting}\nWriting to {directory.path}", flush=True)
     rows: list[dict[str, Any]] = []
     policies: dict[MethodName, Trained] = {}
@@ -338,7 +353,10 @@ def run(
         for method in config.methods:
             policies[method] = meta_train(prepared, directory, method, seed)
             if hosts.leads():
-                rows.append({"method": method, "seed": seed, **evaluate(prepared, method, policies[method])})
+                row = {"method": method, "seed": seed, **evaluate(prepared, method, policies[method])}
+                if row["cpu_seconds"] is None:  # Nothing was left to be trained.
+                    row["cpu_seconds"] = costs.get((method, seed))
+                rows.append(row)
     if not hosts.leads():
         return None
     results = {

@@ -9,7 +9,7 @@ new curves from 5, 10 and 20 points, and prints the mean squared errors beside t
 
 import dataclasses
 from functools import partial
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -206,8 +206,22 @@ def evaluate(config: Config, method: Method, state: maml_jax.MetaState, shots: i
 
 def harmless(config: Config) -> set[str]:
     """Options that may be others when a run goes on."""
-    # Each seed and method is a training of its own. Only the schedule of 'steady' depends on the number of steps.
-    return {"seeds", "test_tasks", *LOOKS} | ({"methods", "steps"} if "steady" not in config.methods else set())
+    # Only the schedule of 'steady' depends on the number of steps.
+    return {"test_tasks", *LOOKS} | ({"steps"} if "steady" not in config.methods else set())
+
+
+GROWING = ("methods", "seeds")
+"""Options that may get further entries when a run goes on: each is a training of its own."""
+
+
+def run_of(config: Config) -> dict[str, Any]:
+    """What a run directory is to know of the run."""
+    return {
+        "config": dataclasses.asdict(config),
+        "harmless": harmless(config),
+        "growing": GROWING,
+        "wandb": config.wandb,
+    }
 
 
 def prepare(config: Config) -> Config:
@@ -219,15 +233,13 @@ def prepare(config: Config) -> Config:
     config.check()
     for name in config.methods if hosts.several() else ():
         task_mesh(methods(config)[name].tasks)  # Raises if they cannot be divided.
-    RunDirectory.check(config.workdir, dataclasses.asdict(config), harmless=harmless(config), wandb=config.wandb)
+    RunDirectory.check(config.workdir, **run_of(config))
     return config
 
 
 def main(config: Config) -> dict:
     """Runs the experiment; returns what it writes to `results.json`."""
-    run = RunDirectory(
-        config.workdir, "sinusoid", dataclasses.asdict(config), harmless=harmless(config), wandb=config.wandb
-    )
+    run = RunDirectory(config.workdir, "sinusoid", **run_of(config))
     print(f"{config}\nWriting to {run.path}", flush=True)
     test_key = jax.random.key(600)  # Apart from every training seed's keys, and the same for all of them.
     rows: list[dict] = []

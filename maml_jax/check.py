@@ -82,9 +82,9 @@ def check_meta_gradient(
 ) -> MetaGradientReport:
     """Compares the meta-gradient with central differences, and with itself computed in other ways.
 
-    In float64, whatever the types given, and a small random step away from `params`; that it is finite, as
-    training would have it: in float32, at `params` themselves. It takes some hundred evaluations of the meta-loss,
-    some of them not compiled: two tasks and a small batch are enough.
+    In float64, whatever the types given, and a small random step away from `params`; whether it is finite, as
+    training would have it: at `params` themselves, and in float32 unless JAX was told `jax_enable_x64`. It takes
+    some hundred evaluations of the meta-loss, some of them not compiled: two tasks and a small batch are enough.
 
     Args:
       loss_fn: `(params, batch) -> (scalar loss, aux)`, as for `maml`.
@@ -99,7 +99,7 @@ def check_meta_gradient(
     Returns:
       A `MetaGradientReport` of these findings, of which those after 'finite' are left out where there is nothing to
       compare:
-      'finite': the losses before and after adaptation and, in float32, the meta-gradient at `params`;
+      'finite': the losses before and after adaptation, and the meta-gradient at `params`;
       'loss gradient': `jax.grad` of the loss against its central differences;
       'value': the loss out of `value_and_grad` against the loss alone;
       'meta-gradient': jitted and vmapped, against central differences of the jitted meta-loss;
@@ -123,6 +123,7 @@ def check_meta_gradient(
     support_loss = validation.checked_loss(loss_fn)
     query_loss = validation.checked_loss(query_loss_fn or loss_fn)
 
+    wide = bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
     with jax.enable_x64(True):
         random = np.random.default_rng(seed)
         given, tasks = _cast((params, tasks), np.float64)
@@ -130,7 +131,7 @@ def check_meta_gradient(
         of_task = partial(task_loss, support_loss, query_loss, step_weights=weights)
         problem = _Problem(support_loss, of_task, inner, params, tasks)
         single = problem.in_float32()
-        finite = _finite(problem, single, given)
+        finite = _finite(problem, problem if wide else single, given)
         if not finite.passed:
             return MetaGradientReport((finite,))
         value, gradient = problem.value_and_grad(problem.start)
@@ -173,9 +174,7 @@ class _Problem:
         def meta_loss(meta_params: Any) -> jax.Array:
             return jax.vmap(partial(of_task, meta_params))(tasks).mean()
 
-        first = jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], tasks.support)
-        self.support_loss = jax.jit(lambda params: support_loss(params, first)[0])
-        self.support_losses = jax.jit(lambda support: support_loss(params, support)[0])
+        self.support_loss = jax.jit(lambda params, support: support_loss(params, support)[0])
         self.meta_loss, self.loss = meta_loss, jax.jit(meta_loss)
         self.value_and_grad = jax.jit(jax.value_and_grad(meta_loss))
         self.task_gradient = jax.jit(jax.grad(of_task))
@@ -254,9 +253,10 @@ class _Judge(NamedTuple):
         return float(np.min([error(step) for step in self.steps]))
 
 
-def _finite(problem: _Problem, single: _Problem, given: Params) -> Finding:
-    """Numbers first: of what is none, nothing else can be told."""
-    support = [problem.support_losses(task.support) for task in _each_task(problem.tasks)]
+def _finite(problem: _Problem, trained: _Problem, given: Params) -> Finding:
+    """Numbers first: of what is none, nothing else can be told. `trained` is in the precision of training."""
+    support = [float(problem.support_loss(problem.start[0], task.support)) for task in _each_task(problem.tasks)]
+    dtype = np.dtype(np.float64 if trained is problem else np.float32)
     meaning = ""
     if not np.isfinite(support).all():
         meaning = (
@@ -269,25 +269,25 @@ def _finite(problem: _Problem, single: _Problem, given: Params) -> Finding:
             "loop diverges, then a smaller inner rate or fewer steps help, or the query sets hold what is not finite."
         )
     else:
-        with jax.enable_x64(False):
-            start = (_cast(given, np.float32), single.start[1])
-            value, gradient = single.value_and_grad(start)
+        with jax.enable_x64(dtype == np.float64):
+            value, gradient = trained.value_and_grad((_cast(given, dtype), trained.start[1]))
         wrong = _not_finite(gradient)
         if not np.isfinite(value):
             meaning = (
-                "At the given parameters, in float32, the meta-loss is not a finite number. A smaller inner rate, "
-                "fewer steps or float64 help where the inner loop diverges."
+                f"At the given parameters, in {dtype}, the meta-loss is not a finite number. A smaller inner rate, "
+                "fewer steps or more precision help where the inner loop diverges."
             )
         elif wrong:
             meaning = (
-                f"At the given parameters, in float32, the meta-gradient is not finite along {wrong}. Where a gradient "
+                f"At the given parameters, in {dtype}, the meta-gradient is not finite along {wrong}. Where a gradient "
                 "is exactly zero, as beside weights that start at zero, an inner optimizer with a square root has no "
                 "derivative: Adam needs eps_root > 0, and so do its kin. A loss with sqrt, log or norm needs care "
                 "at zero."
             )
     if meaning:
         return Finding("finite", float("nan"), 0.0, meaning)
-    return Finding("finite", 0.0, 0.0, "Losses and, at the given parameters in float32, the meta-gradient are numbers.")
+    meaning = f"Losses, and at the given parameters in {dtype} the meta-gradient, are finite numbers."
+    return Finding("finite", 0.0, 0.0, meaning)
 
 
 def _not_finite(tree: Any) -> str:
@@ -303,18 +303,22 @@ def _listed(paths: list[Any]) -> str:
 def _loss_gradient(judge: _Judge, problem: _Problem) -> Finding:
     """The inner gradient by itself, so that a fault in the loss is told from one in its second derivative."""
     params = problem.start[0]
-    gradient = jax.grad(problem.support_loss)(params)
-    if _norm(gradient) == 0:
+    for task in _each_task(problem.tasks):  # The first that has a gradient: in one task a hinge may be at rest.
+        loss = partial(problem.support_loss, support=task.support)
+        gradient = jax.grad(loss)(params)
+        if _norm(gradient):
+            break
+    else:
         meaning = (
             "The gradient of the support loss is zero along all parameters, so that the inner loop learns nothing. "
             "Look for stop_gradient, rounding or argmax, and whether the loss takes the parameters that it is given."
         )
         return Finding("loss gradient", float("inf"), judge.tolerance, meaning)
-    error = judge.error(problem.support_loss, params, gradient)
+    error = judge.error(loss, params, gradient)
     if error <= judge.tolerance:
         meaning = "jax.grad of the support loss is its derivative."
     else:
-        where = judge.culprits(problem.support_loss, params, gradient)
+        where = judge.culprits(loss, params, gradient)
         meaning = (
             f"jax.grad of the support loss is not its derivative{where}. Look for stop_gradient, rounding or a custom "
             "derivative in the loss and the model."

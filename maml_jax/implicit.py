@@ -8,9 +8,10 @@ from jax.scipy.sparse.linalg import cg
 from jax.sharding import Mesh
 
 from maml_jax import validation
-from maml_jax.inner import InnerLearner, combine, inner_loop, partition
+from maml_jax.inner import InnerLearner, inner_loop
 from maml_jax.meta import MetaLearner, meta_learner
 from maml_jax.task_axis import AtOnce, summed
+from maml_jax.trees import combine, partition
 from maml_jax.types import LossFn, Params, Rates, Task
 
 

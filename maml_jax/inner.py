@@ -5,24 +5,20 @@ many, gradient descent and any other optax transformation all go through it; an 
 says which of these is wanted.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 
 from maml_jax import validation
 from maml_jax.invariant import hoisted
 from maml_jax.mixed import mixed_value_and_grad
-from maml_jax.trees import divide, join
+from maml_jax.trees import Mask, combine, partition
 from maml_jax.types import AdaptInfo, Batch, LossFn, Params, Rates
-
-Mask = Any
-"""A pytree of bools shaped like (or a prefix of) the parameters, or a function from parameters to one."""
-
 
 Checkpoint = Literal["none", "step", "mixed"]
 """What is kept of each inner step for the second-order meta-gradient. 'none': all that it computed. 'step':
@@ -214,7 +210,7 @@ def inner_loop(
     if inner.start is not None:
         params = _started(inner.start, params, batch)
     adapted, fixed = partition(params, inner.trainable)
-    optimizer = optax.with_extra_args_support(inner.optimizer(rates))
+    optimizer = inner.optimizer(rates)
     observe = probe or (lambda _: None)
 
     def seen(adapted: Params, fixed: Params, index: Any) -> Params:
@@ -239,7 +235,7 @@ def inner_loop(
             # The update becomes a constant shift, so that the meta-gradient is the gradient at the
             # adapted parameters. Learned rates still get theirs: the update multiplies by them.
             grads, at, value = lax.stop_gradient((grads, at, loss))
-        updates, opt_state = optimizer.update(grads, opt_state, at, value=value, grad=grads)
+        updates, opt_state = update(optimizer, grads, opt_state, at, value)
         return (optax.apply_updates(adapted, updates), opt_state), (loss, aux, probed)
 
     start = lax.stop_gradient(adapted) if inner.order == 1 else adapted
@@ -261,6 +257,18 @@ def inner_loop(
     params = seen(adapted, fixed, steps)
     probes = _append(probes, observe(params))
     return params, AdaptInfo(loss, aux, probes)
+
+
+def update(
+    optimizer: optax.GradientTransformation, grads: Any, opt_state: Any, params: Params, loss: jax.Array
+) -> tuple[Any, Any]:
+    """`optimizer.update`, given the loss and the gradient by name too, where it takes them (such as Polyak's)."""
+    takes = inspect.signature(optimizer.update).parameters
+    everything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
+    given = {"value": loss, "grad": grads}
+    return optimizer.update(
+        grads, opt_state, params, **{name: each for name, each in given.items() if everything or name in takes}
+    )
 
 
 def _strongly_typed(carry: Any, after: Any) -> Any:
@@ -321,43 +329,6 @@ def adapt(
 def adapted_part(inner: InnerLearner, params: Params) -> Params:
     """The leaves of `params` that the inner loop adapts, in the same structure with None for the rest."""
     return partition(params, inner.trainable)[0]
-
-
-def partition(params: Params, mask: Mask | None) -> tuple[Params, Params]:
-    """Splits leaves into adapted and fixed; each half keeps the structure, with None for what it lacks.
-
-    Raises:
-      TypeError: for a mask of anything but bools.
-      ValueError: for a mask that does not fit the parameters, or that selects none.
-    """
-    if mask is None:
-        return params, None
-    # A module of equinox is a tree and callable at once.
-    if callable(mask) and not all(isinstance(leaf, bool) for leaf in jax.tree.leaves(mask)):
-        mask = mask(params)
-    try:
-        mask = jax.tree.broadcast(mask, params)
-    except ValueError as error:
-        raise ValueError(
-            "trainable must be a pytree of bools with the structure of the parameters, or a prefix of it. "
-            f"The parameters are {jax.tree.structure(params)}, the mask is {jax.tree.structure(mask)}."
-        ) from error
-    for path, leaf in jax.tree_util.tree_leaves_with_path(mask):
-        if not isinstance(leaf, (bool, np.bool_)):
-            raise TypeError(
-                "trainable must hold True or False for each array of parameters, but at "
-                f"{jax.tree_util.keystr(path) or 'the array itself'} it has {leaf!r}."
-            )
-    if not any(jax.tree.leaves(mask)):
-        raise ValueError("trainable selects no parameter at all, so the inner loop has nothing to adapt.")
-    return divide(params, mask)
-
-
-def combine(adapted: Params, fixed: Params) -> Params:
-    """What `partition` has split."""
-    if fixed is None:
-        return adapted
-    return join(adapted, fixed)
 
 
 def _append(stacked: Any, last: Any) -> Any:

@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 from maml_jax import validation
-from maml_jax.inner import InnerLearner, adapted_part, inner_loop
+from maml_jax.inner import InnerLearner, adapted_part, inner_loop, update
 from maml_jax.task_axis import AtOnce, each, task_axis
 from maml_jax.types import AdaptInfo, Batch, Evaluation, LossFn, MetaInfo, MetaState, Params, Rates, Task
 
@@ -29,8 +29,8 @@ class MetaLearner(NamedTuple):
     `adapt(state, batch, steps=None) -> (params, AdaptInfo)`, to one new task as in training, with its
     learned rates, mask and optimizer; losses are those before each inner step, `[steps]`.
 
-    Jit them yourself: `jax.jit(learner.step, donate_argnums=0)`,
-    `jax.jit(learner.evaluate, static_argnames=("steps", "only_last"))`.
+    Jit them yourself: `jax.jit(learner.step, donate_argnums=0)`, `jax.jit(learner.evaluate, static_argnums=2)`, and
+    with `only_last`, which is static too, `static_argnames=("steps", "only_last")`.
     """
 
     init: Callable[[Params], MetaState]
@@ -119,7 +119,6 @@ def meta_learner(
     Evaluation and adaptation go through the inner loop alone, and so do not depend on `gradient`.
     """
     validation.transformation("outer", outer)
-    outer = optax.with_extra_args_support(outer)
     over_tasks = task_axis(tasks_at_once, mesh)
 
     def init(params: Params) -> MetaState:
@@ -135,7 +134,7 @@ def meta_learner(
     def step(state: MetaState, tasks: Task) -> tuple[MetaState, MetaInfo]:
         meta_params = (state.params, state.rates)
         (loss, grads), (aux, info) = over_tasks.mean(gradient, (meta_params, state.step), tasks)
-        updates, opt_state = outer.update(grads, state.opt_state, meta_params, value=loss, grad=grads)
+        updates, opt_state = update(outer, grads, state.opt_state, meta_params, loss)
         params, rates = optax.apply_updates(meta_params, updates)
         return (
             MetaState(state.step + 1, params, rates, opt_state),

@@ -63,6 +63,7 @@ class RunDirectory:
       config: all that the numbers of the run depend on, and what else is to be kept of its options. None: a run that
         cannot be gone on with, whose directory must hold none.
       harmless: fields of `config` that may differ from what the run was begun with.
+      growing: fields of `config`, lists, that may have further entries.
       wandb: the project of Weights & Biases that is to get a copy of the metrics, if any.
 
     Raises:
@@ -78,11 +79,12 @@ class RunDirectory:
         config: Mapping[str, Any] | None = None,
         *,
         harmless: Collection[str] = (),
+        growing: Collection[str] = (),
         wandb: str | None = None,
     ):
         self._events: Events | Literal["lost"] | None = None  # Made at the first row, of all rows that there are.
         self._wandb: WandB | None = None
-        self.path = Path(hosts.from_leader(lambda: str(self._open(path, name, config, harmless, wandb))))
+        self.path = Path(hosts.from_leader(lambda: str(self._open(path, name, config, harmless, growing, wandb))))
 
     def _open(
         self,
@@ -90,12 +92,13 @@ class RunDirectory:
         name: str,
         config: Mapping[str, Any] | None,
         harmless: Collection[str],
+        growing: Collection[str],
         wandb: str | None,
     ) -> Path:
         config = None if config is None else _as_json(config)
         self.path, self._lock = _own_or_free(name, config) if path is None else _locked(Path(path))
         try:
-            changed = _compare(self.path, config, harmless)
+            changed = _compare(self.path, config, harmless, growing)
         except OSError:
             self.close()
             raise
@@ -122,6 +125,7 @@ class RunDirectory:
         config: Mapping[str, Any] | None = None,
         *,
         harmless: Collection[str] = (),
+        growing: Collection[str] = (),
         wandb: str | None = None,
     ) -> None:
         """Raises what opening the directory would, without writing anything, for a check before data are read."""
@@ -131,7 +135,7 @@ class RunDirectory:
         if Path(path).exists() and not Path(path).is_dir():
             raise WorkdirError(f"{path} is no directory. Give another --workdir.")
         if Path(path).is_dir():
-            _compare(Path(path), None if config is None else _as_json(config), harmless)
+            _compare(Path(path), None if config is None else _as_json(config), harmless, growing)
             Lock(Path(path)).close()
 
     @_by_leader
@@ -268,7 +272,9 @@ def _own_or_free(name: str, config: Any) -> tuple[Path, Lock]:
     raise AssertionError
 
 
-def _compare(path: Path, config: Any, harmless: Collection[str]) -> dict[str, tuple[Any, Any]] | None:
+def _compare(
+    path: Path, config: Any, harmless: Collection[str], growing: Collection[str]
+) -> dict[str, tuple[Any, Any]] | None:
     """Harmless differences `{field: (was, is)}` from the run in `path`; None if there is no run.
 
     Raises:
@@ -280,7 +286,8 @@ def _compare(path: Path, config: Any, harmless: Collection[str]) -> dict[str, tu
     if config is None or was is None:
         raise FileExistsError(f"{path} already holds a run. Give another --workdir, or move that one away.")
     differing = _differences(was, config)
-    harmful = {field: values for field, values in differing.items() if field not in harmless}
+    grown = [field for field in growing if all(entry in config.get(field, ()) for entry in was.get(field, ()))]
+    harmful = {field: values for field, values in differing.items() if field not in {*harmless, *grown}}
     if harmful:
         listed = "".join(f"\n  {field} was {old!r}, is {new!r}" for field, (old, new) in harmful.items())
         raise WorkdirError(

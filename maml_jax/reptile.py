@@ -55,9 +55,12 @@ def reptile(
         loss, aux = query_loss(adapted, task.query)
         return (loss, (jax.tree.map(jnp.subtract, params, adapted), rates)), (aux, info)
 
+    validation.transformation("outer", outer)
+    # What is no gradient of the loss is not to be set beside it, as an optimizer that is given both would.
+    plain = optax.GradientTransformation(outer.init, lambda way, state, params=None: outer.update(way, state, params))
     of_tasks = summed(gradient)
     return meta_learner(
-        of_tasks, support_loss, query_loss, inner, outer, learns_rates=False, tasks_at_once=tasks_at_once, mesh=mesh
+        of_tasks, support_loss, query_loss, inner, plain, learns_rates=False, tasks_at_once=tasks_at_once, mesh=mesh
     )
 
 

@@ -35,10 +35,12 @@ def save(path: str | Path, params: Params, rates: Rates = (), description: dict[
       path: where.
       params: any pytree of arrays, such as a state of nnx or a module of equinox.
       rates: the same for the learned rates.
-      description: a dict of what JSON takes, and of NumPy's and JAX's numbers and arrays.
+      description: a dict of what JSON takes, and of NumPy's and JAX's numbers and arrays; what is not finite becomes
+        None.
 
     Raises:
       TypeError: for a leaf that is no array or number, or a description that JSON does not take.
+      ValueError: for leaves whose names are the same as text.
       OSError: if the file cannot be written.
     """
     from flax import serialization
@@ -79,7 +81,8 @@ def load(path: str | Path) -> Saved:
             raise ValueError(f"its format is {content['format']!r}, not {FORMAT!r}")
         description = json.loads(content["description"])
         rates = content["rates"]
-        return Saved(content["params"], () if isinstance(rates, dict) and not rates else rates, description)
+        none = rates is None or (isinstance(rates, dict) and not rates)
+        return Saved(content["params"], () if none else rates, description)
     except OSError:
         raise
     except Exception as error:  # Whatever the bytes of another file lead to.
@@ -133,5 +136,7 @@ def _nested(name: str, tree: Any) -> Any:
         place = nested
         for key in path[:-1]:
             place = place.setdefault(_name(key), {})
+        if _name(path[-1]) in place:
+            raise ValueError(f"{name} holds two leaves that are both called {jax.tree_util.keystr(path)} as text.")
         place[_name(path[-1])] = array
     return nested

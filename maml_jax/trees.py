@@ -3,6 +3,12 @@
 from typing import Any
 
 import jax
+import numpy as np
+
+from maml_jax.types import Params
+
+Mask = Any
+"""A pytree of bools shaped like (or a prefix of) the parameters, or a function from parameters to one."""
 
 
 def divide(tree: Any, mask: Any) -> tuple[Any, Any]:
@@ -16,3 +22,40 @@ def divide(tree: Any, mask: Any) -> tuple[Any, Any]:
 def join(first: Any, second: Any) -> Any:
     """What `divide` has divided."""
     return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda leaf: leaf is None)
+
+
+def partition(params: Params, mask: Mask | None) -> tuple[Params, Params]:
+    """Splits leaves into adapted and fixed; each half keeps the structure, with None for what it lacks.
+
+    Raises:
+      TypeError: for a mask of anything but bools.
+      ValueError: for a mask that does not fit the parameters, or that selects none.
+    """
+    if mask is None:
+        return params, None
+    # A module of equinox is a tree and callable at once.
+    if callable(mask) and not all(isinstance(leaf, bool) for leaf in jax.tree.leaves(mask)):
+        mask = mask(params)
+    try:
+        mask = jax.tree.broadcast(mask, params)
+    except ValueError as error:
+        raise ValueError(
+            "trainable must be a pytree of bools with the structure of the parameters, or a prefix of it. "
+            f"The parameters are {jax.tree.structure(params)}, the mask is {jax.tree.structure(mask)}."
+        ) from error
+    for path, leaf in jax.tree_util.tree_leaves_with_path(mask):
+        if not (isinstance(leaf, bool) or (np.shape(leaf) == () and getattr(leaf, "dtype", None) == np.bool_)):
+            raise TypeError(
+                "trainable must hold True or False for each array of parameters, but at "
+                f"{jax.tree_util.keystr(path) or 'the array itself'} it has {leaf!r}."
+            )
+    if not any(jax.tree.leaves(mask)):
+        raise ValueError("trainable selects no parameter at all, so the inner loop has nothing to adapt.")
+    return divide(params, mask)
+
+
+def combine(adapted: Params, fixed: Params) -> Params:
+    """What `partition` has split."""
+    if fixed is None:
+        return adapted
+    return join(adapted, fixed)

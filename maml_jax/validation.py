@@ -130,7 +130,7 @@ def floating_params(params: Params) -> None:
     if not leaves:
         raise ValueError("params holds no arrays at all, so there is nothing to meta-learn.")
     for path, leaf in leaves:
-        if isinstance(leaf, float):
+        if isinstance(leaf, float) and not hasattr(leaf, "dtype"):
             raise TypeError(f"params{jax.tree_util.keystr(path)} is a Python number: give jnp.asarray({leaf!r}).")
         if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(

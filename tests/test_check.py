@@ -199,6 +199,39 @@ def test_a_gradient_of_zero_is_no_exact_one():
     assert failed(report) == {"meta-gradient"} and "query loss" in report["meta-gradient"].meaning
 
 
+def test_a_task_that_is_at_rest_is_no_fault():
+    """A hinge whose margin all examples of the first task have has no gradient there."""
+
+    def hinge(params, batch):
+        return jax.nn.relu(batch @ params - 1).mean(), {}
+
+    random = np.random.default_rng(0)
+    support = np.stack([-np.ones((4, 3)), random.uniform(1, 2, (4, 3))])
+    batch = maml_jax.Task(support, random.uniform(1, 2, (2, 4, 3)))
+    report = check_meta_gradient(hinge, jnp.ones(3), batch, maml_jax.sgd(0.01, steps=1))
+    assert report.exact, str(report)
+
+
+def test_what_overflows_in_float32_alone_is_finite_for_whom_trains_in_float64(x64_everywhere):
+    def large(params, batch):
+        return jnp.square(1e30 * (batch @ params)).mean() * 1e-60, {}
+
+    batch = maml_jax.Task(*np.random.default_rng(0).standard_normal((2, 2, 4, 3)))
+    assert check_meta_gradient(large, jnp.ones(3), batch, maml_jax.sgd(0.01, steps=1))["finite"].passed
+    with jax.enable_x64(False):
+        report = check_meta_gradient(large, jnp.ones(3), batch, maml_jax.sgd(0.01, steps=1))
+    assert failed(report) == {"finite"} and "in float32" in report["finite"].meaning
+
+
+def test_a_loss_in_bfloat16_is_judged_as_coarsely_as_it_computes():
+    loss_fn, params = plain_dict()
+    report = check_meta_gradient(
+        lambda params, batch: (loss_fn(params, batch)[0].astype(jnp.bfloat16), {}),
+        params, tasks(2), maml_jax.sgd(0.3, steps=1),
+    )  # fmt: skip
+    assert report["finite"].passed and "bfloat16" in report["precision"].meaning
+
+
 def test_leaves_that_the_loss_does_not_use_are_told():
     loss_fn, params = plain_dict()
     report = check_meta_gradient(loss_fn, params | {"spare": jnp.ones(3)}, tasks(2), maml_jax.sgd(0.3, steps=1))

@@ -299,3 +299,10 @@ def test_optimizers_that_ask_for_the_loss_are_given_it():
     assert_close(after.params, jax.tree.map(lambda p, d: p + rate * (d - p), params, descended.params))
     inner = maml_jax.unrolled(optax.polyak_sgd(max_learning_rate=1e3), steps=2)
     assert maml_jax.check_meta_gradient(LOSS, params, tasks(2), inner).exact
+    # What takes neither goes as before; and beside Reptile's way, which is no gradient, no loss is set.
+    sharp = optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1), sync_period=2)
+    learner = maml_jax.maml(LOSS, maml_jax.sgd(0.3, steps=1), sharp)
+    assert np.isfinite(learner.step(learner.init(params), batch)[1].grad_norm)
+    with pytest.raises(TypeError, match="value"):
+        learner = reptile(LOSS, maml_jax.sgd(0.3, steps=2), optax.polyak_sgd())
+        learner.step(learner.init(params), batch)

@@ -230,6 +230,8 @@ def test_an_ensemble_has_a_line_of_its_own(tmp_path):
     assert [pair.second for pair in group.paired] == [single, together]
     (number,) = together.numbers()
     assert number.accuracy > single.numbers()[0].accuracy and number.inner_steps == single.row.inner_steps
+    text = page.markdown([group], tmp_path)
+    assert f"`b`: {plain.runs[0].cost()}" in text and "the best models together, selected" in text
     assert compare.labels(single.row) == ("queries together", "queries one by one", "ensemble")
 
 
@@ -414,7 +416,7 @@ BAD = [
     ({"rows": ()}, "at least one row"),
     ({"steps": 0}, "steps must be an integer of at least 1, but got 0"),
     ({"hours": float("nan")}, "hours must be positive and finite"),
-    ({"seeds": (1, 1)}, r"different numbers, but got \[1, 1\]"),
+    ({"seeds": (1, 1)}, r"must be different from each other, but got 1, 1"),
     ({"seeds": (-1,)}, "seeds must be an integer of at least 0, but got -1"),
     ({"rows": ("images-*",), "image_dir": Path("nowhere")}, "image_dir: nowhere does not exist, and images-5w1s needs"),
     ({"results": (Path("nowhere"),)}, "there is no folder nowhere"),

@@ -125,6 +125,9 @@ def test_navigation_from_beginning_to_end(quickly_compiled, monkeypatch, capsys,
     assert [(row["method"], row["step"]) for row in rows] == [("maml", 1), ("maml", 2)]
     assert rows[0]["return"] < 0 and rows[0]["return_before"] < 0
     # A method may be added later: what is trained stays.
+    with pytest.raises(SystemExit):
+        start(navigation, [*options, "--methods", "random"], monkeypatch, tmp_path)
+    assert "methods was ['maml'], is ['random']" in capsys.readouterr().err
     start(navigation, [*options, "--methods", "random", "maml"], monkeypatch, tmp_path)
     random, again = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
     assert random["method"] == "random" and again["return"] == maml["return"]

@@ -16,6 +16,11 @@ from maml_jax.rl.locomotion import ant, contact_forces, half_cheetah, planar_cen
 from maml_jax.rl.meta_rl import given_trials
 
 NAMES = ("half_cheetah", "ant")
+CLASSIC = {
+    "half_cheetah": ((0.4, 0.1, 0.1), (0, 0.8, 0.01), 0),
+    "ant": ((1, 0.5, 0.5), (0.8, 0.8, 0.01), 0.01),
+}
+"""Friction, impedance and margin of every part in the classic models."""
 
 
 @pytest.fixture(scope="module")
@@ -100,14 +105,14 @@ def test_the_listed_contacts_are_those_that_a_search_finds(name):
     spec = mujoco.MjSpec.from_file(str(MODELS / f"{name}.xml"))
     listed, touching = simulated(spec.compile())
     assert {pair.geomname2 for pair in spec.pairs} == {part.name for part in spec.geoms} - {"floor"}
-    rule = spec.pairs[0]
     for pair in list(spec.pairs):
         spec.delete(pair)
     for part in spec.geoms:
         floor = part.name == "floor"
-        part.contype, part.conaffinity, part.condim = not floor, floor, rule.condim
-        part.friction, part.solref, part.solimp = rule.friction[[0, 2, 3]], rule.solref, rule.solimp
-        part.margin = 0 if floor else rule.margin  # Today's engine adds the two.
+        part.contype, part.conaffinity, part.condim = not floor, floor, 3
+        friction, solimp, margin = CLASSIC[name]
+        part.friction, part.solref, part.solimp[:3] = friction, (0.02, 1), solimp
+        part.margin = 0 if floor else margin  # Today's engine adds the two, the classic one took the larger.
     searched, found = simulated(spec.compile())
     assert touching == found and len(found) > len(spec.geoms) / 2
     np.testing.assert_array_equal(listed, searched)

@@ -1,6 +1,7 @@
 """What is saved comes back, of any library's parameters, and nothing of a file is executed."""
 
 import pickle
+from collections import OrderedDict
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,8 @@ def test_what_cannot_be_saved_or_restored_is_told(tmp_path):
         maml_jax.save(tmp_path / "model", params, (), {"ways": {1, 2}})
     with pytest.raises(TypeError, match="description must be a dict, but got 'mine'"):
         maml_jax.save(tmp_path / "model", params, (), "mine")
+    with pytest.raises(ValueError, match="two leaves that are both called"):
+        maml_jax.save(tmp_path / "model", OrderedDict([(1, jnp.ones(2)), ("1", jnp.zeros(2))]))
     assert not (tmp_path / "model").exists()
     path = maml_jax.save(tmp_path / "model", params, jnp.ones(3), {"ways": np.int64(5), "rate": jnp.float32(0.5)})
     content = maml_jax.load(path)

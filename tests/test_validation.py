@@ -163,7 +163,7 @@ def test_masks():
     ):
         with pytest.raises(TypeError, match=message):
             maml_jax.maml(loss_fn, maml_jax.sgd(0.1, steps=1, trainable=mask), optax.sgd(0.1)).init(params)
-    mask = {"w1": np.bool_(False), **rest}
+    mask = {"w1": np.bool_(False), **rest, "b2": jnp.array(True)}
     adapted = maml_jax.maml(loss_fn, maml_jax.sgd(0.1, steps=1, trainable=mask), optax.sgd(0.1))
     batch = jax.tree.map(lambda leaf: leaf[0], tasks(1).support)
     moved, _ = adapted.adapt(adapted.init(params), batch)

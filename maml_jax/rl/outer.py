@@ -10,7 +10,7 @@ import jax
 import optax
 from jax import lax
 
-from maml_jax import validation
+from maml_jax import inner, validation
 from maml_jax.rl.objective import Objective
 
 MetaParams = Any
@@ -83,7 +83,7 @@ def _descent(
         def step(carry: Any, _: None) -> Any:
             meta_params, opt_state = carry
             value, grads = jax.value_and_grad(lambda meta_params: loss(objective, meta_params))(meta_params)
-            updates, opt_state = optimizer.update(grads, opt_state, meta_params)
+            updates, opt_state = inner.update(optimizer, grads, opt_state, meta_params, value)
             return (optax.apply_updates(meta_params, updates), opt_state), (value, optax.tree.norm(grads))
 
         (meta_params, opt_state), (values, norms) = lax.scan(step, (meta_params, opt_state), length=steps)
