@@ -299,6 +299,13 @@ def test_optimizers_that_ask_for_the_loss_are_given_it():
     assert_close(after.params, jax.tree.map(lambda p, d: p + rate * (d - p), params, descended.params))
     inner = maml_jax.unrolled(optax.polyak_sgd(max_learning_rate=1e3), steps=2)
     assert maml_jax.check_meta_gradient(LOSS, params, tasks(2), inner).exact
+    # First order: the gradient at the adapted parameters, without that of the step size.
+    first = maml_jax.maml(LOSS, inner._replace(order=1), optax.sgd(1.0))
+    state = first.init(params)
+    moved = jax.tree.map(jnp.subtract, params, first.step(state, batch)[0].params)
+    each = [jax.tree.map(lambda leaf, i=i: leaf[i], batch) for i in range(3)]
+    grads = [jax.grad(lambda p, b: LOSS(p, b)[0])(first.adapt(state, task.support)[0], task.query) for task in each]
+    assert_close(moved, jax.tree.map(lambda *leaves: sum(leaves) / 3, *grads))
     # What takes neither goes as before; and beside Reptile's way, which is no gradient, no loss is set.
     sharp = optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1), sync_period=2)
     learner = maml_jax.maml(LOSS, maml_jax.sgd(0.3, steps=1), sharp)

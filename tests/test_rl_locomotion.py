@@ -105,12 +105,13 @@ def test_the_listed_contacts_are_those_that_a_search_finds(name):
     spec = mujoco.MjSpec.from_file(str(MODELS / f"{name}.xml"))
     listed, touching = simulated(spec.compile())
     assert {pair.geomname2 for pair in spec.pairs} == {part.name for part in spec.geoms} - {"floor"}
+    friction, solimp, margin = CLASSIC[name]
     for pair in list(spec.pairs):
+        np.testing.assert_array_equal(pair.friction, np.array(friction)[[0, 0, 1, 2, 2]])
         spec.delete(pair)
     for part in spec.geoms:
         floor = part.name == "floor"
         part.contype, part.conaffinity, part.condim = not floor, floor, 3
-        friction, solimp, margin = CLASSIC[name]
         part.friction, part.solref, part.solimp[:3] = friction, (0.02, 1), solimp
         part.margin = 0 if floor else margin  # Today's engine adds the two, the classic one took the larger.
     searched, found = simulated(spec.compile())
