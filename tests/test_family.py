@@ -298,7 +298,9 @@ def test_optimizers_that_ask_for_the_loss_are_given_it():
     rate = info.loss / info.grad_norm**2
     assert_close(after.params, jax.tree.map(lambda p, d: p + rate * (d - p), params, descended.params))
     inner = maml_jax.unrolled(optax.polyak_sgd(max_learning_rate=1e3), steps=2)
-    assert maml_jax.check_meta_gradient(LOSS, params, tasks(2), inner).exact
+    squares = lambda p, batch: (jnp.square(batch @ p - 1).mean(), {})  # noqa: E731
+    numbers = maml_jax.Task(*np.random.default_rng(0).standard_normal((2, 2, 4, 3)))
+    assert maml_jax.check_meta_gradient(squares, jnp.ones(3), numbers, inner).exact
     # First order: the gradient at the adapted parameters, without that of the step size.
     first = maml_jax.maml(LOSS, inner._replace(order=1), optax.sgd(1.0))
     state = first.init(params)
