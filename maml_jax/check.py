@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import jaxprs_in_params
 
 from maml_jax import validation
+from maml_jax.differences import Judge, cast, coarsest_type, judge_of, listed, norm, relative_difference
 from maml_jax.inner import InnerLearner, adapted_part
 from maml_jax.meta import StepWeights, task_loss
 from maml_jax.types import LossFn, Params, Task
@@ -126,7 +126,7 @@ def check_meta_gradient(
     wide = bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
     with jax.enable_x64(True):
         random = np.random.default_rng(seed)
-        given, tasks = _cast((params, tasks), np.float64)
+        given, tasks = cast((params, tasks), np.float64)
         params = jax.tree.map(lambda leaf: leaf + NUDGE * random.standard_normal(leaf.shape), given)
         of_task = partial(task_loss, support_loss, query_loss, step_weights=weights)
         problem = _Problem(support_loss, of_task, inner, params, tasks)
@@ -135,15 +135,15 @@ def check_meta_gradient(
         if not finite.passed:
             return MetaGradientReport((finite,))
         value, gradient = problem.value_and_grad(problem.start)
-        coarsest = _coarsest(jax.make_jaxpr(problem.meta_loss)(problem.start).jaxpr)
-        judge = _judge(tolerance, coarsest, directions, seed)
+        coarsest = coarsest_type(jax.make_jaxpr(problem.meta_loss)(problem.start).jaxpr)
+        judge = judge_of(tolerance, coarsest, directions, seed)
         findings = [
             finite,
             _loss_gradient(judge, problem),
             _value(judge, problem, value),
             _meta_gradient(judge, problem, gradient),
         ]
-        if np.isfinite(_norm(gradient)):  # Else there is nothing to compare any more.
+        if np.isfinite(norm(gradient)):  # Else there is nothing to compare any more.
             findings += [
                 _jit(judge, problem, gradient),
                 _vmap(judge, problem, gradient),
@@ -186,71 +186,7 @@ class _Problem:
     def in_float32(self) -> "_Problem":
         support_loss, objective, inner, *data = self.parts
         with jax.enable_x64(False):
-            return _Problem(support_loss, objective, inner, *_cast(tuple(data), np.float32))
-
-
-def _coarsest(jaxpr: Any) -> np.dtype:
-    """The floating-point type of the lowest precision that a program computes in."""
-    coarsest = np.dtype(np.float64)
-    for equation in jaxpr.eqns:
-        found = [var.aval.dtype for var in equation.outvars if jnp.issubdtype(var.aval.dtype, jnp.floating)]
-        found += [_coarsest(inner) for inner in jaxprs_in_params(equation.params)]
-        coarsest = max([coarsest, *found], key=lambda dtype: jnp.finfo(dtype).eps)
-    return coarsest
-
-
-def _judge(tolerance: float, coarsest: np.dtype, directions: int, seed: int) -> "_Judge":
-    """Steps near the best for central differences, the cube root of the precision, and what they resolve.
-
-    Wider steps suffer from curvature and from kinks (a ReLU that switches in between), narrower ones from
-    rounding; the best of several counts.
-    """
-    precision = float(jnp.finfo(coarsest).eps)
-    best = precision ** (1 / 3)
-    if coarsest == np.float64:
-        return _Judge(tolerance, (100 * best, 10 * best, best, best / 10), directions, seed)
-    return _Judge(max(tolerance, precision**0.25), (10 * best, best, best / 10), directions, seed)
-
-
-class _Judge(NamedTuple):
-    """How differences are taken, and what counts as agreement."""
-
-    tolerance: float
-    steps: tuple[float, ...]
-    directions: int
-    seed: int
-
-    def error(self, fn: Callable[[Any], jax.Array], at: Any, gradient: Any) -> float:
-        """The largest relative error of `gradient` along the random directions; NaN if it is not finite."""
-        random = np.random.default_rng(self.seed)
-        return float(np.max([self._along(fn, at, gradient, _direction(random, at)) for _ in range(self.directions)]))
-
-    def culprits(self, fn: Callable[[Any], jax.Array], at: Any, gradient: Any) -> str:
-        """Names the leaves along which `gradient` is wrong."""
-        wrong = []
-        for index, (path, _) in enumerate(jax.tree_util.tree_leaves_with_path(at)):
-            error = self._along(fn, at, gradient, _direction(np.random.default_rng(self.seed), at, only=index))
-            if not error <= self.tolerance:
-                wrong.append(path)
-        return f", along {_listed(wrong)}" if wrong else ""
-
-    def _along(self, fn: Callable[[Any], jax.Array], at: Any, gradient: Any, direction: Any) -> float:
-        claimed = _dot(gradient, direction)
-        size = sum(leaf.size for leaf in jax.tree.leaves(at))
-        # A direction that happens to lie across the gradient is measured against the typical slope.
-        typical = _norm(gradient) / size**0.5
-
-        def error(step: float) -> float:
-            def moved(x: Any, d: np.ndarray) -> np.ndarray:
-                return (np.asarray(x) + step * d).astype(x.dtype)
-
-            ahead = fn(jax.tree.map(moved, at, direction))
-            behind = fn(jax.tree.map(lambda x, d: moved(x, -d), at, direction))
-            slope = float(ahead - behind) / (2 * step)
-            scale = max(abs(slope), abs(claimed), typical)
-            return 0.0 if scale == 0 else abs(slope - claimed) / scale
-
-        return float(np.min([error(step) for step in self.steps]))
+            return _Problem(support_loss, objective, inner, *cast(tuple(data), np.float32))
 
 
 def _finite(problem: _Problem, trained: _Problem, given: Params) -> Finding:
@@ -270,7 +206,7 @@ def _finite(problem: _Problem, trained: _Problem, given: Params) -> Finding:
         )
     else:
         with jax.enable_x64(dtype == np.float64):
-            value, gradient = trained.value_and_grad((_cast(given, dtype), trained.start[1]))
+            value, gradient = trained.value_and_grad((cast(given, dtype), trained.start[1]))
         wrong = _not_finite(gradient)
         if not np.isfinite(value):
             meaning = (
@@ -292,21 +228,16 @@ def _finite(problem: _Problem, trained: _Problem, given: Params) -> Finding:
 
 def _not_finite(tree: Any) -> str:
     """Names the leaves that are not finite."""
-    return _listed([path for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if not np.isfinite(leaf).all()])
+    return listed([path for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if not np.isfinite(leaf).all()])
 
 
-def _listed(paths: list[Any]) -> str:
-    names = [jax.tree_util.keystr(path) for path in paths]
-    return f"{', '.join(names[:6])}{' and more' if len(names) > 6 else ''}"
-
-
-def _loss_gradient(judge: _Judge, problem: _Problem) -> Finding:
+def _loss_gradient(judge: Judge, problem: _Problem) -> Finding:
     """The inner gradient by itself, so that a fault in the loss is told from one in its second derivative."""
     params = problem.start[0]
     for task in _each_task(problem.tasks):  # The first that has a gradient: in one task a hinge may be at rest.
         loss = partial(problem.support_loss, support=task.support)
         gradient = jax.grad(loss)(params)
-        if _norm(gradient):
+        if norm(gradient):
             break
     else:
         meaning = (
@@ -326,7 +257,7 @@ def _loss_gradient(judge: _Judge, problem: _Problem) -> Finding:
     return Finding("loss gradient", error, judge.tolerance, meaning)
 
 
-def _value(judge: _Judge, problem: _Problem, value: jax.Array) -> Finding:
+def _value(judge: Judge, problem: _Problem, value: jax.Array) -> Finding:
     alone = problem.loss(problem.start)
     error = float(abs(value - alone) / jnp.maximum(abs(alone), jnp.finfo(alone.dtype).tiny))
     if error <= judge.tolerance:
@@ -340,8 +271,8 @@ def _value(judge: _Judge, problem: _Problem, value: jax.Array) -> Finding:
     return Finding("value", error, judge.tolerance, meaning)
 
 
-def _meta_gradient(judge: _Judge, problem: _Problem, gradient: Any) -> Finding:
-    if _norm(gradient) == 0:
+def _meta_gradient(judge: Judge, problem: _Problem, gradient: Any) -> Finding:
+    if norm(gradient) == 0:
         meaning = (
             "It is zero along all parameters, so that nothing is meta-learned. Look for stop_gradient, rounding or "
             "argmax in the query loss, and whether it takes the parameters that it is given."
@@ -354,8 +285,8 @@ def _meta_gradient(judge: _Judge, problem: _Problem, gradient: Any) -> Finding:
         meaning = f"It agrees with differences of the meta-loss along {judge.directions} random directions."
         still = [path for path, leaf in jax.tree_util.tree_leaves_with_path(gradient) if not np.any(leaf)]
         if still:
-            meaning += f" Along {_listed(still)} it is zero, so that these are not meta-learned."
-    elif not np.isfinite(_norm(gradient)):
+            meaning += f" Along {listed(still)} it is zero, so that these are not meta-learned."
+    elif not np.isfinite(norm(gradient)):
         meaning = (
             "It is not finite. An inner optimizer with a square root, such as Adam, needs eps_root > 0; a loss with "
             "sqrt, log or norm needs care at zero."
@@ -369,9 +300,9 @@ def _meta_gradient(judge: _Judge, problem: _Problem, gradient: Any) -> Finding:
     return Finding("meta-gradient", error, judge.tolerance, meaning)
 
 
-def _jit(judge: _Judge, problem: _Problem, gradient: Any) -> Finding:
+def _jit(judge: Judge, problem: _Problem, gradient: Any) -> Finding:
     with jax.disable_jit():
-        error = _difference(gradient, jax.grad(problem.meta_loss)(problem.start))
+        error = relative_difference(gradient, jax.grad(problem.meta_loss)(problem.start))
     if error <= judge.tolerance:
         meaning = "Compiled and not compiled it is the same."
     else:
@@ -379,9 +310,9 @@ def _jit(judge: _Judge, problem: _Problem, gradient: Any) -> Finding:
     return Finding("jit", error, judge.tolerance, meaning)
 
 
-def _vmap(judge: _Judge, problem: _Problem, gradient: Any) -> Finding:
+def _vmap(judge: Judge, problem: _Problem, gradient: Any) -> Finding:
     each = [problem.task_gradient(problem.start, task) for task in _each_task(problem.tasks)]
-    error = _difference(gradient, jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *each))
+    error = relative_difference(gradient, jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *each))
     if error <= judge.tolerance:
         meaning = "Mapped over tasks it is the same as in a Python loop over them."
     else:
@@ -396,7 +327,7 @@ def _each_task(tasks: Task) -> list[Task]:
 def _order(problem: _Problem, gradient: Any) -> Finding:
     other = problem.with_order(1 if problem.inner.order == 2 else 2).value_and_grad(problem.start)[1]
     first, second = (gradient, other) if problem.inner.order == 1 else (other, gradient)
-    change = _difference(first, second)
+    change = relative_difference(first, second)
     if change > 0:
         meaning = "First order differs from second by this much of its norm here."
     else:
@@ -410,7 +341,7 @@ def _order(problem: _Problem, gradient: Any) -> Finding:
 def _precision(problem: _Problem, single: _Problem, gradient: Any, coarsest: np.dtype) -> Finding:
     with jax.enable_x64(False):
         rounded = single.value_and_grad(single.start)[1]
-    error = _difference(_cast(rounded, np.float64), gradient)
+    error = relative_difference(cast(rounded, np.float64), gradient)
     note = ""
     if coarsest != np.float64:
         note = f" The loss computes in {coarsest} whatever it is given, so nothing here is judged more finely."
@@ -422,43 +353,3 @@ def _precision(problem: _Problem, single: _Problem, gradient: Any, coarsest: np.
             f"fewer steps or float64 help.{note}"
         )
     return Finding("precision", error, float("inf"), meaning)
-
-
-def _cast(tree: Any, dtype: Any) -> Any:
-    """Floating-point leaves as NumPy arrays of that type, integers no wider than it; the others as they are."""
-
-    def cast(leaf: Any) -> Any:
-        kind = jnp.result_type(leaf)
-        if jnp.issubdtype(kind, jnp.floating):
-            return np.asarray(leaf, dtype)
-        wide = jnp.issubdtype(kind, jnp.integer) and np.dtype(kind).itemsize > np.dtype(dtype).itemsize
-        return np.asarray(leaf, np.int32) if wide else leaf
-
-    return jax.tree.map(cast, tree)
-
-
-# NumPy from here on: compiling each of these small sums would take longer than all the rest.
-
-
-def _direction(random: np.random.Generator, like: Any, only: int | None = None) -> Any:
-    """A random direction of norm 1, within one leaf if `only` is its index."""
-    leaves, structure = jax.tree.flatten(like)
-    drawn = [random.standard_normal(leaf.shape) for leaf in leaves]
-    if only is not None:
-        drawn = [d if index == only else np.zeros_like(d) for index, d in enumerate(drawn)]
-    norm = _norm(drawn)
-    return jax.tree.unflatten(structure, [d / norm for d in drawn])
-
-
-def _dot(a: Any, b: Any) -> float:
-    return sum(float(np.vdot(x, y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
-
-
-def _norm(tree: Any) -> float:
-    return _dot(tree, tree) ** 0.5
-
-
-def _difference(a: Any, b: Any) -> float:
-    """Norm of the difference over the norm of `b`; 0 if both are 0."""
-    difference, norm = _norm(jax.tree.map(lambda x, y: np.asarray(x) - np.asarray(y), a, b)), _norm(b)
-    return 0.0 if difference == 0 else difference / norm if norm else float("inf")

@@ -135,8 +135,8 @@ def _nested(name: str, tree: Any) -> Any:
             return array
         place = nested
         for key in path[:-1]:
-            place = place.setdefault(_name(key), {})
-        if _name(path[-1]) in place:
+            place = place.setdefault(_name(key), {}) if isinstance(place, dict) else place
+        if not isinstance(place, dict) or _name(path[-1]) in place:
             raise ValueError(f"{name} holds two leaves that are both called {jax.tree_util.keystr(path)} as text.")
         place[_name(path[-1])] = array
     return nested

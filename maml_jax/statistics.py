@@ -13,9 +13,13 @@ class Interval(NamedTuple):
 
 
 def interval(values: np.ndarray) -> Interval:
-    """Mean over the first axis (tasks) with 1.96 standard errors on either side: `[T, ...] -> [...]`."""
+    """Mean over the first axis (tasks) with 1.96 standard errors on either side: `[T, ...] -> [...]`.
+
+    Where a task is infinite, as one that has diverged, the half width is NaN.
+    """
     values = np.asarray(values, np.float64)
-    return Interval(values.mean(0), 1.96 * values.std(0) / np.sqrt(len(values)))
+    with np.errstate(invalid="ignore"):
+        return Interval(values.mean(0), 1.96 * values.std(0) / np.sqrt(len(values)))
 
 
 def divergence_rate(support_loss: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from experiments import classifier, evaluate, few_shot, few_shot_training, metho
 from experiments import omniglot as omniglot_experiment
 from experiments.few_shot import DataSet, Prepared, Setting
 from experiments.omniglot import Config
-from maml_jax import evaluation, models, record, saved
+from maml_jax import evaluation, models, record, saved, statistics
 from maml_jax.evaluation import Protocol
 from maml_jax.inner import inner_loop
 from maml_jax.tasks import episodes, host, omniglot
@@ -268,3 +268,10 @@ def test_fine_tuning_takes_the_rate_that_is_best_in_validation(characters, tmp_p
     best, _ = few_shot_training.tuned(prepared, state, tasks)
     np.testing.assert_allclose(seen, np.multiply(few_shot_training.FACTORS, prepared.setting.inner_rate), rtol=1e-5)
     assert best.setting.inner_rate == pytest.approx(0.2)
+
+
+def test_an_interval_with_a_task_that_diverged_is_no_number_and_no_warning(recwarn):
+    found = statistics.interval([[1.0, 1.0], [3.0, np.inf]])
+    np.testing.assert_array_equal(found.mean, [2, np.inf])
+    np.testing.assert_allclose(found.half_width, [1.96 / np.sqrt(2), np.nan])
+    assert not recwarn.list

@@ -43,7 +43,7 @@ def test_models_and_plots_bring_no_tensorflow():
 
 
 LAYERS = [  # Each may import only from those before it.
-    {"types", "backend", "invariant", "workdir", "events"},
+    {"types", "backend", "invariant", "workdir", "events", "differences"},
     {"trees", "profiling", "wandb_copy", "validation", "tasks.cache"},
     {"hosts", "mixed"},
     {"inner", "task_axis", "convolution", "losses", "statistics", "tasks.sinusoid", "tasks.episodes", "tasks.omniglot"},

@@ -57,8 +57,10 @@ def test_what_cannot_be_saved_or_restored_is_told(tmp_path):
         maml_jax.save(tmp_path / "model", params, (), {"ways": {1, 2}})
     with pytest.raises(TypeError, match="description must be a dict, but got 'mine'"):
         maml_jax.save(tmp_path / "model", params, (), "mine")
-    with pytest.raises(ValueError, match="two leaves that are both called"):
-        maml_jax.save(tmp_path / "model", OrderedDict([(1, jnp.ones(2)), ("1", jnp.zeros(2))]))
+    for other in (jnp.zeros(2), {"deep": jnp.zeros(2)}, {"deep": {"er": jnp.zeros(2)}}):
+        for pairs in ([(1, jnp.ones(2)), ("1", other)], [("1", other), (1, jnp.ones(2))]):
+            with pytest.raises(ValueError, match="two leaves that are both called"):
+                maml_jax.save(tmp_path / "model", OrderedDict(pairs))
     assert not (tmp_path / "model").exists()
     path = maml_jax.save(tmp_path / "model", params, jnp.ones(3), {"ways": np.int64(5), "rate": jnp.float32(0.5)})
     content = maml_jax.load(path)
