@@ -114,6 +114,7 @@ def classifier(config: Config, setting: Setting, image: tuple[int, ...], classes
         setting.outer_rate,
         setting.clip,
         config.steps,
+        config.anneal,
     )
     apply, features = models.apply_params(trained), models.apply_params(trained, head=False)
     method = methods.build(training, apply, features, setting.ways)

@@ -50,6 +50,8 @@ class Config(command_line.Looks):
     """Inner steps in training; default: the recipe's."""
     outer_rate: float | None = None
     """Adam's rate in the outer loop, or the fraction of the way that Reptile goes at first; default: .001, and .5."""
+    anneal: bool = False
+    """Let the outer rate fall along a cosine over all meta-steps, to a hundredth. MAML++'s and Reptile's fall anyway."""
     tasks_at_once: int | None = None
     """Tasks computed together on a device, the rest after them. Default: what suits the backend and the net."""
     test_tasks: int = 600
@@ -122,6 +124,8 @@ def resolve(config: Config, recipe: Callable[[int, int], Recipe]) -> Setting:
         raise ValueError("normalisation 'running' gathers statistics over inner steps, and pretrained takes none.")
     if config.order == 1 and config.method in methods.FIXED_ORDER:
         raise ValueError(f"order 1 is for methods that differentiate the inner loop, and {config.method} does not.")
+    if config.anneal and config.method in methods.ANNEALED:
+        raise ValueError(f"anneal is for methods with a constant outer rate, and that of {config.method} falls anyway.")
     found = recipe(ways, shots)
     setting = Setting(
         ways=ways,
@@ -226,7 +230,7 @@ def recorded(config: Config, setting: Setting) -> dict[str, Any]:
 
 def harmless(config: Config) -> tuple[str, ...]:
     """Options that may be others when a run goes on."""
-    annealed = config.method in ("maml++", "reptile")  # Over all meta-steps: another number is another run.
+    annealed = config.anneal or config.method in methods.ANNEALED  # Over all meta-steps: another number is another run.
     return (*PLACES, "test_tasks", "seen", "ensemble", "tasks_at_once", *(() if annealed else ("steps",)))
 
 

@@ -166,6 +166,7 @@ def run_name(prepared: Prepared) -> str:
     parts += ["mlp"] if setting.net == "mlp" else []
     parts += [config.normalisation] if config.normalisation != "batch" else []
     parts += ["order1"] if config.order == 1 else []
+    parts += ["annealed"] if config.anneal else []
     return "-".join([*parts, f"seed{config.seed}"])
 
 

@@ -34,6 +34,9 @@ METHODS: tuple[MethodName, ...] = get_args(MethodName)
 FIXED_ORDER = ("reptile", "imaml", "pretrained")
 """Those in which nothing is differentiated through the inner steps, whatever the order."""
 
+ANNEALED = ("maml++", "reptile")
+"""Those with an outer rate that falls over all meta-steps, whatever is asked for."""
+
 STRENGTH, CG_STEPS = 0.5, 5  # Of iMAML. The iterations are the paper's, the strength is chosen here.
 
 
@@ -49,6 +52,8 @@ class Training(NamedTuple):
     """Bound of each entry of the meta-gradient."""
     steps: int
     """Meta-steps in all, over which what is annealed is annealed."""
+    anneal: bool = False
+    """Whether Adam's outer rate falls."""
 
 
 class Method(NamedTuple):
@@ -163,7 +168,7 @@ def _outer(training: Training) -> optax.GradientTransformation:
         # A part of the way to the adapted parameters, ever less (Nichol et al. 2018, section 6.1).
         return optax.sgd(optax.linear_schedule(training.outer_rate, 0.0, training.steps))
     rate: Any = training.outer_rate
-    if training.method == "maml++":
+    if training.anneal or training.method in ANNEALED:
         rate = optax.cosine_decay_schedule(training.outer_rate, training.steps, alpha=0.01)
     return optax.chain(optax.identity() if training.clip is None else optax.clip(training.clip), optax.adam(rate))
 
