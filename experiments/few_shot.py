@@ -51,7 +51,7 @@ class Config(command_line.Looks):
     outer_rate: float | None = None
     """Adam's rate in the outer loop, or the fraction of the way that Reptile goes at first; default: .001, and .5."""
     anneal: bool = False
-    """Let the outer rate fall along a cosine over all meta-steps, to a hundredth. MAML++'s and Reptile's fall anyway."""
+    """Let the outer rate fall along a cosine over all meta-steps, to a hundredth, as MAML++'s does anyway."""
     tasks_at_once: int | None = None
     """Tasks computed together on a device, the rest after them. Default: what suits the backend and the net."""
     test_tasks: int = 600

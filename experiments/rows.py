@@ -156,7 +156,9 @@ def _rows() -> list[Row]:
     norms = ("norm-support", "norm-tasknorm", "norm-layer", "norm-group", "norm-running")
     paper = [_row("omniglot", setting, method) for setting in SETTINGS for method in ("maml", "order1")]
     paper += [_row("omniglot", setting, "mlp") for setting in ("5w1s", "5w5s")]
-    ours = [_row("omniglot", setting, method) for setting in ("5w1s", "5w5s") for method in ("annealed", "mlp-annealed")]
+    ours = [
+        _row("omniglot", setting, method) for setting in ("5w1s", "5w5s") for method in ("annealed", "mlp-annealed")
+    ]
     by_family = [
         _row("omniglot", setting, method)
         for setting in SETTINGS

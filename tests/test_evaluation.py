@@ -205,6 +205,27 @@ def test_mamlpp_counts_after_the_steps_that_it_has_rates_for():
     assert few_shot.reported_steps("maml", 3, 1) == 3 and few_shot.reported_steps("maml++", 3, 7) == 7
 
 
+@pytest.mark.parametrize(
+    "method, anneal, falls", [("maml", False, False), ("maml", True, True), ("maml++", False, True)]
+)
+def test_the_outer_rate_falls_where_it_is_asked_for(method, anneal, falls):
+    """Along a cosine over all meta-steps, to a hundredth: by how much Adam moves under a gradient that stays the same.
+
+    A run of another number of meta-steps is then another run.
+    """
+    steps = 10
+    training = methods.Training(method, 2, 0.4, 1, 1e-2, None, steps, anneal)
+    outer = methods._outer(training)
+    weight, moved = jnp.float32(0), []
+    state = outer.init(weight)
+    for _ in range(steps + 1):
+        update, state = outer.update(jnp.float32(3.0), state, weight)
+        moved.append(-float(update))
+    cosine = 0.01 + 0.99 * (1 + np.cos(np.pi * np.arange(steps + 1) / steps)) / 2
+    np.testing.assert_allclose(moved, 1e-2 * cosine if falls else np.full(steps + 1, 1e-2), rtol=1e-4)
+    assert ("steps" in few_shot.harmless(omniglot_experiment.Config(method=method, anneal=anneal))) is not falls
+
+
 @pytest.mark.parametrize("method", ["maml++", "meta-curvature"])
 def test_a_saved_model_is_what_was_trained(method, characters, tmp_path, small_net, monkeypatch):
     """With its rates, in the structure that they had; and what does not fit is refused before anything is evaluated."""

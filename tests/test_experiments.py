@@ -44,6 +44,7 @@ BAD = [
     ("omniglot", ["--rotations", "up"], "rotations"),
     ("omniglot", ["--method", "magic"], "method"),
     ("omniglot", ["--method", "reptile", "--order", "1"], "order 1 is for methods that differentiate the inner loop"),
+    ("omniglot", ["--method", "maml++", "--anneal"], "anneal is for methods with a constant outer rate"),
     ("omniglot", ["--net", "mlp", "--normalisation", "tasknorm"], "'tasknorm' needs axes of space"),
     ("omniglot", ["--method", "pretrained", "--normalisation", "running"], "'running' gathers statistics"),
     ("miniimagenet", ["--data-dir", "nowhere"], "nowhere"),
