@@ -179,6 +179,15 @@ def test_rewards_and_observations_are_the_papers(x64_everywhere, engines, make, 
             assert same == [ends, ends] and bool(later.done) == ends  # After its end an episode stays.
 
 
+def test_the_engine_does_not_look_at_the_clock(engines):
+    """Which its own profile tells."""
+    model = engines["ant"].model
+    data = mujoco.MjData(model)
+    mujoco.mj_step(model, data, nstep=100)
+    timers = [data.timer[index] for index in range(mujoco.mjtTimer.mjNTIMER)]
+    assert max(timer.number for timer in timers) >= 100 and all(timer.duration == 0 for timer in timers)
+
+
 def test_pictures_show_the_pose():
     """In a process of its own: the engine chooses its OpenGL when it is imported."""
     code = (
