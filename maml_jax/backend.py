@@ -6,7 +6,7 @@ for TPUs they are not measured.
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -30,6 +30,11 @@ def tasks_at_once(params: Any) -> int | None:
     """How many tasks are computed together: one keeps a CPU's caches warm, an accelerator wants all (None)."""
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     return 1 if jax.default_backend() == "cpu" and size > LARGE_PARAMS else None
+
+
+def policies_at_once() -> Literal[1, "all"]:
+    """The same for policies, however small: the thousands of steps that each has seen fill a CPU's caches alone."""
+    return 1 if jax.default_backend() == "cpu" else "all"
 
 
 def convolution(platform: str, operation: str, channels: int, window: Sequence[int], stride: int) -> str:

@@ -12,6 +12,7 @@ from maml_jax.rl.navigation import navigation
 from maml_jax.rl.objective import Objective
 from maml_jax.rl.outer import Outer, OuterInfo
 from maml_jax.rl.policy import gaussian_mlp
+from maml_jax.task_axis import task_axis
 
 ENVIRONMENT = navigation(horizon=8)
 POLICY = gaussian_mlp(2, 2, hidden=(5,))
@@ -36,7 +37,7 @@ def collected(inner, params, *, tasks=3, episodes=4, name="logp", sampling_term=
     outer = Outer(lambda meta_params: (), update)
     learner = maml_rl(environment, POLICY, inner, outer, episodes=episodes, inner_loss_name=name)
     state, _ = compiled(learner.step)(learner.init(params), draw_trials(environment, jax.random.key(5), tasks))
-    return Objective(POLICY, inner, inner_loss(POLICY, name), state.opt_state, sampling_term)
+    return Objective(POLICY, inner, inner_loss(POLICY, name), state.opt_state, sampling_term, task_axis("all", None))
 
 
 def direction_like(tree, seed=1):

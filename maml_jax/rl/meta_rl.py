@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from maml_jax import validation
+from maml_jax import backend, validation
 from maml_jax.inner import InnerLearner, adapted_part, inner_loop
 from maml_jax.meta import MetaLearner
 from maml_jax.rl.advantage import Experience, experience, summary
@@ -102,7 +102,8 @@ def maml_rl(
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must be between 0 and 1, but got {value!r}.")
     loss_fn = inner_loss(policy, inner_loss_name)
-    over_tasks = task_axis("all", mesh)
+    # The host simulates all episodes in one call; what is derived of them suits the backend.
+    over_tasks, derived_over_tasks = task_axis("all", mesh), task_axis(backend.policies_at_once(), mesh)
 
     def init(params: Params) -> MetaState:
         validation.floating_params(params)
@@ -131,7 +132,7 @@ def maml_rl(
             raise ValueError("sampling_term compares each task's return with the others': give 2 tasks or more.")
         meta_params = (state.params, state.rates)
         tasks = over_tasks.map(lambda shared, trial: collect(shared, trial, inner.steps)[1], meta_params, trials)
-        objective = Objective(policy, inner, loss_fn, tasks, sampling_term)
+        objective = Objective(policy, inner, loss_fn, tasks, sampling_term, derived_over_tasks)
         (params, rates), opt_state, info = outer.update(objective, meta_params, state.opt_state)
         before = jax.vmap(jax.vmap(summary))(tasks.support.episodes)
         after = jax.vmap(summary)(tasks.query.episodes)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from maml_jax.inner import InnerLearner, inner_loop
 from maml_jax.rl.losses import clipped_ratio, ratio
 from maml_jax.rl.policy import Gaussian, Policy
+from maml_jax.task_axis import TaskAxis
 from maml_jax.types import AdaptInfo, LossFn, Params, Rates, Task
 
 
@@ -37,6 +38,8 @@ class Objective(NamedTuple):
     the `Experience` after the last."""
     sampling_term: bool
     """Whether the loss also credits the choice of the episodes that were adapted to (E-MAML)."""
+    over_tasks: TaskAxis
+    """How the tasks are gone through."""
 
     def adapted(self, meta_params: tuple[Params, Rates], task: Task) -> tuple[Params, AdaptInfo]:
         """One task's parameters after the inner steps."""
@@ -45,10 +48,10 @@ class Objective(NamedTuple):
     def distributions(self, meta_params: tuple[Params, Rates]) -> Gaussian:
         """The adapted policies at each step of the query episodes, with leading axes `[T, E, H]`."""
 
-        def of_task(task: Task) -> Gaussian:
+        def of_task(meta_params: tuple[Params, Rates], task: Task) -> Gaussian:
             return self.policy.apply(self.adapted(meta_params, task)[0], task.query.episodes.observation)
 
-        return jax.vmap(of_task)(self.tasks)
+        return self.over_tasks.map(of_task, meta_params, self.tasks)
 
     def kl(self, distributions: Gaussian) -> jax.Array:
         """Mean KL divergence from the policies that drew the query episodes to `distributions`."""
@@ -57,7 +60,7 @@ class Objective(NamedTuple):
     def terms(self, meta_params: tuple[Params, Rates], clip: float | None = None) -> Terms:
         """Loss and divergences; with `clip`, the loss gains nothing from ratios outside 1 +- clip."""
 
-        def of_task(task: Task) -> tuple[Terms, Any]:
+        def of_task(meta_params: tuple[Params, Rates], task: Task) -> tuple[Terms, Any]:
             params, info = self.adapted(meta_params, task)
             distribution = self.policy.apply(params, task.query.episodes.observation)
             log_prob = task.query.log_prob_under(distribution)
@@ -65,7 +68,7 @@ class Objective(NamedTuple):
             inner_kl = info.aux.kl.sum() / max(1, self.inner.steps)
             return Terms(loss, task.query.kl_to(distribution), inner_kl), info.aux.log_likelihood.sum()
 
-        terms, log_likelihood = jax.vmap(of_task)(self.tasks)
+        terms, log_likelihood = self.over_tasks.map(of_task, meta_params, self.tasks)
         if self.sampling_term:
             terms = terms._replace(loss=terms.loss - self.credit() * log_likelihood)
         return jax.tree.map(jnp.mean, terms)
