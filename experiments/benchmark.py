@@ -23,10 +23,10 @@ import jax
 import numpy as np
 
 from experiments import command_line, workloads
-from experiments.command_line import cores
 from experiments.measure import Variant
 from experiments.workloads import WORKLOADS, WorkloadName
 from maml_jax import plots, validation
+from maml_jax.backend import cores
 from maml_jax.convolution import ImplementationName
 from maml_jax.inner import Checkpoint
 from maml_jax.record import RunDirectory

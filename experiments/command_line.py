@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 import jax
 import tyro
 
-from maml_jax import hosts
+from maml_jax import backend, hosts
 from maml_jax.tasks.cache import DataError
 from maml_jax.workdir import WorkdirError
 
@@ -151,17 +151,12 @@ def use_cores(small: bool = False, calls_host: bool = False) -> None:
     effect on an accelerator.
     """
     if not small:
-        jax.config.update("jax_num_cpu_devices", cores())
+        jax.config.update("jax_num_cpu_devices", backend.cores())
     if small:
         os.environ.setdefault("NPROC", "1")  # How XLA is told how many cores there are.
     elif calls_host:
         given = os.environ.get("NPROC", "")
-        os.environ["NPROC"] = str(max(int(given) if given.isdigit() else 0, cores() + 1))
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        os.environ["NPROC"] = str(max(int(given) if given.isdigit() else 0, backend.cores() + 1))
 
 
 def _end(message: str, status: int) -> NoReturn:

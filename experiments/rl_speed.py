@@ -19,13 +19,14 @@ import optax
 
 import maml_jax
 from experiments import command_line, locomotion, navigation, reinforcement
-from maml_jax import plots, validation
+from maml_jax import backend, plots, validation
 from maml_jax.record import RunDirectory
 from maml_jax.rl.meta_rl import Trials, draw_trials, maml_rl
 from maml_jax.rl.outer import Outer, policy_gradient
 from maml_jax.rl.policy import gaussian_mlp
 from maml_jax.rl.rollout import rollout
 from maml_jax.rl.trust_region import trpo
+from maml_jax.task_axis import task_axis, task_mesh
 
 ProblemName = Literal["navigation", locomotion.PresetName]
 
@@ -80,18 +81,23 @@ def parts(config: Config, recipe: reinforcement.Problem) -> tuple[dict[str, Call
     policy = gaussian_mlp(environment.observation_size, environment.action_size)
     inner = maml_jax.sgd(recipe.inner_rate, steps=1)
     trials = draw_trials(environment, jax.random.key(0), tasks)
+    mesh = task_mesh(tasks)
+    over_tasks = task_axis("all", mesh)
 
     def iteration(outer: Outer) -> Callable[[], Any]:
-        learner = maml_rl(environment, policy, inner, outer, episodes=episodes)
+        learner = maml_rl(environment, policy, inner, outer, episodes=episodes, mesh=mesh)
         state = learner.init(policy.init(jax.random.key(1)))
         step = jax.jit(learner.step)
         return lambda: jax.block_until_ready(step(state, trials))
 
     @jax.jit
     def sample(params: Any, trials: Trials) -> Any:
-        return jax.vmap(lambda trial: rollout(environment, policy, params, trial.key, trial.task, episodes))(trials)
+        def of_task(params: Any, trial: Trials) -> Any:
+            return rollout(environment, policy, params, trial.key, trial.task, episodes)
 
-    params = policy.init(jax.random.key(1))
+        return over_tasks.map(of_task, params, trials)
+
+    params = over_tasks.replicate(policy.init(jax.random.key(1)))
     curvature_tasks = max(1, round(config.curvature_share * tasks))
     measured = {
         "episodes": lambda: jax.block_until_ready(sample(params, trials)),
@@ -120,7 +126,7 @@ def main(prepared: tuple[Config, list[reinforcement.Problem]]) -> dict[str, Any]
                 wall[part].append(time.perf_counter() - start[1])
             print(f"{name}: round {number + 1} of {config.rounds}", flush=True)
         rows.append(row(name, steps, processor, wall))
-    results = {"config": dataclasses.asdict(config), "cores": command_line.cores(), "rows": rows}
+    results = {"config": dataclasses.asdict(config), "cores": backend.cores(), "rows": rows}
     print(table(rows))
     path = run.write_results(results)
     shares = {row["problem"]: row["shares"] for row in rows}

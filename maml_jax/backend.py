@@ -5,6 +5,7 @@ for TPUs they are not measured.
 """
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -35,6 +36,11 @@ def tasks_at_once(params: Any) -> int | None:
 def policies_at_once() -> Literal[1, "all"]:
     """The same for policies, however small: the thousands of steps that each has seen fill a CPU's caches alone."""
     return 1 if jax.default_backend() == "cpu" else "all"
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def convolution(platform: str, operation: str, channels: int, window: Sequence[int], stride: int) -> str:

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from test_experiments import launch
 
-from experiments import benchmark, breakdown, command_line, flops, measure, workloads
+from experiments import benchmark, breakdown, flops, measure, workloads
+from maml_jax.backend import cores
 from maml_jax.convolution import conv
 
 
@@ -142,7 +143,7 @@ def test_small_nets_get_one_thread_of_one_device():
         subprocess.check_output([sys.executable, "-c", code.format(small)], env=environment, text=True).split()
         for small in (True, False)
     ]
-    count = str(command_line.cores())
+    count = str(cores())
     assert found == [["1", "1"], [count, count]]
 
 

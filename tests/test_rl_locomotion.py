@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from rl_cases import compiled
 
+from maml_jax import backend
 from maml_jax.rl.engine import MODELS, Engine
 from maml_jax.rl.locomotion import ant, contact_forces, half_cheetah, planar_centre_of_mass, positions, rotation
 from maml_jax.rl.meta_rl import given_trials
@@ -127,14 +129,16 @@ def test_what_goes_wrong_stays_where_it_is(engines, name, tmp_path, monkeypatch)
     control = jnp.zeros((5, engine.sizes[2]))
     step = jax.jit(jax.vmap(engine.step))
     fine = step(state, control)
-    simulated, rollout = [], engine._rollout
+    simulated, simulate = [], engine._simulate
     monkeypatch.setattr(
-        engine, "_rollout", lambda *args, **kwargs: simulated.append(len(args[2])) or rollout(*args, **kwargs)
+        engine,
+        "_simulate",
+        lambda model, state, control: simulated.append(len(state)) or simulate(model, state, control),
     )
     wrong = step(state.at[1, 4].set(jnp.nan).at[3, -1].set(1e18), control.at[0, 2].set(jnp.nan))
     jax.block_until_ready(wrong)
     assert simulated == [3] + [2] * (name == "ant")  # The fourth went wrong on the way, and has no sensors to be read.
-    assert np.isnan(step(state.at[:].set(jnp.nan), control).state).all() and len(simulated) == 1 + (name == "ant")
+    assert np.isnan(step(state.at[:].set(jnp.nan), control).state).all() and sum(simulated) == 3 + 2 * (name == "ant")
     for before, after in zip(fine, wrong):
         if after.shape[1]:  # The cheetah has no sensors.
             np.testing.assert_array_equal(np.isnan(after).all(1), [True, True, False, True, False])
@@ -177,6 +181,23 @@ def test_rewards_and_observations_are_the_papers(x64_everywhere, engines, make, 
             later = environment.step(moved.state, action, task)
             same = [bool((old == new).all()) for old, new in zip(moved.state, later.state)]
             assert same == [ends, ends] and bool(later.done) == ends  # After its end an episode stays.
+
+
+@pytest.mark.parametrize("cores_of_a_device", [1, 3])
+def test_calls_at_once_do_not_meet(engines, cores_of_a_device, monkeypatch):
+    """More of them than there are devices, each on one thread or on several."""
+    monkeypatch.setattr(backend, "cores", lambda: cores_of_a_device * jax.local_device_count())
+    engine, rng = Engine(MODELS / "ant.xml"), np.random.default_rng(0)
+    positions, speeds, motors = engine.sizes
+    standing = np.concatenate([engine.start, np.zeros(speeds)])
+    states = standing + 0.05 * rng.standard_normal((6, 40, positions + speeds))
+    controls = rng.uniform(-1, 1, (6, 40, motors))
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(engine._step, states, controls))
+    for seen, state, control in zip(found, states, controls):
+        jax.tree.map(np.testing.assert_array_equal, seen, engines["ant"]._step(state, control))
+    workers = [engine._workers.get_nowait() for _ in range(jax.local_device_count())]
+    assert engine._workers.empty() and all(len(worker.memory) == cores_of_a_device for worker in workers)
 
 
 def test_the_engine_does_not_look_at_the_clock(engines):

@@ -1,7 +1,7 @@
 """MuJoCo's C engine as a pure function of JAX, many states at a time."""
 
 import ctypes
-import os
+import queue
 import threading
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from maml_jax import backend
 
 MODELS = Path(__file__).parent / "models"
 
@@ -25,13 +27,22 @@ class Seen(NamedTuple):
     """`[..., sensors]`: of the model, at that state; `[..., 0]` if it has none."""
 
 
+class _Worker(NamedTuple):
+    """What simulates for one call."""
+
+    pool: Any
+    """Of threads."""
+    memory: list[Any]
+    """Of each thread."""
+
+
 class Engine:
     """A MuJoCo model, and host memory to simulate it in.
 
     Its functions are pure: a result depends on nothing but the arguments. Under any nest of `vmap` they
-    reach the host as one call for all states together, which uses all cores. Over several CPU devices of one
-    process XLA needs a thread more than devices, or large calls can hang: the experiments see to it, and programs of
-    one's own set `NPROC` before JAX starts.
+    reach the host as one call for all states of a device, which uses the device's share of the cores. Over several CPU
+    devices of one process XLA needs a thread more than devices, or large calls can hang: the experiments see to it,
+    and programs of one's own set `NPROC` before JAX starts.
 
     Args:
       path: the model's XML file.
@@ -43,17 +54,17 @@ class Engine:
     def __init__(self, path: Path):
         try:
             import mujoco
-            from mujoco import rollout
+            import mujoco.rollout
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
                 "This environment needs the MuJoCo engine: pip install 'maml-jax[mujoco]', or in a checkout "
                 "pip install -e '.[mujoco]'."
             ) from error
+        self._mujoco: Any = mujoco
         _stop_clock(Path(mujoco.__file__).parent)
         self.model: Any = mujoco.MjModel.from_xml_path(str(path))
         self.sizes = (self.model.nq, self.model.nv, self.model.nu)
         self.start = self.model.key_qpos[0] if self.model.nkey else self.model.qpos0
-        self._rollout = rollout.rollout
         # The engine's sensors tell of the state before a step. They are read after it, by the cheapest
         # step from there, whose outcome is thrown away; the step itself goes without.
         self._reader = mujoco.MjModel.from_xml_path(str(path)) if self.model.nsensordata else None
@@ -63,8 +74,7 @@ class Engine:
             self.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_SENSOR
         for model in filter(None, (self.model, self._reader)):  # One body is one island: a search finds nothing.
             model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_ISLAND
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._memory = [mujoco.MjData(self.model) for _ in range(cores)]
+        self._workers: queue.SimpleQueue[_Worker] | None = None
         self._lock = threading.Lock()
 
     def step(self, state: jax.Array, control: jax.Array) -> Seen:
@@ -146,9 +156,26 @@ class Engine:
         """States after one step, and sensors before it."""
         if not len(state):
             return state, np.zeros((0, model.nsensordata))
-        with self._lock:  # The memory is shared between calls.
-            after, sensors = self._rollout(model, self._memory, state, control[:, None], nstep=1, persistent_pool=True)
+        workers = self._all_workers()
+        worker = workers.get()
+        try:
+            after, sensors = worker.pool.rollout(model, worker.memory, state, control[:, None], nstep=1)
+        finally:
+            workers.put(worker)
         return after[:, 0], sensors[:, 0]
+
+    def _all_workers(self) -> "queue.SimpleQueue[_Worker]":
+        """One for each device of this process, as each calls for itself; made once the devices are known."""
+        with self._lock:
+            if self._workers is None:
+                self._workers = queue.SimpleQueue()
+                devices = jax.local_device_count()
+                threads = max(1, backend.cores() // devices)
+                for _ in range(devices):
+                    # Of one thread: that which calls, without a pool.
+                    pool = self._mujoco.rollout.Rollout(nthread=threads if threads > 1 else 0)
+                    self._workers.put(_Worker(pool, [self._mujoco.MjData(self.model) for _ in range(threads)]))
+            return self._workers
 
 
 def _stop_clock(package: Path) -> None:
