@@ -169,7 +169,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def launch() -> None:
     """The command line."""
-    command_line.run(Config, prepare, main)
+    command_line.run(Config, prepare, main, calls_host=True)
 
 
 if __name__ == "__main__":

@@ -63,12 +63,15 @@ def test_a_missing_engine_ends_with_the_way_to_install_it(monkeypatch, capsys, t
     assert end.value.code == 2 and "pip install 'maml-jax[mujoco]'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("module", "calls_host"), [(locomotion, True), (navigation, False)])
-def test_who_calls_the_host_says_so(module, calls_host, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("module", "wrong", "calls_host"),
+    [(locomotion, "--steps", True), (rl_speed, "--rounds", True), (navigation, "--steps", False)],
+)
+def test_who_calls_the_host_says_so(module, wrong, calls_host, monkeypatch, tmp_path):
     called = []
     monkeypatch.setattr(command_line, "use_cores", lambda small, calls_host: called.append(calls_host))
     with pytest.raises(SystemExit):
-        start(module, ["--steps", "0"], monkeypatch, tmp_path)
+        start(module, [wrong, "0"], monkeypatch, tmp_path)
     assert called == [calls_host]
 
 
