@@ -147,8 +147,9 @@ def use_cores(small: bool = False, calls_host: bool = False) -> None:
     single matrix products does. With `small` one device of one thread: where a meta-step takes less than a
     millisecond, to hand work to other threads takes longer than the work. With `calls_host`, where programs call
     simulators on the host, a thread more than devices: a large argument of a call is copied by a thread of XLA's pool
-    while that of the device waits, and where all of them waited the program would hang (jax-ml/jax#24255). Without
-    effect on an accelerator.
+    while that of the device waits, and where all of them waited the program would hang (jax-ml/jax#24255). So it would
+    in jaxlib .10 for many large systems of equations at once, as those of the baseline of ant's episodes, which are
+    divided among the pool's threads by one that waits for the others. Without effect on an accelerator.
     """
     if not small:
         jax.config.update("jax_num_cpu_devices", backend.cores())

@@ -223,9 +223,22 @@ def describe(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def recorded(config: Config, setting: Setting) -> dict[str, Any]:
-    """What a run that goes on is compared with: every option, those that follow from others too."""
+def every_option(config: Config, setting: Setting) -> dict[str, Any]:
+    """Those that follow from others, too."""
     return dataclasses.asdict(config) | dataclasses.asdict(setting)
+
+
+def recorded(config: Config, setting: Setting) -> dict[str, Any]:
+    """What a run that goes on is compared with: every option, the younger ones only where they are taken.
+
+    So a run that is older than an option goes on without it.
+    """
+    options = every_option(config, setting)
+    return {name: value for name, value in options.items() if name not in YOUNGER or value != YOUNGER[name]}
+
+
+YOUNGER = {"anneal": False, "ensemble": False}
+"""Options that there have not always been, and what they are where they are not taken."""
 
 
 def harmless(config: Config) -> tuple[str, ...]:

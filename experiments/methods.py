@@ -53,7 +53,7 @@ class Training(NamedTuple):
     steps: int
     """Meta-steps in all, over which what is annealed is annealed."""
     anneal: bool = False
-    """Whether Adam's outer rate falls."""
+    """Whether the outer rate falls also where the method itself does not say so."""
 
 
 class Method(NamedTuple):

@@ -199,7 +199,7 @@ _OPEN = (*few_shot.PLACES, "tasks_at_once", "test_tasks", "seen", "ensemble", "p
 def _identity(index: int) -> tuple[str, dict[str, Any]]:
     row = ROWS[index]
     module = EXPERIMENTS[row.experiment]
-    every = few_shot.recorded(*module.settle(module.Config(**row.options)))
+    every = few_shot.every_option(*module.settle(module.Config(**row.options)))
     # Fine-tuning chooses its rate in validation.
     chosen = (*_OPEN, "inner_rate") if every["method"] == "pretrained" else _OPEN
     return row.experiment, {name: value for name, value in every.items() if name not in chosen}

@@ -34,7 +34,7 @@ def tasks_at_once(params: Any) -> int | None:
 
 
 def policies_at_once() -> Literal[1, "all"]:
-    """The same for policies, however small: the thousands of steps that each has seen fill a CPU's caches alone."""
+    """How many policies are differentiated together: the thousands of steps of each fill a CPU's caches alone."""
     return 1 if jax.default_backend() == "cpu" else "all"
 
 

@@ -44,9 +44,12 @@ class TaskAxis(NamedTuple):
         local = partial(_map, fn, self._group(shared))
         if self.mesh is None:
             return local(shared, tasks)
+        sharded = self._sharded(local, P(AXIS))
+        if size % self.mesh.size == 0:
+            return sharded(shared, tasks)
         # Filled up with tasks that are there already, so that every device gets as many.
         filled = np.arange(-(-size // self.mesh.size) * self.mesh.size) % size
-        out = self._sharded(local, P(AXIS))(shared, jax.tree.map(lambda leaf: leaf[filled], tasks))
+        out = sharded(shared, jax.tree.map(lambda leaf: leaf[filled], tasks))
         return jax.tree.map(lambda leaf: leaf[:size], out)
 
     def mean(self, fn: GroupFn, shared: Any, tasks: Task) -> tuple[Any, Any]:

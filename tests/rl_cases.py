@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maml_jax import backend
 from maml_jax.rl.losses import inner_loss
 from maml_jax.rl.meta_rl import draw_trials, maml_rl
 from maml_jax.rl.navigation import navigation
@@ -37,7 +38,14 @@ def collected(inner, params, *, tasks=3, episodes=4, name="logp", sampling_term=
     outer = Outer(lambda meta_params: (), update)
     learner = maml_rl(environment, POLICY, inner, outer, episodes=episodes, inner_loss_name=name)
     state, _ = compiled(learner.step)(learner.init(params), draw_trials(environment, jax.random.key(5), tasks))
-    return Objective(POLICY, inner, inner_loss(POLICY, name), state.opt_state, sampling_term, task_axis("all", None))
+    return Objective(
+        POLICY,
+        inner,
+        inner_loss(POLICY, name),
+        state.opt_state,
+        sampling_term,
+        task_axis(backend.policies_at_once(), None),
+    )
 
 
 def direction_like(tree, seed=1):

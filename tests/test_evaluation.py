@@ -223,6 +223,8 @@ def test_the_outer_rate_falls_where_it_is_asked_for(method, anneal, falls):
         moved.append(-float(update))
     cosine = 0.01 + 0.99 * (1 + np.cos(np.pi * np.arange(steps + 1) / steps)) / 2
     np.testing.assert_allclose(moved, 1e-2 * cosine if falls else np.full(steps + 1, 1e-2), rtol=1e-4)
+    # A run that is older than the option goes on where it is not taken.
+    assert ("anneal" in few_shot.recorded(omniglot_experiment.Config(anneal=anneal), Setting(*range(9)))) is anneal
     assert ("steps" in few_shot.harmless(omniglot_experiment.Config(method=method, anneal=anneal))) is not falls
 
 

@@ -16,6 +16,7 @@ from maml_jax.rl.baseline import RIDGE, features, linear_baseline
 from maml_jax.rl.losses import SURROGATES, inner_loss
 from maml_jax.rl.rollout import Episodes
 from maml_jax.rl.trust_region import conjugate_gradient, curvature_product
+from maml_jax.task_axis import task_axis, task_mesh
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,29 @@ def test_the_curvature_product_is_the_hessian_of_the_divergence(x64, fixed):
     assert abs(at.kl) < 1e-14 and abs(at.inner_kl) < 1e-14  # At the parameters that sampled.
     moved = terms(optax.tree.add_scale(meta_params, 0.1, direction_like(meta_params)))
     assert moved.kl > 1e-4 and moved.inner_kl > 1e-4
+
+
+@pytest.mark.parametrize("tasks", [4, 3])
+def test_however_the_tasks_are_gone_through_the_derivatives_are_the_same(x64, tasks):
+    """Together, one by one, and over two devices, with a task too few or not."""
+    params = perturbed(POLICY)
+    meta_params, inner = (params, ()), maml_jax.sgd(0.3, steps=1)
+    objective, along = collected(inner, params, tasks=tasks, name="lvc"), direction_like(meta_params)
+    found = []
+    for over_tasks in (task_axis("all", None), task_axis(1, None), task_axis(1, task_mesh(2))):
+        one = objective._replace(over_tasks=over_tasks, sampling_term=True)
+
+        @compiled
+        def everything(meta_params, one=one):
+            some = one._replace(tasks=jax.tree.map(lambda leaf: leaf[:3], one.tasks))
+            clipped = jax.grad(lambda m: one.terms(m, 0.3).loss + one.terms(m, 0.3).inner_kl)(meta_params)
+            product = curvature_product(some.distributions, some.kl, meta_params)(along)
+            return one.terms(meta_params), jax.grad(lambda m: one.terms(m).loss)(meta_params), clipped, product
+
+        found.append(everything(over_tasks.replicate(meta_params)))
+    for other in found[1:]:
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-13), other, found[0])
+    assert len(jax.tree.leaves(found[2][1])[0].sharding.device_set) == 2
 
 
 def test_the_conjugate_gradient_solves_and_knows_its_quadratic_form(x64):

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,13 @@ import pytest
 from rl_cases import compiled
 
 from maml_jax import backend
+from maml_jax.rl import engine as engine_file
 from maml_jax.rl.engine import MODELS, Engine
 from maml_jax.rl.locomotion import ant, contact_forces, half_cheetah, planar_centre_of_mass, positions, rotation
 from maml_jax.rl.meta_rl import given_trials
 
 NAMES = ("half_cheetah", "ant")
+engine_file_stop = engine_file._stop_clock
 CLASSIC = {
     "half_cheetah": ((0.4, 0.1, 0.1), (0, 0.8, 0.01), 0),
     "ant": ((1, 0.5, 0.5), (0.8, 0.8, 0.01), 0.01),
@@ -198,6 +201,27 @@ def test_calls_at_once_do_not_meet(engines, cores_of_a_device, monkeypatch):
         jax.tree.map(np.testing.assert_array_equal, seen, engines["ant"]._step(state, control))
     workers = [engine._workers.get_nowait() for _ in range(jax.local_device_count())]
     assert engine._workers.empty() and all(len(worker.memory) == cores_of_a_device for worker in workers)
+
+
+def test_what_fails_while_an_engine_begins_is_told_each_time(monkeypatch):
+    def full(model):
+        raise MemoryError("no more")
+
+    engine = Engine(MODELS / "half_cheetah.xml")
+    monkeypatch.setattr(mujoco, "MjData", full)
+    for _ in range(2):
+        with pytest.raises(MemoryError, match="no more"):
+            engine._step(np.zeros((1, 18)), np.zeros((1, 6)))
+
+
+def test_a_clock_of_the_users_stays(monkeypatch):
+    monkeypatch.setattr(engine_file, "_stop_clock", lambda package: pytest.fail("It was taken."))
+    mujoco.set_mjcb_time(lambda: 7.0)
+    try:
+        Engine(MODELS / "half_cheetah.xml")
+    finally:
+        mujoco.set_mjcb_time(None)
+        engine_file_stop(Path(mujoco.__file__).parent)
 
 
 def test_the_engine_does_not_look_at_the_clock(engines):

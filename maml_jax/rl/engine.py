@@ -37,7 +37,7 @@ class _Worker(NamedTuple):
 
 
 class Engine:
-    """A MuJoCo model, and host memory to simulate it in.
+    """A MuJoCo model, and host memory to simulate it in. With one, `MjData.timer` stands still.
 
     Its functions are pure: a result depends on nothing but the arguments. Under any nest of `vmap` they
     reach the host as one call for all states of a device, which uses the device's share of the cores. Over several CPU
@@ -61,7 +61,8 @@ class Engine:
                 "pip install -e '.[mujoco]'."
             ) from error
         self._mujoco: Any = mujoco
-        _stop_clock(Path(mujoco.__file__).parent)
+        if mujoco.get_mjcb_time() is None:  # Else it is the user's.
+            _stop_clock(Path(mujoco.__file__).parent)
         self.model: Any = mujoco.MjModel.from_xml_path(str(path))
         self.sizes = (self.model.nq, self.model.nv, self.model.nu)
         self.start = self.model.key_qpos[0] if self.model.nkey else self.model.qpos0
@@ -168,13 +169,14 @@ class Engine:
         """One for each device of this process, as each calls for itself; made once the devices are known."""
         with self._lock:
             if self._workers is None:
-                self._workers = queue.SimpleQueue()
+                workers: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
                 devices = jax.local_device_count()
                 threads = max(1, backend.cores() // devices)
                 for _ in range(devices):
                     # Of one thread: that which calls, without a pool.
                     pool = self._mujoco.rollout.Rollout(nthread=threads if threads > 1 else 0)
-                    self._workers.put(_Worker(pool, [self._mujoco.MjData(self.model) for _ in range(threads)]))
+                    workers.put(_Worker(pool, [self._mujoco.MjData(self.model) for _ in range(threads)]))
+                self._workers = workers
             return self._workers
 
 

@@ -74,9 +74,9 @@ def maml_rl(
       sampling_term: also credit the choice of the episodes that were adapted to (E-MAML, Stadie et al. 2018).
       discount, gae_lambda: of the advantages.
       mesh: devices among which the tasks are divided, such as `task_axis.task_mesh(T)`; None uses one. Each samples
-        and differentiates its own; what the outer step sums over tasks goes between them. Where the environment is
-        simulated on the host, devices of a CPU need a thread more than they are (the environment variable NPROC):
-        without it, calls with large batches wait for each other for ever.
+        and differentiates its own; what the outer step sums over tasks goes between them. Devices of a
+        CPU need a thread more than they are (the environment variable NPROC) where the environment is simulated on the
+        host or observations are large: without it, calls with large batches wait for each other for ever.
 
     Returns:
       A `MetaLearner` whose tasks are `Trials`, and whose losses are minus the mean return (paper, equation 4):
@@ -102,8 +102,7 @@ def maml_rl(
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must be between 0 and 1, but got {value!r}.")
     loss_fn = inner_loss(policy, inner_loss_name)
-    # The host simulates all episodes in one call; what is derived of them suits the backend.
-    over_tasks, derived_over_tasks = task_axis("all", mesh), task_axis(backend.policies_at_once(), mesh)
+    over_tasks = task_axis("all", mesh)  # The host simulates all episodes in one call.
 
     def init(params: Params) -> MetaState:
         validation.floating_params(params)
@@ -132,7 +131,7 @@ def maml_rl(
             raise ValueError("sampling_term compares each task's return with the others': give 2 tasks or more.")
         meta_params = (state.params, state.rates)
         tasks = over_tasks.map(lambda shared, trial: collect(shared, trial, inner.steps)[1], meta_params, trials)
-        objective = Objective(policy, inner, loss_fn, tasks, sampling_term, derived_over_tasks)
+        objective = Objective(policy, inner, loss_fn, tasks, sampling_term, task_axis(backend.policies_at_once(), mesh))
         (params, rates), opt_state, info = outer.update(objective, meta_params, state.opt_state)
         before = jax.vmap(jax.vmap(summary))(tasks.support.episodes)
         after = jax.vmap(summary)(tasks.query.episodes)
