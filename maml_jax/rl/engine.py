@@ -37,7 +37,7 @@ class _Worker(NamedTuple):
 
 
 class Engine:
-    """A MuJoCo model, and host memory to simulate it in. With one, `MjData.timer` stands still.
+    """A MuJoCo model, and host memory to simulate it in. With one, `MjData.timer` may stand still.
 
     Its functions are pure: a result depends on nothing but the arguments. Under any nest of `vmap` they
     reach the host as one call for all states of a device, which uses the device's share of the cores. Over several CPU
@@ -184,7 +184,8 @@ def _stop_clock(package: Path) -> None:
     """Has the engine no longer look at the clock dozens of times a step, which takes a tenth of it.
 
     It does so for a profile of its own, `MjData.timer`, which is zero from then on. A program in C has no such clock
-    unless it installs one; the Python package installs one whenever it is imported, and cannot take it back.
+    unless it installs one; the Python package installs one whenever it is imported, and cannot take it back. (Seen with
+    MuJoCo 3.17; 3.8 looks at a clock of its own, whatever is done here.)
     """
     for path in package.glob("*mujoco.*"):
         if ".so" in path.suffixes or path.suffix in (".dylib", ".dll"):
