@@ -49,7 +49,7 @@ class MjxEngine:
         self.sizes = (self.model.nq, self.model.nv, self.model.nu)
         self.start = self.model.key_qpos[0] if self.model.nkey else self.model.qpos0
         self._mjx = mjx
-        known = mjx.put_model(mujoco.MjModel.from_xml_string(without_contact_sensors(path)))
+        known = mjx.put_model(mujoco.MjModel.from_xml_string(as_mjx_takes_it(path)))
         self._on_host = jax.tree.map(np.asarray, (known, mjx.make_data(known)))  # So that they belong to no device.
 
     def step(self, state: jax.Array, control: jax.Array) -> Seen:
@@ -84,10 +84,20 @@ class MjxEngine:
         return Seen(*(jnp.where(sound & finite, leaf, jnp.nan).astype(state.dtype) for leaf in (state, sensors)))
 
 
-def without_contact_sensors(path: Path) -> str:
-    """The model's XML without the sensors that MJX does not have."""
+def as_mjx_takes_it(path: Path) -> str:
+    """The model's XML without the sensors of contacts, which MJX does not have.
+
+    Where there were some, each part that was one of a body's becomes a body, as MJX tells the forces of those.
+    """
     tree = ElementTree.parse(path)
-    for sensors in tree.iter("sensor"):
-        for contact in sensors.findall("contact"):
-            sensors.remove(contact)
+    contacts = [(sensors, contact) for sensors in tree.iter("sensor") for contact in sensors.findall("contact")]
+    for sensors, contact in contacts:
+        sensors.remove(contact)
+    for body in list(tree.iter("body")) if contacts else []:
+        for part in body.findall("geom")[1:]:
+            place = list(body).index(part)
+            body.remove(part)
+            apart = ElementTree.Element("body", name=part.get("name", ""))
+            apart.append(part)
+            body.insert(place, apart)
     return ElementTree.tostring(tree.getroot(), encoding="unicode")
