@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -217,11 +218,18 @@ def test_what_fails_while_an_engine_begins_is_told_each_time(monkeypatch):
     def full(model):
         raise MemoryError("no more")
 
-    engine = Engine(MODELS / "half_cheetah.xml")
-    monkeypatch.setattr(mujoco, "MjData", full)
-    for _ in range(2):
+    def begin():
         with pytest.raises(MemoryError, match="no more"):
             engine._step(np.zeros((1, 18)), np.zeros((1, 6)))
+        told.append(True)
+
+    engine, told = Engine(MODELS / "half_cheetah.xml"), []
+    monkeypatch.setattr(mujoco, "MjData", full)
+    for _ in range(2):  # In threads, as one that waits for ever is to end the test, too.
+        thread = threading.Thread(target=begin, daemon=True)
+        thread.start()
+        thread.join(60)
+    assert told == [True, True]
 
 
 def test_a_clock_of_the_users_stays(monkeypatch):
