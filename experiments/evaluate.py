@@ -21,7 +21,7 @@ from experiments.few_shot import Prepared, QueriesSeen, Split
 from experiments.rows import EXPERIMENTS
 from maml_jax import evaluation, plots, saved, validation
 from maml_jax.normalisation import Normalisation
-from maml_jax.record import provenance
+from maml_jax.provenance import provenance
 from maml_jax.types import MetaState
 from maml_jax.workdir import plain
 

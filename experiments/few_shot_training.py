@@ -21,7 +21,8 @@ from experiments.classifier import (
 )
 from experiments.few_shot import TEST_STEPS, Prepared, QueriesSeen, describe, harmless, image_shape, recorded_with_data
 from maml_jax import hosts, plots, saved
-from maml_jax.record import Progress, RunDirectory
+from maml_jax.progress import Progress
+from maml_jax.record import RunDirectory
 from maml_jax.resumable import Validate, resumable_train
 from maml_jax.task_axis import task_mesh
 from maml_jax.types import MetaState, Task

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from experiments import command_line, reinforcement
+from experiments import command_line, reinforcement, reinforcement_testing, reinforcement_training
 from maml_jax import validation
 from maml_jax.rl import plots
 from maml_jax.rl.engine import MODELS, Engine
@@ -137,7 +137,7 @@ def main(prepared: reinforcement.Prepared) -> dict:
     config = prepared.config
     assert isinstance(config, Config)
     packages = ("mujoco", "mujoco-mjx") if config.physics == "mjx" else ("mujoco",)
-    done = reinforcement.run(prepared, **{name: metadata.version(name) for name in packages})
+    done = reinforcement_training.run(prepared, **{name: metadata.version(name) for name in packages})
     if done is None:
         return {}
     directory, results, history, policies = done
@@ -150,11 +150,13 @@ def main(prepared: reinforcement.Prepared) -> dict:
     return results
 
 
-def draw(path: Path, config: Config, trained: reinforcement.Trained, rates: tuple[float, float], episodes: int) -> None:
+def draw(
+    path: Path, config: Config, trained: reinforcement_testing.Trained, rates: tuple[float, float], episodes: int
+) -> None:
     """One episode of each of two tasks before and after each gradient step: a row each, time from left to right."""
     engine = body(config)
     ends = (-1.0, 1.0) if config.preset.endswith("direction") else (0.5, 2.0)
-    seen, mask = reinforcement.show(trained, rates, episodes, ends)
+    seen, mask = reinforcement_testing.show(trained, rates, episodes, ends)
     seen, mask = (array[:, :, 0].reshape(-1, *array.shape[3:]) for array in (seen, mask))
     rows = []
     for observations, happened in zip(seen, mask):

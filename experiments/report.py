@@ -45,7 +45,7 @@ class Run(NamedTuple):
     """What it is called on the page."""
     config: dict[str, Any]
     starts: list[dict[str, Any]]
-    """What `record.provenance` told at each start."""
+    """What `maml_jax.provenance` told at each start."""
     rows: list[dict[str, Any]]
     """Of `metrics.jsonl`; none where only results were kept."""
     results: dict[str, Any] | None

@@ -20,7 +20,8 @@ import maml_jax
 from experiments import command_line
 from experiments.command_line import LOOKS
 from maml_jax import hosts, losses, models, plots, validation
-from maml_jax.record import Progress, RunDirectory
+from maml_jax.progress import Progress
+from maml_jax.record import RunDirectory
 from maml_jax.resumable import Rate, resumable_train
 from maml_jax.statistics import divergence_rate, interval
 from maml_jax.task_axis import task_mesh

@@ -1,24 +1,16 @@
-"""What a run leaves behind: metrics while it runs, results and parameters at its end, and a sign of life."""
+"""What a run leaves behind: metrics while it runs, results and parameters at its end."""
 
 import contextlib
 import functools
 import itertools
 import json
-import os
-import platform
-import shlex
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Collection, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-
 from maml_jax import hosts, wandb_copy
 from maml_jax.events import Events
+from maml_jax.provenance import provenance
 from maml_jax.wandb_copy import WandB
 from maml_jax.workdir import (
     InUseError,
@@ -33,8 +25,6 @@ from maml_jax.workdir import (
     utc,
     write,
 )
-
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow", "tensorflow-datasets")
 
 
 def _by_leader(method: Callable[..., None]) -> Callable[..., None]:
@@ -304,86 +294,3 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[An
 def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
     """As it will be when it is read back."""
     return json.loads(json.dumps(plain(dict(config))))
-
-
-def provenance() -> dict[str, Any]:
-    """The command, commit, versions and hardware of this process."""
-    module = getattr(sys.modules["__main__"].__spec__, "name", None)
-    program = ["python", "-m", module] if module else ["python", Path(sys.argv[0]).name]
-    device = jax.devices()[0]
-    return {
-        "command": shlex.join([*program, *sys.argv[1:]]),
-        "commit": _commit(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in PACKAGES},
-        },
-        "hardware": f"{len(jax.devices())} x {device.device_kind} ({_processor()}, {os.cpu_count()} cores)",
-        "processes": jax.process_count(),
-        "started": now(),
-    }
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that this package lies in, with '+changes' if it is not clean."""
-    here = Path(__file__)
-
-    def git(*args: str) -> str:
-        command = ["git", "-C", str(here.parent), *args]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", here.name)  # Installed into another project's checkout: not its commit.
-        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-class Progress:
-    """Shows how far a run is, how fast, and how long it still takes: a bar on a terminal, else plain lines.
-
-    Args:
-      total: steps of the run.
-      name: what is counted.
-      every: seconds between plain lines.
-    """
-
-    def __init__(self, total: int, name: str, every: float = 15.0):
-        from tqdm import tqdm
-
-        self._total, self._name, self._every = total, name, every
-        self._bar = tqdm(total=total, desc=name, unit="step", disable=not (sys.stderr.isatty() and hosts.leads()))
-        self._start = self._shown = time.monotonic()
-        self._first: tuple[int, float] | None = None
-
-    def update(self, step: int, **values: float) -> None:
-        """Reports that `step` steps are done, with some values to show beside."""
-        now = time.monotonic()
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-        if self._first is None:
-            self._first = (step, now)  # The first call compiles: the rate is counted from its end.
-        if not self._bar.disable:
-            self._bar.set_postfix_str(shown, refresh=False)
-            self._bar.update(step - self._bar.n)
-        elif now - self._shown >= self._every or step == self._total:
-            self._shown = now
-            steps, seconds = step - self._first[0], now - self._first[1]
-            rate = steps / seconds if steps else 0.0
-            left = f"{_duration((self._total - step) / rate)} left" if rate else "rate not known yet"
-            print(f"{self._name}: {step:,}/{self._total:,} steps, {rate:,.1f} a second, {left}, {shown}", flush=True)
-        if step == self._total:
-            self._bar.close()
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"

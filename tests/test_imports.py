@@ -28,7 +28,7 @@ def test_import_is_light_and_touches_no_device():
         "import os, sys; os.environ['JAX_PLATFORMS'] = 'nonexistent'; import maml_jax, maml_jax.losses, "
         "maml_jax.tasks.sinusoid, maml_jax.tasks.episodes, maml_jax.tasks.omniglot, maml_jax.tasks.images, "
         "maml_jax.convolution, maml_jax.train, maml_jax.task_axis, maml_jax.checkpoint, maml_jax.signals, "
-        "maml_jax.workdir, maml_jax.record; "
+        "maml_jax.workdir, maml_jax.record, maml_jax.progress, maml_jax.provenance; "
         f"print([m for m in {HEAVY} if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -45,9 +45,9 @@ def test_models_and_plots_bring_no_tensorflow():
 LAYERS = [  # Each may import only from those before it.
     {"types", "backend", "invariant", "workdir", "events", "differences"},
     {"trees", "profiling", "wandb_copy", "validation", "tasks.cache"},
-    {"hosts", "mixed"},
+    {"hosts", "mixed", "provenance"},
     {"inner", "task_axis", "convolution", "losses", "statistics", "tasks.sinusoid", "tasks.episodes", "tasks.omniglot"},
-    {"signals", "tasks.published", "tasks.pickles", "checkpoint", "saved"},
+    {"signals", "progress", "tasks.published", "tasks.pickles", "checkpoint", "saved"},
     {"meta", "normalisation", "curvature", "per_step", "tasks.download", "tasks.image_sources", "tasks.host"},
     {"layers", "reptile", "implicit", "schedules", "tasks.images", "evaluation", "running"},
     {"check", "models", "train", "record", "plots"},

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import maml_jax
-from experiments import command_line, locomotion, navigation, reinforcement, rl_speed
+from experiments import command_line, locomotion, navigation, reinforcement, reinforcement_testing, rl_speed
 from maml_jax.backend import cores
 from maml_jax.rl.policy import gaussian_mlp
 
@@ -147,27 +147,29 @@ def test_methods_may_have_test_rates_of_their_own(given, rates, monkeypatch, tmp
         tried.append(rates)
         raise InterruptedError
 
-    monkeypatch.setattr(reinforcement, "tester", tester)
+    monkeypatch.setattr(reinforcement_testing, "tester", tester)
     config = reinforcement.Config(methods=("random",), test_rates=given, workdir=tmp_path / "run")
     problem = navigation.problem()._replace(own_test_rates={"random": (0.3, 0.2)})
     prepared = reinforcement.prepare(config, problem)
     policy = gaussian_mlp(2, 2)
     params = policy.init(jax.random.key(0))
-    trained = reinforcement.Trained(problem.environment, policy, maml_jax.MetaState(jnp.int32(0), params, (), ()))
+    trained = reinforcement_testing.Trained(
+        problem.environment, policy, maml_jax.MetaState(jnp.int32(0), params, (), ())
+    )
     with jax.disable_jit(), pytest.raises(InterruptedError):
-        reinforcement.evaluate(prepared, "random", trained)
+        reinforcement_testing.evaluate(prepared, "random", trained)
     assert tried == [rates]
 
 
 def test_returns_are_told_of_each_direction():
     returns = np.array([[1.0, 4.0], [2.0, 9.0], [3.0, 6.0]])
-    told = reinforcement.by_task(np.array([1.0, -1.0, 1.0]), returns)
+    told = reinforcement_testing.by_task(np.array([1.0, -1.0, 1.0]), returns)
     assert told["tasks"] == ["1 -1 1"] and told["return_of_task"] == ["1.00 2.00 3.00", "4.00 9.00 6.00"]
     np.testing.assert_array_equal(told["return_of_kind"]["1"], [2, 5])
     np.testing.assert_array_equal(told["return_of_kind"]["-1"], [2, 9])
     row = {"method": "maml", "seed": 0, "rates": (0.1, 0.05), "return": [2, 6], "half_width": [1, 1], "improved": [1.0]}
     results = {"protocol": "", "paper": {}, "rows": [row | {"cpu_seconds": None, "broken": 0.0} | told]}
-    (line,) = [line for line in reinforcement.table(results).splitlines() if "tasks of -1" in line]
+    (line,) = [line for line in reinforcement_testing.table(results).splitlines() if "tasks of -1" in line]
     assert line.split() == ["tasks", "of", "-1", "2.00", "9.00"]
 
 

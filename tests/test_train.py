@@ -12,7 +12,8 @@ import pytest
 from model_zoo import plain_dict, tasks
 
 import maml_jax
-from maml_jax.record import Progress, RunDirectory
+from maml_jax.progress import Progress
+from maml_jax.record import RunDirectory
 from maml_jax.statistics import divergence_rate, interval
 from maml_jax.task_axis import task_mesh
 from maml_jax.train import train
