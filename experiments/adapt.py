@@ -3,7 +3,8 @@
     python -m experiments.adapt runs/NAME/best/step-0060000.msgpack my_pictures
 
 In the folder, each class has a folder of a few pictures with its name, and the pictures to classify lie beside them.
-Prints a class and a confidence for each, and writes them to a JSON file and a grid of pictures.
+Prints a class and a confidence for each, and writes them to a JSON file and a grid of pictures. Each is classified as
+if alone: a model that was trained to normalise a batch by itself normalises here by the labelled pictures.
 """
 
 import dataclasses
@@ -66,6 +67,9 @@ def prepare(config: Config) -> Prepared:
         raise ValueError(f"{config.model} is not a few-shot classifier: it says of itself that it is {name!r}.")
     experiment = EXPERIMENTS[name]
     trained, setting = experiment.settle(experiment.Config(**content.description["config"]))
+    if trained.normalisation == "batch":
+        # The same parameters; and then no picture's class depends on which others there are to classify.
+        trained = dataclasses.replace(trained, normalisation="support")
     grey = name == "omniglot"
     size = omniglot.SIZE if grey else trained.size
     labelled, others = sort(images.pictures(config.folder, size=size), config.folder, setting.ways)
@@ -146,8 +150,6 @@ def main(prepared: Prepared) -> list[dict[str, Any]]:
             }
         )
         print(f"{picture}: {names[best]} ({probabilities[best]:.0%})")
-    if prepared.model.net.normalisation == "batch":
-        print("The pictures were seen together, and normalised by each other: with others beside it, one may change.")
     config.output.write_text(json.dumps(found, indent=1))
     shown = [(pixels, each["class"], each["confidence"]) for pixels, each in zip(prepared.others.values(), found)]
     plots.predictions(config.output.with_suffix(".png"), prepared.labelled, shown)

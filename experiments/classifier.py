@@ -202,6 +202,7 @@ def evaluate(
 
 def nearest(model: Classifier, state: MetaState, groups: Callable[[], Iterable[Task]], told: Protocol) -> Results:
     """Accuracy of the nearest neighbour in the features of a state."""
+    told = told._replace(method=f"nearest neighbour in the features of {told.method}")
     predict = methods.nearest_neighbour(models.apply_params(model.net, head=False), state.params)
     return evaluation.evaluate([lambda tasks: predict(model.tasks(tasks))], groups, told)
 

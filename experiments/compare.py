@@ -243,9 +243,19 @@ def _data(run: Run) -> str:
 
 
 def _paired(lines: Sequence[Line]) -> Iterator[Paired]:
-    """Second-order MAML against every other line of the same schedule, where the tasks were the same."""
-    for first in (line for line in lines if line.method == "maml" and line.label == TOGETHER):
-        for second in (line for line in lines if line.title != first.title and line.steps == first.steps):
+    """Second-order MAML against every other line of the same schedule, where the tasks were the same.
+
+    A row without one of the same schedule is set, with its longest, against the longest.
+    """
+    done = [line for line in lines if line.runs]
+    mine = [line for line in done if line.method == "maml" and line.label == TOGETHER]
+    alike = {line.title for line in done for first in mine if line.steps == first.steps}
+    longest = {line.title: line for line in sorted(done, key=lambda line: line.steps)}
+    for first in mine:
+        others = [line for line in done if line.title != first.title and line.steps == first.steps]
+        if first is longest[first.title]:
+            others += [line for title, line in longest.items() if title not in alike]
+        for second in others:
             for run, ours in first.summaries():
                 for other, theirs in second.summaries():
                     known = "correct" in ours and "correct" in theirs

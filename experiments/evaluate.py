@@ -83,6 +83,10 @@ def prepare(config: Config) -> tuple[Config, list[Model]]:
     """
     if not config.models:
         raise ValueError("models must be at least one file that training wrote to best/, but none was given.")
+    validation.different("models", [str(path) for path in config.models])
+    for path in config.models:
+        if path.is_dir():
+            raise ValueError(f"models must be files that training wrote to best/, but {path} is a folder.")
     validation.at_least("tasks", config.tasks, 1)
     validation.at_least("steps", config.steps, 0)
     if config.seed is not None:
@@ -100,7 +104,19 @@ def prepare(config: Config) -> tuple[Config, list[Model]]:
                 f"{other.name} cannot be set beside {first.name}: they are for other tasks. Give --shots, --queries "
                 f"and --seed.\n  {protocol(config, first)}\n  {protocol(config, other)}"
             )
+    for other in models[1:] if config.ensemble else ():
+        if told(config, other) != told(config, first):
+            raise ValueError(
+                f"ensemble is for models that learn a task in the same way, but {other.name} and {first.name} do not:\n"
+                f"  {told(config, first)}\n  {told(config, other)}"
+            )
     return config, models
+
+
+def told(config: Config, model: Model) -> evaluation.Protocol:
+    """What an evaluation says of how the model learns."""
+    learned = bool(jax.tree.leaves(model.state.rates))
+    return protocol(config, model)._replace(inner_rate=None if learned else model.prepared.setting.inner_rate)
 
 
 SAME_PARAMETERS = ("batch", "support", "instance", "layer", "group")
@@ -160,7 +176,7 @@ def main(prepared: tuple[Config, list[Model]]) -> dict[str, Any]:
                 first[way] = found
                 continue
             difference = evaluation.difference(first[way], found, steps=(step, step))
-            rows[label]["first_minus_this"] = difference._asdict()
+            rows[label]["first_minus_this"] = {"inner_steps": step, **difference._asdict()}
             print(f"The first minus this after {step} inner steps, paired over the tasks: {difference}", end="\n\n")
     if config.output is not None:
         config.output.write_text(json.dumps(plain({"made_by": provenance(), "test": rows}), indent=1))

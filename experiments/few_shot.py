@@ -45,7 +45,8 @@ class Config(command_line.Looks):
     queries: int | None = None
     """Query examples per class, in training and at test; default: the recipe's."""
     inner_rate: float | None = None
-    """Inner step size for the MEAN cross-entropy over the support set; default: the recipe's."""
+    """Inner step size for the MEAN cross-entropy over the support set; default: the recipe's, and to fine-tune what was
+    pretrained the best on validation tasks of .03 to 3 times that."""
     inner_steps: int | None = None
     """Inner steps in training; default: the recipe's."""
     outer_rate: float | None = None
@@ -126,6 +127,11 @@ def resolve(config: Config, recipe: Callable[[int, int], Recipe]) -> Setting:
         raise ValueError(f"order 1 is for methods that differentiate the inner loop, and {config.method} does not.")
     if config.anneal and config.method in methods.ANNEALED:
         raise ValueError(f"anneal is for methods with a constant outer rate, and that of {config.method} falls anyway.")
+    if config.method == "pretrained" and config.inner_steps is not None:
+        raise ValueError(
+            f"inner_steps is for methods that adapt in training, which pretrained does not, but got "
+            f"{config.inner_steps}. Fine-tuning is shown after 0 to {TEST_STEPS} steps."
+        )
     found = recipe(ways, shots)
     setting = Setting(
         ways=ways,
@@ -244,7 +250,7 @@ YOUNGER = {"anneal": False, "ensemble": False}
 def harmless(config: Config) -> tuple[str, ...]:
     """Options that may be others when a run goes on."""
     annealed = config.anneal or config.method in methods.ANNEALED  # Over all meta-steps: another number is another run.
-    return (*PLACES, "test_tasks", "seen", "ensemble", "tasks_at_once", *(() if annealed else ("steps",)))
+    return (*PLACES, "expect", "test_tasks", "seen", "ensemble", "tasks_at_once", *(() if annealed else ("steps",)))
 
 
 def check_workdir(config: Config, setting: Setting) -> None:

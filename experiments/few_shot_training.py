@@ -85,6 +85,9 @@ def main(prepared: Prepared) -> dict:
     selected = candidates[0]
     if config.method == "pretrained":
         prepared, model = tuned(prepared, selected, val_tasks)
+        # So that whoever loads a model fine-tunes it as it is tested here.
+        chosen = dataclasses.replace(config, inner_rate=prepared.setting.inner_rate)
+        best.describe(describe(prepared._replace(config=chosen)) | {"selected_after": prepared.reported_steps})
     test_tasks = fixed_tasks(test_key, data.test, config.test_tasks, shape)
     test_protocol, found = protocol(prepared, "test", config.test_tasks, config.seed), {}
     # With other normalisations the queries of a task are independent of each other.
@@ -144,15 +147,18 @@ EXAMPLES = 3
 
 
 def tuned(prepared: Prepared, state: MetaState, val_tasks: Callable[[], Iterable[Task]]) -> tuple[Prepared, Classifier]:
-    """The setting with the inner rate that fine-tunes best on validation tasks, as no training has fitted one."""
+    """The setting with the inner rate that fine-tunes best on validation tasks, as no training has fitted one.
+
+    A rate that was given is taken as it is.
+    """
     found = []
-    for factor in FACTORS:
+    for factor in FACTORS if prepared.config.inner_rate is None else (1.0,):
         setting = dataclasses.replace(prepared.setting, inner_rate=prepared.setting.inner_rate * factor)
         other = prepared._replace(setting=setting)
         model = classifier(prepared.config, setting, image_shape(prepared.data), len(prepared.data.train.counts))
         found.append((model.accuracy(state, val_tasks(), other.reported_steps), other, model))
     _, best, model = max(found, key=lambda each: each[0])
-    print(f"Fine-tuning at a rate of {best.setting.inner_rate:g}, the best on validation tasks.")
+    print(f"Fine-tuning at a rate of {best.setting.inner_rate:g}, of {len(found)} the best on validation tasks.")
     return best, model
 
 
@@ -191,6 +197,14 @@ class Best:
         for worse in self.paths()[BEST:]:
             worse.unlink()
             del self._accuracy[worse]
+
+    def describe(self, description: dict[str, Any]) -> None:
+        """Writes another description into all files, and into those to come."""
+        self._description = description
+        for path in self._accuracy:
+            content = saved.load(path)
+            own = {name: content.description[name] for name in ("step", "val_accuracy")}
+            saved.save(path, content.params, content.rates, description | own)
 
     def paths(self) -> list[Path]:
         """From best to worst; of equals the later first."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from experiments.compare import Group, Line, Number, Run
+from experiments.compare import Group, Line, Number, Paired, Run
 from experiments.rows import METHODS, Published
 from maml_jax import plots
 
@@ -57,6 +57,11 @@ def short(groups: Sequence[Group]) -> list[str]:
     """What is still short of the full schedule, an entry for each row."""
     lines = [line for group in groups for line in _longest(group)]
     return [f"{line.row.name}: {_so_far(line)}" for line in lines if line.steps < line.row.steps]
+
+
+def _schedules(pair: Paired) -> str:
+    steps = dict.fromkeys((f"{pair.first.steps:,}", f"{pair.second.steps:,}"))
+    return f"{' and '.join(steps)} meta-steps"
 
 
 def _longest(group: Group) -> list[Line]:
@@ -114,7 +119,7 @@ def _section(group: Group) -> str:
     if group.paired:
         parts.append("<h3>Differences on the same tasks, paired bootstrap, 95%</h3><ul>")
         for pair in group.paired:
-            what = f"{pair.first.title} minus {pair.second.title}, seed {pair.seed}, {pair.first.steps:,} meta-steps"
+            what = f"{pair.first.title} minus {pair.second.title}, seed {pair.seed}, {_schedules(pair)}"
             parts.append(f"<li>{escape(what)}: <b>{pair.difference}</b></li>")
         parts.append("</ul>")
     if any(line.runs for line in group.lines):
@@ -192,7 +197,7 @@ def markdown(groups: Sequence[Group], beside: Path, *, unfinished: bool = True) 
             made += [f"`{os.path.relpath(run.path, beside)}`: {run.cost(line.label)}" for run in line.runs]
         for pair in group.paired:
             what = f"{pair.first.title} minus {pair.second.title}"
-            parts.append(f"- {what}, same tasks (seed {pair.seed}), {pair.first.steps:,} meta-steps: {pair.difference}")
+            parts.append(f"- {what}, same tasks (seed {pair.seed}), {_schedules(pair)}: {pair.difference}")
         if group.paired:
             parts.append("")
         if protocols:

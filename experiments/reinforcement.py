@@ -53,7 +53,8 @@ class Config(command_line.Looks):
     inner_steps: int = 1
     """Inner steps in training, each on new episodes."""
     inner_loss: InnerLossName = "logp"
-    """'logp': the paper's; 'lvc' and 'dice': with the second derivatives that it lacks."""
+    """Of the gradient steps, at test too. 'logp': the paper's; 'lvc' and 'dice': with the second derivatives that it
+    lacks."""
     sampling_term: bool = False
     """Also credit the choice of the episodes that were adapted to (E-MAML)."""
     outer: OuterName = "trpo"
@@ -111,6 +112,11 @@ class Config(command_line.Looks):
                     f"curvature_tasks is for --outer trpo, and at most tasks, {setting.tasks}, but got "
                     f"{self.curvature_tasks} with --outer {self.outer}."
                 )
+        if self.sampling_term and not {"maml", "first_order"} & {*self.methods}:
+            raise ValueError(
+                "sampling_term is for methods that adapt in training, maml and first_order, but got --methods "
+                f"{' '.join(self.methods)}."
+            )
         if self.sampling_term and setting.tasks < 2:
             raise ValueError("sampling_term compares the tasks of a meta-iteration: it needs --tasks of at least 2.")
         return setting
@@ -136,7 +142,7 @@ class Prepared(NamedTuple):
     setting: Setting
 
 
-HARMLESS = ("steps", "test_rates", "test_tasks", "test_episodes", *command_line.LOOKS)
+HARMLESS = ("steps", "test_rates", "test_tasks", "test_episodes", "render", *command_line.LOOKS)
 """Options that may be others when a run goes on."""
 
 GROWING = ("methods", "seeds")

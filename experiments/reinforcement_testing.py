@@ -15,6 +15,7 @@ import maml_jax
 from experiments.reinforcement import MethodName, Prepared
 from maml_jax.rl.advantage import Summary
 from maml_jax.rl.environment import Environment
+from maml_jax.rl.losses import InnerLossName
 from maml_jax.rl.meta_rl import Trials, draw_trials, maml_rl
 from maml_jax.rl.outer import policy_gradient
 from maml_jax.rl.policy import Policy
@@ -32,6 +33,8 @@ class Trained(NamedTuple):
     environment: Environment
     policy: Policy
     state: maml_jax.MetaState
+    inner_loss: InnerLossName = "logp"
+    """Of its gradient steps."""
     cpu_seconds: float | None = None
     """Of a meta-iteration, over all cores and without this process's first, which compiles; None for fewer than ten,
     as the next is under way before the last has been read."""
@@ -42,7 +45,15 @@ def tester(trained: Trained, rates: tuple[float, float], episodes: int) -> maml_
     first, later = rates
     inner = maml_jax.unrolled(optax.sgd(lambda step: jnp.where(step == 0, first, later)), steps=TEST_STEPS)
     outer = policy_gradient(optax.identity())
-    return maml_rl(trained.environment, trained.policy, inner, outer, episodes=episodes, mesh=local_mesh())
+    return maml_rl(
+        trained.environment,
+        trained.policy,
+        inner,
+        outer,
+        episodes=episodes,
+        inner_loss_name=trained.inner_loss,
+        mesh=local_mesh(),
+    )
 
 
 def evaluate(prepared: Prepared, method: MethodName, trained: Trained) -> dict[str, Any]:
@@ -84,10 +95,10 @@ def evaluate(prepared: Prepared, method: MethodName, trained: Trained) -> dict[s
 def by_task(tasks: np.ndarray, returns: np.ndarray) -> dict[str, Any]:
     """Tasks `[T, ...]` and returns `[T, S + 1]` as lines of text, one for each number of a task and each gradient step.
 
-    Where there are but two kinds of tasks, such as directions, also the mean return of each: one of them may lag.
+    Where there are but two kinds of many tasks, such as directions, also the mean return of each: one of them may lag.
     """
     kinds = np.unique(tasks, axis=0)
-    few = kinds.ndim == 1 and len(kinds) <= 2
+    few = kinds.ndim == 1 and len(kinds) <= 2 < len(tasks)
     return {
         "tasks": [" ".join(f"{value:.4g}" for value in column) for column in tasks.reshape(len(tasks), -1).T],
         "return_of_task": [" ".join(f"{value:.2f}" for value in column) for column in returns.T],

@@ -52,7 +52,7 @@ def meta_train(prepared: Prepared, run: RunDirectory, method: MethodName, seed: 
     init_key, trial_key = jax.random.split(jax.random.key(seed))
     state = learner.init(policy.init(init_key))
     if method == "random":
-        return Trained(environment, policy, hosts.local(state))
+        return Trained(environment, policy, hosts.local(state), config.inner_loss)
 
     def draw(key: jax.Array, step: jax.Array) -> Any:
         return draw_trials(environment, jax.random.fold_in(key, step), setting.tasks)
@@ -78,7 +78,7 @@ def meta_train(prepared: Prepared, run: RunDirectory, method: MethodName, seed: 
             begun = (row["step"], time.process_time())
         elif (taken := row["step"] - begun[0]) >= 9:
             cpu_seconds = (time.process_time() - begun[1]) / taken
-    return Trained(environment, policy, hosts.local(state), cpu_seconds)
+    return Trained(environment, policy, hosts.local(state), config.inner_loss, cpu_seconds)
 
 
 def run(

@@ -10,6 +10,7 @@ meta-iterations for each second of processor time, over all cores, and writes re
 import dataclasses
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -126,7 +127,8 @@ def main(prepared: tuple[Config, list[reinforcement.Problem]]) -> dict[str, Any]
                 wall[part].append(time.perf_counter() - start[1])
             print(f"{name}: round {number + 1} of {config.rounds}", flush=True)
         rows.append(row(name, steps, processor, wall))
-    results = {"config": dataclasses.asdict(config), "cores": backend.cores(), "rows": rows}
+    engine = {} if {*config.problems} == {"navigation"} else {"mujoco": metadata.version("mujoco")}
+    results = {"config": dataclasses.asdict(config), "cores": backend.cores(), **engine, "rows": rows}
     print(table(rows))
     path = run.write_results(results)
     shares = {row["problem"]: row["shares"] for row in rows}

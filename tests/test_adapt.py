@@ -56,6 +56,24 @@ def test_pictures_are_classified_and_shown(model, folder, tmp_path, capsys):
         assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 100
 
 
+def test_a_picture_is_classified_as_if_it_were_alone(folder, tmp_path, monkeypatch):
+    """Also by a model that in training normalised a batch by itself, as most do."""
+    monkeypatch.setattr(classifier, "network", lambda s, kind, image, out: models.MLP((32,), out, kind))
+    config, setting = miniimagenet.settle(miniimagenet.Config(method="prototypes", size=8, inner_rate=0.01))
+    params = models.MLP((32,), setting.ways, "batch").init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    about = {name: value for name, value in vars(config).items() if name not in few_shot.PLACES}
+    description = {"experiment": "miniimagenet", "config": about, "setting": vars(setting), "step": 1}
+    path = saved.save(tmp_path / "model.msgpack", params, (), description)
+    options = {"steps": 3, "output": tmp_path / "found.json"}
+    together = adapt.main(adapt.prepare(adapt.Config(path, folder, **options)))
+    assert all(f"a {each['class']} one.png" == each["picture"] for each in together)
+    for each in together[1:]:
+        (folder / each["picture"]).unlink()
+    (alone,) = adapt.main(adapt.prepare(adapt.Config(path, folder, **options)))
+    assert alone["class"] == together[0]["class"]
+    np.testing.assert_allclose(alone["confidence"], together[0]["confidence"], rtol=1e-4)
+
+
 def test_inner_steps_are_those_that_the_model_was_selected_after(model, folder):
     assert adapt.prepare(adapt.Config(model, folder)).steps == 10  # Where it does not say.
     content = saved.load(model)

@@ -1,5 +1,7 @@
 """Evaluation against what a hand count gives; saved models; every method on real characters."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ from maml_jax.inner import inner_loop
 from maml_jax.tasks import episodes, host, omniglot
 from maml_jax.train import many_steps
 from maml_jax.types import Task
+from maml_jax.workdir import plain
 
 PROTOCOL = Protocol("made up", "test", 7, "0" * 64, 2, 0, 2, 1, 2, "none", 1, 0.5, "layer", "together")
 
@@ -87,23 +90,27 @@ def characters(shared_data, omniglot_cache):
     return DataSet("Omniglot", *parts, dict.fromkeys(("train", "val", "test"), "0" * 64), "none", {})
 
 
-@pytest.mark.parametrize("method", methods.METHODS)
-def test_every_method_gets_better_on_real_characters(method, characters, monkeypatch):
+@pytest.mark.parametrize(
+    "method, order, normalisation",
+    [*((method, 2, "batch") for method in methods.METHODS), ("maml", 1, "batch"), ("maml", 2, "running")],
+)
+def test_every_method_gets_better_on_real_characters(method, order, normalisation, characters, monkeypatch):
     """A small net, a few meta-steps: beats where it started by more than three standard errors."""
     monkeypatch.setattr(classifier, "network", lambda s, kind, image, out: models.MLP((64, 32), out, kind))
     inner_steps, rate = methods.inner_steps_of(method, 1), methods.inner_rate_of(method, 1.0)
     outer_rate = 0.5 if method == "reptile" else 5e-3
     setting = Setting(5, 1, 5, "mlp", 8, rate, inner_steps, outer_rate, None)
     steps = 200 if method in ("pretrained", "reptile", "anil") else 60
-    config = Config(method=method, steps=steps)
+    config = Config(method=method, order=order, normalisation=normalisation, steps=steps)
     prepared = Prepared("omniglot", config, setting, characters, None, 1, 100)
     model = classifier.classifier(config, setting, (28, 28, 1), len(characters.train.counts))
     learner = model.method.learner()
     state = learner.init(model.method.start(model.trained.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]))
     tasks = classifier.fixed_tasks(jax.random.key(1), characters.test, 200, prepared.shape)
+    train_tasks = classifier.fixed_tasks(jax.random.key(3), characters.train, 50, prepared.shape)
 
     def accuracy(state):
-        finished = state._replace(params=model.method.finish(state.params))
+        finished = model.finished(state, train_tasks, inner_steps)
         told = classifier.protocol(prepared, "test", 200, 1)
         found = classifier.evaluate(prepared, [(model, finished)], tasks, told, steps=inner_steps)
         # Validation, which predicts nothing before the last step, finds the same.
@@ -291,6 +298,43 @@ def test_fine_tuning_takes_the_rate_that_is_best_in_validation(characters, tmp_p
     best, _ = few_shot_training.tuned(prepared, state, tasks)
     np.testing.assert_allclose(seen, np.multiply(few_shot_training.FACTORS, prepared.setting.inner_rate), rtol=1e-5)
     assert best.setting.inner_rate == pytest.approx(0.2)
+    given = prepared._replace(
+        config=dataclasses.replace(prepared.config, inner_rate=0.7),
+        setting=dataclasses.replace(prepared.setting, inner_rate=0.7),
+    )
+    assert few_shot_training.tuned(given, state, tasks)[0].setting.inner_rate == 0.7
+
+
+def test_a_pretrained_model_is_evaluated_again_as_it_was(characters, tmp_path, small_net, monkeypatch):
+    """Fine-tuned at the rate that its training found."""
+    prepared, _, _ = prepared_with(characters, tmp_path, method="pretrained", steps=20, tasks=2, test_tasks=6)
+    found = few_shot_training.main(prepared)
+    (path,) = (tmp_path / "run" / "best").iterdir()
+
+    def prepare(config):
+        return prepared._replace(config=config, setting=omniglot_experiment.settle(config)[1])
+
+    monkeypatch.setattr(omniglot_experiment, "prepare", prepare)
+    again = evaluate.main(evaluate.prepare(evaluate.Config((path,), tasks=6)))
+    assert plain(again[f"{path}, queries together"]) == plain(found["test"]["queries together"])
+    protocol = found["test"]["nearest neighbour"]["protocol"]
+    assert protocol["method"] == "nearest neighbour in the features of pretrained" and protocol["inner_steps"] == 0
+
+
+def test_models_that_learn_otherwise_are_no_ensemble(characters, tmp_path, small_net, monkeypatch):
+    paths = []
+    for order in (1, 2):
+        prepared, _, state = prepared_with(characters, tmp_path, order=order)
+        few_shot_training.Best(tmp_path / str(order), few_shot.describe(prepared)).add(state, 0.5)
+        paths += (tmp_path / str(order)).iterdir()
+    monkeypatch.setattr(omniglot_experiment, "prepare", lambda config: prepared._replace(config=config))
+    evaluate.prepare(evaluate.Config(tuple(paths)))
+    with pytest.raises(ValueError, match=r"(?s)learn a task in the same way.*order 1.*order 2"):
+        evaluate.prepare(evaluate.Config(tuple(paths), ensemble=True))
+    with pytest.raises(ValueError, match="is a folder"):
+        evaluate.prepare(evaluate.Config((tmp_path / "1",)))
+    with pytest.raises(ValueError, match="models must"):
+        evaluate.prepare(evaluate.Config((paths[0], paths[0])))
 
 
 def test_an_interval_with_a_task_that_diverged_is_no_number_and_no_warning(recwarn):

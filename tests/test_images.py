@@ -167,6 +167,22 @@ def test_class_folders_without_splits_are_divided_once_and_for_all(tmp_path):
     assert whole.names == {"train": OTHERS, "val": (), "test": ()} and whole.val.images.shape == (0, 8, 8, 3)
 
 
+def test_classes_may_be_called_as_splits_are(tmp_path):
+    files = {f"{label}/{n}.png": png(n) for label in (*OTHERS, "train", "val") for n in range(2)}
+    data = load(write(tmp_path / "data", files), tmp_path, size=8)
+    assert {"train", "val"} < {name for names in data.names.values() for name in names}
+
+
+def test_a_camera_that_was_held_upright_is_seen_so(tmp_path):
+    """By the note of its orientation, which is that the right side was up."""
+    upright = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    Image.fromarray(np.rot90(upright)).save(file, "PNG", exif=exif)
+    data = load(write(tmp_path / "data", {f"{label}/0.png": file.getvalue() for label in OTHERS}), tmp_path, size=8)
+    np.testing.assert_array_equal(data.train.images[0], upright)
+
+
 def test_colours_of_every_kind_become_rgb(tmp_path):
     modes = ("RGB", "L", "1", "P", "CMYK", "RGBA", "LA")
     files = {f"{mode}/0.{'tif' if mode == 'CMYK' else 'png'}": png(7, mode, (8, 8)) for mode in modes}
@@ -259,6 +275,10 @@ BAD = {
     "escaping names": (changed(train=TRAIN + "../../secret.png,ant\n"), r"name 1 files of 14 .*: \.\./\.\./secret.png"),
     "overlap": (
         changed(train=TRAIN + "ant/new.png,dog\n", **{"images/ant/new.png": png(0)}),
+        "1 classes are in both train and test: dog",
+    ),
+    "overlap beside a space": (
+        changed(train=TRAIN + "ant/new.png, dog\n", **{"images/ant/new.png": png(0)}),
         "1 classes are in both train and test: dog",
     ),
     "duplicate row": (

@@ -123,6 +123,7 @@ def contradicts(name, given):
         (net == "mlp" and normalisation in ("instance", "tasknorm"))
         or (method == "pretrained" and normalisation == "running")
         or (get["order"] == "1" and method in ("reptile", "imaml", "pretrained"))
+        or (get["inner_steps"] is not None and method == "pretrained")
         or (get["tasks_at_once"] is not None and share % int(get["tasks_at_once"]) != 0)
         or (name == "omniglot" and shots + queries > 20)
     )
@@ -206,6 +207,7 @@ PAIRS = [
     ("miniimagenet", {"net": "mlp", "normalisation": "instance"}),
     ("miniimagenet", {"method": "pretrained", "normalisation": "running"}),
     ("miniimagenet", {"method": "imaml", "order": "1"}),
+    ("miniimagenet", {"method": "pretrained", "inner_steps": "3"}),
 ]
 
 

@@ -196,9 +196,14 @@ def test_differences_are_paired_over_the_same_tasks_and_schedule(tmp_path):
     second = made_up(tmp_path / "a", "omniglot-5w1s", 0, 10_000, accuracy=0.9)
     first = made_up(tmp_path / "b", "omniglot-5w1s-order1", 0, 10_000, accuracy=0.5)
     made_up(tmp_path / "c", "omniglot-5w1s-anil", 1, 10_000)  # Of another seed: other tasks.
-    made_up(tmp_path / "d", "omniglot-5w1s-boil", 0, 60_000)  # Of another schedule.
+    made_up(tmp_path / "d", "omniglot-5w1s-boil", 0, 60_000)  # Of another schedule, and there is none of the same.
+    made_up(tmp_path / "e", "omniglot-5w1s-order1", 0, 20_000)
     (group,) = compare.group([], compare.find([tmp_path]))
-    (pair,) = group.paired
+    pair, other = group.paired
+    assert (other.first, other.second.method) == (pair.first, "boil")
+    assert "MAML, second order minus BOIL, same tasks (seed 0), 10,000 and 60,000 meta-steps: " in page.markdown(
+        [group], tmp_path
+    )
     both = [evaluation.from_summary(each["test"]["queries together"]) for each in (second, first)]
     assert pair.difference == evaluation.difference(*both, steps=(3, 3)) and pair.difference.low > 0
     what = f"MAML, second order minus MAML, first order, same tasks (seed 0), 10,000 meta-steps: {pair.difference}"

@@ -153,6 +153,34 @@ def test_a_simulation_that_breaks_ends_its_episode_and_is_counted():
     assert info.aux["kl"][0] > 0 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((after.params, info)))
 
 
+@pytest.mark.parametrize(("where", "length"), [("reset", 0), ("observe", 3)])
+def test_what_is_seen_but_not_finite_ends_its_episode_too(where, length):
+    """In one of two tasks; the other trains on."""
+
+    def lost(position, task, when):
+        return jnp.where((task[0] > 0) & when, jnp.nan, position)
+
+    def reset(key, task):
+        return lost(ENVIRONMENT.reset(key, task), task, where == "reset"), jnp.zeros([])
+
+    def observe(state, task):
+        position, time = state
+        return lost(ENVIRONMENT.observe(position, task), task, (where == "observe") & (time > 2))
+
+    def step(state, action, task):
+        position, time = state
+        moved = ENVIRONMENT.step(position, action, task)
+        return moved._replace(state=(moved.state, time + 1))
+
+    environment = ENVIRONMENT._replace(reset=reset, step=step, observe=observe)
+    learner = learner_of(policy_gradient(optax.sgd(0.1)), environment)
+    trials = given_trials(environment, jax.random.key(0), jnp.array([[0.4, 0.4], [-0.4, 0.4]]))
+    after, info = compiled(learner.step)(learner.init(perturbed(POLICY)), trials)
+    np.testing.assert_array_equal(info.aux["broken"], [12, 0])
+    np.testing.assert_array_equal(info.aux["length"], [length, 8])
+    assert info.grad_norm > 0 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((after.params, info)))
+
+
 def test_a_policy_that_is_lost_ends_every_episode_at_once_and_not_the_run(stepped):
     _, step, state, _ = stepped
     lost = state._replace(params=jax.tree.map(lambda leaf: leaf * jnp.nan, state.params))

@@ -4,15 +4,26 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import maml_jax
-from experiments import command_line, locomotion, navigation, reinforcement, reinforcement_testing, rl_speed
+from experiments import (
+    command_line,
+    locomotion,
+    navigation,
+    reinforcement,
+    reinforcement_testing,
+    reinforcement_training,
+    rl_speed,
+)
 from maml_jax.backend import cores
+from maml_jax.record import RunDirectory
 from maml_jax.rl.policy import gaussian_mlp
 
 BAD = [
@@ -27,6 +38,7 @@ BAD = [
     (navigation, ["--curvature-tasks", "21"], "at most tasks, 20, but got 21"),
     (navigation, ["--curvature-tasks", "5", "--outer", "promp"], "curvature_tasks is for --outer trpo"),
     (navigation, ["--sampling-term", "--tasks", "1"], "it needs --tasks of at least 2"),
+    (navigation, ["--sampling-term", "--methods", "oracle"], "maml and first_order, but got --methods oracle"),
     (locomotion, ["--preset", "snail"], "preset"),
     (locomotion, ["--physics", "aristotle"], "physics"),
     (rl_speed, ["--curvature-share", "0"], "curvature_share must be above 0 and at most 1, but got 0"),
@@ -136,6 +148,48 @@ def test_navigation_from_beginning_to_end(quickly_compiled, monkeypatch, capsys,
     random, again = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
     assert random["method"] == "random" and again["return"] == maml["return"]
     assert [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == rows
+
+
+def test_gradient_steps_at_test_are_of_the_loss_asked_for(quickly_compiled, tmp_path):
+    """DiCE's first derivative is another than that of 'logp'; that of 'lvc' is the same."""
+    found = {}
+    for loss in ("logp", "lvc", "dice"):
+        config = reinforcement.Config(
+            methods=("random",), inner_loss=loss, test_tasks=2, test_episodes=3, workdir=tmp_path / loss
+        )
+        prepared = reinforcement.prepare(config, navigation.problem())
+        directory = RunDirectory(tmp_path / loss, "run", {})
+        trained = reinforcement_training.meta_train(prepared, directory, "random", 0)
+        found[loss] = reinforcement_testing.evaluate(prepared, "random", trained)["return"]
+        directory.close()
+    np.testing.assert_allclose(found["lvc"], found["logp"], rtol=1e-3)
+    assert abs(found["dice"][1:] - found["logp"][1:]).min() > 0.01 and found["dice"][0] == found["logp"][0]
+
+
+def test_locomotion_from_beginning_to_end_and_drawn_afterwards(tmp_path):
+    """In processes of its own: the engine chooses its OpenGL when it is imported."""
+    command = [sys.executable, "-m", "experiments.locomotion", "--methods", "random", "--test-tasks", "2",
+               "--test-episodes", "1", "--workdir", str(tmp_path / "run")]  # fmt: skip
+    environment = {"MUJOCO_GL": "egl", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **os.environ}
+
+    def started(*more):
+        return subprocess.run([*command, *more], env=environment, capture_output=True, text=True)
+
+    done = started()
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert any(line[:4] == ["random", "0", "0.1,", "0.05"] for line in lines) and "-254.80" in done.stdout
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    (row,) = results["rows"]
+    assert len(row["return"]) == 4 and max(row["return"]) < 0 and row["length"] == [200] * 4 and row["broken"] == 0
+    assert results["mujoco"] == metadata.version("mujoco") and (tmp_path / "run" / "returns.png").exists()
+    drawn = started("--render")
+    if "Rendering found no OpenGL" in drawn.stderr:
+        pytest.skip("This machine has no OpenGL.")
+    assert drawn.returncode == 0, drawn.stderr
+    with Image.open(tmp_path / "run" / "random.png") as strip:
+        assert strip.size == (8 * 160, 2 * 4 * 120) and len(strip.getcolors(1 << 24)) > 100
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["rows"] == results["rows"]
 
 
 @pytest.mark.parametrize(("given", "rates"), [(None, (0.3, 0.2)), ((0.7, 0.6), (0.7, 0.6))])

@@ -77,6 +77,19 @@ def test_an_episode_that_ends_is_over(x64_everywhere):
     assert (summary.length < 20).any()
 
 
+def test_the_simulator_of_a_broken_episode_is_used_again(x64_everywhere):
+    class Breaks(Walk):
+        def step(self, action):
+            position, *rest = super().step(action)
+            return np.where(position[0] > 0, np.nan, position), *rest
+
+    environment, made = adapted(Breaks), Walk.made
+    learner = maml_rl(environment, POLICY, maml_jax.no_adaptation(), policy_gradient(optax.identity()), episodes=6)
+    evaluate = compiled(lambda state, key: learner.evaluate(state, draw_trials(environment, key, 2)))
+    broken = [evaluate(learner.init(perturbed(POLICY)), jax.random.key(key)).aux.broken.sum() for key in range(4)]
+    assert min(broken) > 0 and Walk.made - made == 2 * 6 - 1  # One was made to be looked at.
+
+
 def test_errors():
     for change, message in (
         ({"action_space": gymnasium.spaces.Discrete(3)}, "action_space must be a Box, but got Discrete"),

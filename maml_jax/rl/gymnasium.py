@@ -144,7 +144,10 @@ class _Simulators:
             for row, (ticket, time) in enumerate(zip(tickets.ravel().tolist(), times.ravel().tolist())):
                 episode = self._at_work.get(ticket)
                 # The steps of an episode that has ended count for nothing; NaN shows if one ever did.
-                if episode is None or episode.time != time:
+                if episode is None:
+                    continue
+                if episode.time != time:  # It was ended by what was not finite.
+                    self._idle.append(self._at_work.pop(ticket).env)
                     continue
                 low, high = self._space.low, self._space.high
                 action = low + (actions[row].reshape(low.shape) + 1) / 2 * (high - low)

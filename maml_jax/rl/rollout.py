@@ -25,7 +25,7 @@ class Episodes(NamedTuple):
     mask: jax.Array
     """`[E, H]`: 1 for the steps that happened, which come first, and 0 after the end of an episode."""
     broken: jax.Array
-    """`[E]`: 1 for episodes that were ended because an action, a reward or a state was not finite."""
+    """`[E]`: 1 for episodes that were ended because an observation, action, reward or state was not finite."""
 
     def mean(self, values: jax.Array) -> jax.Array:
         """Mean of `[E, H]` over the steps that happened; 0 if there are none."""
@@ -37,8 +37,8 @@ def rollout(
 ) -> Episodes:
     """Samples `E` episodes of one task.
 
-    Nothing is differentiated through it. An action, reward or state that is not finite ends its episode
-    before that step, and is counted; the others go on.
+    Nothing is differentiated through it. An observation, action, reward or state that is not finite ends its
+    episode before that step, and is counted; the others go on.
     """
     params = lax.stop_gradient(params)
     reset_key, noise_key = jax.random.split(key)
@@ -51,7 +51,7 @@ def rollout(
         observation = jax.vmap(environment.observe, (0, None))(state, task)
         sampled = policy.apply(params, observation)
         action = sampled.mean + jnp.exp(sampled.log_std) * noise
-        sound = jnp.isfinite(action).all(-1)
+        sound = jnp.isfinite(action).all(-1) & jnp.isfinite(observation).all(-1)
         given = jnp.where(sound[:, None], jnp.clip(action, -1, 1), 0)
         step: Step = jax.vmap(environment.step, (0, 0, None))(state, given, task)
         for leaf in jax.tree.leaves((step.reward, step.state)):
@@ -59,7 +59,7 @@ def rollout(
         happened = alive & sound
         state = jax.tree.map(lambda new, old: jnp.where(_like(happened, new), new, old), step.state, state)
         seen = Episodes(
-            observation=observation,
+            observation=jnp.where(happened[:, None], observation, 0),
             action=jnp.where(happened[:, None], action, 0),
             sampled=jax.tree.map(
                 lambda leaf: jnp.where(happened[:, None], jnp.broadcast_to(leaf, action.shape), 0), sampled

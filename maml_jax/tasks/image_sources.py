@@ -159,7 +159,8 @@ def listing(tree: Tree, division: Division) -> Contents:
         if pickled:
             return _checked(tree, {split: _from_pickle(tree, name) for split, name in pickled.items()})
         folders = {split: f"{root}{split}" for split in SPLITS if f"{root}{split}" in tree.folders}
-        if folders:
+        # Without folders inside they are classes that happen to be called so.
+        if any(inside.startswith(f"{folder}/") for inside in tree.folders for folder in folders.values()):
             _all_three(tree, folders, "folder")
             found = {split: _from_class_folders(tree, f"{folder}/") for split, folder in folders.items()}
             return _checked(tree, found)
@@ -232,6 +233,7 @@ def _rows(tree: Tree, name: str, where: str) -> Iterator[tuple[int, tuple[str, s
         for row in reader:
             if not row:
                 continue
+            row = [value.strip() for value in row]  # As in the header: ' dog' in one split is 'dog' in another.
             values = dict(zip(header, row))
             if len(row) != 2 or not all(row):
                 raise DataError(f"Line {reader.line_num} of {where} must be filename,label, but is {','.join(row)!r}.")

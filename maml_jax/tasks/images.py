@@ -26,7 +26,7 @@ from maml_jax.tasks.image_sources import SPLITS, Contents, Division, Tree
 
 Resampling = Literal["lanczos", "bicubic", "bilinear", "box"]
 
-LAYOUT = 1
+LAYOUT = 2
 """Of the cache; raise it when what is made of the same source changes."""
 
 
@@ -189,7 +189,7 @@ def _decoded(tree: Tree, name: str) -> np.ndarray:
     Raises:
       DataError: naming the file, if it is damaged or too large, or of a kind that has no one meaning in 8 bits.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(io.BytesIO(tree.read(name))) as opened:
@@ -200,8 +200,9 @@ def _decoded(tree: Tree, name: str) -> np.ndarray:
                     f"The image {name} in {tree.where} has pixels of 32 bits, whose white is not known. Convert it to "
                     "8 bits first."
                 )
+            upright = ImageOps.exif_transpose(opened)  # A camera notes how it was held.
             # Pillow warns of palettes with transparency unless they go by RGBA.
-            visible = opened.convert("RGBA") if "transparency" in opened.info else opened
+            visible = upright.convert("RGBA") if "transparency" in upright.info else upright
             return np.asarray(visible.convert("RGB"))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"The image {name} in {tree.where} is refused: {error}") from error
