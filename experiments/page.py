@@ -228,13 +228,13 @@ BEGIN, END = "<!-- few-shot results: begin -->\n", "<!-- few-shot results: end -
 """Marks of the region of a README which `with_region` replaces."""
 
 
-def with_region(text: str, content: str) -> str:
+def with_region(text: str, content: str, begin: str = BEGIN, end: str = END) -> str:
     """The text with another content between the marks.
 
     Raises:
       ValueError: if they are not there, once each and in order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"The file must hold the lines {BEGIN.strip()!r} and {END!r} once each, in this order.")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}{content}{END}{rest.split(END)[1]}"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"The file must hold the lines {begin.strip()!r} and {end!r} once each, in this order.")
+    before, rest = text.split(begin)
+    return f"{before}{begin}{content}{end}{rest.split(end)[1]}"

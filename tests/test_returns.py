@@ -1,0 +1,84 @@
+"""Tables of returns against results; what they cannot be written into or made of is told."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments import page, returns
+
+ROOT = Path(__file__).parent.parent
+
+
+def made_up(folder, environment="ant-velocity", rows=(), steps=30, **config):
+    folder.mkdir(parents=True)
+    results = {
+        "config": {"inner_loss": "logp", "test_tasks": 40, **config},
+        "setting": {"steps": steps},
+        "protocol": f"{environment}: mean return",
+        "paper": {"maml": [1, 2.5, 3, 4], "oracle": [9]},
+        "mujoco": "3.17.0",
+        "rows": rows,
+    }
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+def row(method="maml", seed=0, first=0.0, improved=0.5):
+    values = [first + step for step in range(1 if method == "oracle" else 4)]
+    rates = None if method == "oracle" else [0.1, 0.05]
+    return {
+        "method": method,
+        "seed": seed,
+        "rates": rates,
+        "return": values,
+        "half_width": [0.25] * len(values),
+        "improved": [improved] if rates else [],
+    }
+
+
+def test_tables_tell_each_method_with_its_paper_and_engine(tmp_path):
+    made_up(tmp_path / "a", rows=[row("oracle"), row("maml", 0, 10.0), row("maml", 1, 12.0, improved=1.0)])
+    made_up(tmp_path / "b", rows=[row("random", first=-7.0)], inner_loss="lvc", test_tasks=400)
+    made_up(tmp_path / "c", "half-cheetah-velocity", rows=[row()], steps=5)
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "results.json").write_text('{"protocol": "something else: accuracy"}')
+    text = returns.markdown(returns.found(tmp_path))
+    lines = [line for line in text.splitlines() if line.startswith("|") and "---" not in line]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [line[0] for line in cells] == [
+        "Half-cheetah, velocity", "MAML",
+        "Ant, velocity", "MAML", "not trained, `lvc`, 400 tasks", "oracle, told the task",
+    ]  # fmt: skip
+    assert cells[1][1:] == ["5", "0.1, 0.05", "0.0 +- 0.2", "1.0 +- 0.2", "2.0 +- 0.2", "3.0 +- 0.2", "50%",
+                            "1, 2.5, 3, 4"]  # fmt: skip
+    assert cells[3][1:5] == ["30", "0.1, 0.05", "11.00 (10.0 to 12.0, 2 seeds)", "12.00 (11.0 to 13.0, 2 seeds)"]
+    assert cells[3][7] == "75%" and cells[4][1] == "" and cells[4][3] == "-7.0 +- 0.2"
+    assert cells[5][1:] == ["30", "", "0.0 +- 0.2", "", "", "", "", "9"]
+    assert f"`{tmp_path.as_posix()}/b` (MuJoCo 3.17.0)" in text.replace("\n", " ")
+
+
+def test_only_the_region_of_the_readme_is_written(tmp_path):
+    made_up(tmp_path / "results" / "a", rows=[row()])
+    readme = tmp_path / "README.md"
+    config = returns.Config(tmp_path / "results", readme)
+    readme.write_text("No marks.\n")
+    with pytest.raises(ValueError, match="must hold the lines '<!-- returns: begin -->'"):
+        returns.prepare(config)
+    readme.write_text(f"Before.\n{returns.BEGIN}old\n{returns.END}After.\n{page.BEGIN}kept\n{page.END}")
+    returns.main(returns.prepare(config))
+    text = readme.read_text()
+    assert text.startswith(f"Before.\n{returns.BEGIN}Mean return") and "old" not in text
+    assert text.endswith(f"{returns.END}After.\n{page.BEGIN}kept\n{page.END}")
+    (tmp_path / "results" / "a" / "results.json").unlink()
+    with pytest.raises(ValueError, match="holds no runs of reinforcement learning"):
+        returns.prepare(config)
+
+
+def test_the_readme_shows_what_results_hold(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = Path("README.md").read_text()
+    rendered = returns.markdown(returns.found(Path("results")))
+    assert page.with_region(text, rendered, returns.BEGIN, returns.END) == text, (
+        "The README's tables of returns are not what results/ holds: "
+        "python -m experiments.returns --results results --readme README.md"
+    )
