@@ -256,10 +256,8 @@ def _one(job: Job, end: float | None) -> str:
         return f"failed: it did not end within {GRACE:g} s of SIGTERM when the budget was over, and was killed"
     if stopped and process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM):
         trained = run.trained if (run := compare.read(job.path)) else 0
-        return (
-            f"stopped after {trained:,} of {job.steps:,} meta-steps: the budget is over. The same command goes on; "
-            f"with --steps {trained} it evaluates what there is, unless the outer rate falls over all meta-steps."
-        )
+        what = f"stopped after {trained:,} of {job.steps:,} meta-steps: the budget is over. The same command goes on"
+        return f"{what}; with --steps {trained} it evaluates what there is, where nothing falls over all meta-steps."
     return "\n  ".join([f"failed with status {process.returncode}:", *told[-LAST_LINES:], f"(all of it: {errors})"])
 
 

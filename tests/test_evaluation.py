@@ -208,8 +208,9 @@ def test_joint_training_draws_the_same_from_host_memory(characters, tmp_path, sm
     assert numbers.shape == (2, 64) and all(len(set(row)) == 64 for row in numbers) and numbers.max() > 500
 
 
-def test_mamlpp_counts_after_the_steps_that_it_has_rates_for():
+def test_methods_count_after_the_steps_that_they_are_tested_with():
     assert few_shot.reported_steps("maml", 3, 1) == 3 and few_shot.reported_steps("maml++", 3, 7) == 7
+    assert few_shot.reported_steps("reptile", 3, 5) == 10
 
 
 @pytest.mark.parametrize(
