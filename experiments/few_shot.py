@@ -172,8 +172,8 @@ def resolve(config: Config, recipe: Callable[[int, int], Recipe]) -> Setting:
 def reported_steps(method: MethodName, published: int, trained: int) -> int:
     """Inner steps at test whose accuracy counts: as `published` for MAML, and as many as the method needs.
 
-    MAML++ has rates and norms for the steps that it is `trained` with, and is tested with as many; Reptile is tested with
-    50, more than are shown (Nichol et al. 2018, appendix A).
+    MAML++ has rates and norms for the steps that it is `trained` with, and is tested with as many; Reptile is tested
+    with 50, more than are shown (Nichol et al. 2018, appendix A).
     """
     if method == "reptile":
         return TEST_STEPS
