@@ -66,7 +66,7 @@ def prepare(config: Config) -> Prepared:
     if name not in EXPERIMENTS:
         raise ValueError(f"{config.model} is not a few-shot classifier: it says of itself that it is {name!r}.")
     experiment = EXPERIMENTS[name]
-    trained, setting = experiment.settle(experiment.Config(**content.description["config"]))
+    trained, setting = experiment.settle(experiment.Config(**few_shot.options_of(content.description)))
     if trained.normalisation == "batch":
         # The same parameters; and then no picture's class depends on which others there are to classify.
         trained = dataclasses.replace(trained, normalisation="support")

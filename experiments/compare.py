@@ -245,24 +245,34 @@ def _data(run: Run) -> str:
 def _paired(lines: Sequence[Line]) -> Iterator[Paired]:
     """Second-order MAML against every other line of the same schedule, where the tasks were the same.
 
-    A row without one of the same schedule is set, with its longest, against the longest.
+    A row that there is no such line of is set, with its longest, against the longest.
     """
     done = [line for line in lines if line.runs]
     mine = [line for line in done if line.method == "maml" and line.label == TOGETHER]
-    alike = {line.title for line in done for first in mine if line.steps == first.steps}
-    longest = {line.title: line for line in sorted(done, key=lambda line: line.steps)}
+    others = [line for line in done if line.title not in {line.title for line in mine}]
+    paired = set()
     for first in mine:
-        others = [line for line in done if line.title != first.title and line.steps == first.steps]
-        if first is longest[first.title]:
-            others += [line for title, line in longest.items() if title not in alike]
         for second in others:
-            for run, ours in first.summaries():
-                for other, theirs in second.summaries():
-                    known = "correct" in ours and "correct" in theirs
-                    if known and Protocol(**ours["protocol"]).same_tasks(Protocol(**theirs["protocol"])):
-                        difference = evaluation.difference(
-                            evaluation.from_summary(ours),
-                            evaluation.from_summary(theirs),
-                            steps=(first.inner_steps, second.inner_steps),
-                        )
-                        yield Paired(first, second, run.seed, difference)
+            if second.steps == first.steps:
+                for pair in _on_the_same_tasks(first, second):
+                    paired.add((second.data, second.title))
+                    yield pair
+    by_length = sorted(done, key=lambda line: line.steps)
+    longest = {(line.data, line.title): line for line in by_length}
+    first_of = {line.data: line for line in by_length if line in mine}
+    for (data, title), second in longest.items():
+        if data in first_of and second in others and (data, title) not in paired:
+            yield from _on_the_same_tasks(first_of[data], second)
+
+
+def _on_the_same_tasks(first: Line, second: Line) -> Iterator[Paired]:
+    for run, ours in first.summaries():
+        for other, theirs in second.summaries():
+            known = "correct" in ours and "correct" in theirs
+            if known and Protocol(**ours["protocol"]).same_tasks(Protocol(**theirs["protocol"])):
+                difference = evaluation.difference(
+                    evaluation.from_summary(ours),
+                    evaluation.from_summary(theirs),
+                    steps=(first.inner_steps, second.inner_steps),
+                )
+                yield Paired(first, second, run.seed, difference)

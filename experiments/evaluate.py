@@ -139,7 +139,7 @@ def load(path: Path, config: Config, known: dict[str, Prepared]) -> Model:
             f"parameters: only {', '.join(SAME_PARAMETERS)} can take each other's place."
         )
     given = {name: getattr(config, name) for name in ("shots", "queries", "normalisation", "inner_rate", "seed")}
-    options = about["config"] | {"queries": about["setting"]["queries"]}
+    options = few_shot.options_of(about) | {"queries": about["setting"]["queries"]}
     options |= {key: value for key, value in given.items() if value is not None}
     options |= {"data_dir": config.data_dir, "cache_dir": config.cache_dir, "test_tasks": config.tasks}
     experiment = EXPERIMENTS[about["experiment"]]

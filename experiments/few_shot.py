@@ -232,6 +232,14 @@ def describe(prepared: Prepared) -> dict[str, Any]:
     }
 
 
+def options_of(description: dict[str, Any]) -> dict[str, Any]:
+    """The options that a saved model was trained with, as they are taken today."""
+    options = dict(description["config"])
+    if options["method"] == "pretrained":
+        options["inner_steps"] = None  # It could once be given, to no effect.
+    return options
+
+
 def every_option(config: Config, setting: Setting) -> dict[str, Any]:
     """Those that follow from others, too."""
     return dataclasses.asdict(config) | dataclasses.asdict(setting)

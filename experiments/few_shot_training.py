@@ -53,7 +53,10 @@ def main(prepared: Prepared) -> dict:
         config.workdir, name, recorded_with_data(prepared), harmless=harmless(config), wandb=config.wandb
     )
     print(f"{config.method}, order {config.order}: {setting}\nWriting to {run.path}", flush=True)
-    best = Best(run.path / "best", describe(prepared) | {"selected_after": prepared.reported_steps})
+    description = describe(prepared) | {"selected_after": prepared.reported_steps}
+    best = Best(run.path / "best", description)
+    if config.method == "pretrained":
+        best.describe(description)  # As those to come: of a run that goes on they have the rate that was tuned before.
 
     def validated(state: MetaState) -> dict[str, float]:
         finished = model.finished(state, train_tasks, TEST_STEPS)
@@ -81,6 +84,8 @@ def main(prepared: Prepared) -> dict:
     if not hosts.leads():
         return {}
 
+    if not best.paths():  # A run that was stopped before its first validation, and is now to end there.
+        validated(hosts.local(state))
     candidates = best.states(hosts.local(state))
     selected = candidates[0]
     if config.method == "pretrained":
@@ -151,14 +156,17 @@ def tuned(prepared: Prepared, state: MetaState, val_tasks: Callable[[], Iterable
 
     A rate that was given is taken as it is.
     """
+    if prepared.config.inner_rate is not None:
+        image, classes = image_shape(prepared.data), len(prepared.data.train.counts)
+        return prepared, classifier(prepared.config, prepared.setting, image, classes)
     found = []
-    for factor in FACTORS if prepared.config.inner_rate is None else (1.0,):
+    for factor in FACTORS:
         setting = dataclasses.replace(prepared.setting, inner_rate=prepared.setting.inner_rate * factor)
         other = prepared._replace(setting=setting)
         model = classifier(prepared.config, setting, image_shape(prepared.data), len(prepared.data.train.counts))
         found.append((model.accuracy(state, val_tasks(), other.reported_steps), other, model))
     _, best, model = max(found, key=lambda each: each[0])
-    print(f"Fine-tuning at a rate of {best.setting.inner_rate:g}, of {len(found)} the best on validation tasks.")
+    print(f"Fine-tuning at a rate of {best.setting.inner_rate:g}, the best on validation tasks.")
     return best, model
 
 

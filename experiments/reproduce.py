@@ -257,7 +257,8 @@ def _one(job: Job, end: float | None) -> str:
     if stopped and process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM):
         trained = run.trained if (run := compare.read(job.path)) else 0
         what = f"stopped after {trained:,} of {job.steps:,} meta-steps: the budget is over. The same command goes on"
-        return f"{what}; with --steps {trained} it evaluates what there is, where nothing falls over all meta-steps."
+        evaluate = f"; --rows {job.row.name} --steps {trained} evaluates it, if nothing falls over all meta-steps"
+        return what + (evaluate if trained else "")
     return "\n  ".join([f"failed with status {process.returncode}:", *told[-LAST_LINES:], f"(all of it: {errors})"])
 
 

@@ -39,6 +39,9 @@ METHODS = {
     "oracle": "oracle, told the task",
 }
 
+USUAL = {"outer": "trpo", "sampling_term": False, "inner_steps": 1, "physics": "mujoco"}
+"""Options that are told where they are others."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -124,6 +127,9 @@ def _cells(line: Line) -> list[str]:
     told = [METHODS[line.method]]
     if config["inner_loss"] != "logp":
         told.append(f"`{config['inner_loss']}`")
+    for name, usual in USUAL.items():
+        if config.get(name, usual) != usual:
+            told.append(f"{name} {config[name]}")
     if config["test_tasks"] != 40:
         told.append(f"{config['test_tasks']} tasks")
     return [

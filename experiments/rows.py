@@ -213,6 +213,8 @@ def row_of(results: Mapping[str, Any]) -> Row | None:
     # An option that is younger than the results had its default.
     defaults = dataclasses.asdict(EXPERIMENTS[experiment].Config())
     every = defaults | results["config"] | results["setting"]
+    if every["method"] == "pretrained" and results["config"]["inner_rate"] is not None:
+        return None  # The rows' rate is the best in validation.
     for index, row in enumerate(ROWS):
         name, wanted = _identity(index)
         if name == experiment and all(every[key] == value for key, value in wanted.items()):

@@ -308,18 +308,27 @@ def test_fine_tuning_takes_the_rate_that_is_best_in_validation(characters, tmp_p
 
 def test_a_pretrained_model_is_evaluated_again_as_it_was(characters, tmp_path, small_net, monkeypatch):
     """Fine-tuned at the rate that its training found."""
-    prepared, _, _ = prepared_with(characters, tmp_path, method="pretrained", steps=20, tasks=2, test_tasks=6)
+    monkeypatch.setattr(few_shot_training, "FACTORS", (0.03, 0.1))
+    options = {"steps": 20, "tasks": 2, "test_tasks": 6, "seen": "together"}
+    prepared, _, _ = prepared_with(characters, tmp_path, method="pretrained", **options)
     found = few_shot_training.main(prepared)
     (path,) = (tmp_path / "run" / "best").iterdir()
 
     def prepare(config):
         return prepared._replace(config=config, setting=omniglot_experiment.settle(config)[1])
 
+    # A run that was stopped before its first validation, and is to end there, is evaluated, too.
+    path.unlink()
+    assert plain(few_shot_training.main(prepared)["test"]) == plain(found["test"])
     monkeypatch.setattr(omniglot_experiment, "prepare", prepare)
     again = evaluate.main(evaluate.prepare(evaluate.Config((path,), tasks=6)))
     assert plain(again[f"{path}, queries together"]) == plain(found["test"]["queries together"])
     protocol = found["test"]["nearest neighbour"]["protocol"]
     assert protocol["method"] == "nearest neighbour in the features of pretrained" and protocol["inner_steps"] == 0
+    old = saved.load(path).description
+    assert old["config"]["inner_rate"] == found["setting"]["inner_rate"]
+    old["config"]["inner_steps"] = 7  # Which could once be given.
+    assert omniglot_experiment.settle(Config(**few_shot.options_of(old)))[1].inner_rate == old["config"]["inner_rate"]
 
 
 def test_models_that_learn_otherwise_are_no_ensemble(characters, tmp_path, small_net, monkeypatch):

@@ -176,11 +176,17 @@ def test_classes_may_be_called_as_splits_are(tmp_path):
 def test_a_camera_that_was_held_upright_is_seen_so(tmp_path):
     """By the note of its orientation, which is that the right side was up."""
     upright = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
-    exif, file = Image.Exif(), io.BytesIO()
-    exif[0x0112] = 6
-    Image.fromarray(np.rot90(upright)).save(file, "PNG", exif=exif)
-    data = load(write(tmp_path / "data", {f"{label}/0.png": file.getvalue() for label in OTHERS}), tmp_path, size=8)
-    np.testing.assert_array_equal(data.train.images[0], upright)
+    exif, files = Image.Exif(), {}
+    transverse = np.rot90(upright, 2).swapaxes(0, 1)
+    kinds = ((6, np.rot90(upright)), (3, upright[::-1, ::-1]), (7, transverse), (9, upright))
+    for label, (held, turned) in zip(OTHERS, kinds):
+        exif[0x0112] = held
+        file = io.BytesIO()
+        Image.fromarray(turned).save(file, "PNG", exif=exif)
+        files[f"{label}/0.png"] = file.getvalue()
+    data = load(write(tmp_path / "data", files), tmp_path, size=8, division="none")
+    for picture in data.train.images:
+        np.testing.assert_array_equal(picture, upright)
 
 
 def test_colours_of_every_kind_become_rgb(tmp_path):

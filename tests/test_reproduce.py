@@ -85,6 +85,8 @@ def test_rows_are_the_papers_table_and_each_is_a_valid_experiment():
         assert rows.row_of(json.loads(as_json(written))) is row
         tuned = written | {"setting": vars(setting) | {"inner_rate": 0.123}}
         assert rows.row_of(json.loads(as_json(tuned))) is (row if row.method == "pretrained" else None)
+        given = tuned | {"config": vars(config) | {"inner_rate": 0.123}}
+        assert rows.row_of(json.loads(as_json(given))) is None
     for setting in ("5w1s", "5w5s", "20w1s", "20w5s"):
         assert BY_NAME[f"omniglot-{setting}"].published and BY_NAME[f"omniglot-{setting}-order1"].published
     assert BY_NAME["omniglot-5w5s-mlp"].published == (97.5, 0.6, rows.FINN)

@@ -38,7 +38,7 @@ def row(method="maml", seed=0, first=0.0, improved=0.5):
 
 def test_tables_tell_each_method_with_its_paper_and_engine(tmp_path):
     made_up(tmp_path / "a", rows=[row("oracle"), row("maml", 0, 10.0), row("maml", 1, 12.0, improved=1.0)])
-    made_up(tmp_path / "b", rows=[row("random", first=-7.0)], inner_loss="lvc", test_tasks=400)
+    made_up(tmp_path / "b", rows=[row("random", first=-7.0)], inner_loss="lvc", test_tasks=400, inner_steps=2)
     made_up(tmp_path / "c", "half-cheetah-velocity", rows=[row()], steps=5)
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "results.json").write_text('{"protocol": "something else: accuracy"}')
@@ -47,7 +47,7 @@ def test_tables_tell_each_method_with_its_paper_and_engine(tmp_path):
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert [line[0] for line in cells] == [
         "Half-cheetah, velocity", "MAML",
-        "Ant, velocity", "MAML", "not trained, `lvc`, 400 tasks", "oracle, told the task",
+        "Ant, velocity", "MAML", "not trained, `lvc`, inner_steps 2, 400 tasks", "oracle, told the task",
     ]  # fmt: skip
     assert cells[1][1:] == ["5", "0.1, 0.05", "0.0 +- 0.2", "1.0 +- 0.2", "2.0 +- 0.2", "3.0 +- 0.2", "50%",
                             "1, 2.5, 3, 4"]  # fmt: skip

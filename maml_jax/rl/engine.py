@@ -156,7 +156,7 @@ class Engine:
 
     def _simulate(self, model: Any, state: np.ndarray, control: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """States after one step, and sensors before it."""
-        after, sensors = np.empty_like(state), np.empty((len(state), model.nsensordata))
+        after, sensors = np.empty(state.shape), np.empty((len(state), model.nsensordata))
         if not len(state):
             return after, sensors
         workers = self._all_workers()

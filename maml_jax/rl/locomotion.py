@@ -200,9 +200,9 @@ def positions(engine: Engine, observation: jax.Array) -> jax.Array:
 
 
 def contact_forces(sensors: jax.Array) -> jax.Array:
-    """The ant's contacts as the engine's `cfrc_ext`, `[14, 6]`: torque about the centre of mass, and force.
+    """The ant's contacts as the classic engine's `cfrc_ext`, `[14, 6]`: torque about the centre of mass, and force.
 
-    One row a body, the first for the world, which feels none.
+    One row a part, which were bodies all, the first for the world, which feels none.
     """
     contacts = sensors[6:].reshape(-1, 3, 3)
     force, torque, place = contacts[:, 0], contacts[:, 1], contacts[:, 2]

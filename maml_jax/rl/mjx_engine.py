@@ -20,8 +20,8 @@ class MjxEngine:
 
     On a CPU it is far slower than the C engine. It differs in one thing: where a capsule that stands more
     steeply than 60 degrees touches the floor, the pyramid that MJX puts in place of the cone of friction is
-    turned about the vertical. MJX has no sensors of all contacts of a body: what the model's would say is
-    told from the forces on its bodies, in the form that `locomotion.contact_forces` reads.
+    turned about the vertical. MJX has no sensors of all contacts of a part: what the model's would say is
+    told from the forces on bodies, one for each part, in the form that `locomotion.contact_forces` reads.
 
     Args:
       path: the model's XML file, without sensors or with those of our ant.

@@ -159,8 +159,9 @@ def listing(tree: Tree, division: Division) -> Contents:
         if pickled:
             return _checked(tree, {split: _from_pickle(tree, name) for split, name in pickled.items()})
         folders = {split: f"{root}{split}" for split in SPLITS if f"{root}{split}" in tree.folders}
-        # Without folders inside they are classes that happen to be called so.
-        if any(inside.startswith(f"{folder}/") for inside in tree.folders for folder in folders.values()):
+        inside = any(name.startswith(f"{folder}/") for name in tree.folders for folder in folders.values())
+        # Beside other classes, and without folders inside, they are classes that happen to be called so.
+        if folders and (inside or not {*_from_class_folders(tree, root)} - {*SPLITS}):
             _all_three(tree, folders, "folder")
             found = {split: _from_class_folders(tree, f"{folder}/") for split, folder in folders.items()}
             return _checked(tree, found)

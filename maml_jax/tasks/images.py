@@ -189,18 +189,18 @@ def _decoded(tree: Tree, name: str) -> np.ndarray:
     Raises:
       DataError: naming the file, if it is damaged or too large, or of a kind that has no one meaning in 8 bits.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     try:
         with Image.open(io.BytesIO(tree.read(name))) as opened:
-            if opened.mode.startswith("I;16"):
-                return np.repeat((np.asarray(opened) >> 8).astype(np.uint8)[..., None], 3, axis=2)
-            if opened.mode in ("I", "F"):
+            upright = _upright(opened)
+            if upright.mode.startswith("I;16"):
+                return np.repeat((np.asarray(upright) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+            if upright.mode in ("I", "F"):
                 raise DataError(
                     f"The image {name} in {tree.where} has pixels of 32 bits, whose white is not known. Convert it to "
                     "8 bits first."
                 )
-            upright = ImageOps.exif_transpose(opened)  # A camera notes how it was held.
             # Pillow warns of palettes with transparency unless they go by RGBA.
             visible = upright.convert("RGBA") if "transparency" in upright.info else upright
             return np.asarray(visible.convert("RGB"))
@@ -208,6 +208,20 @@ def _decoded(tree: Tree, name: str) -> np.ndarray:
         raise DataError(f"The image {name} in {tree.where} is refused: {error}") from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         raise DataError(f"The image {name} in {tree.where} is damaged or cannot be read ({error}).") from error
+
+
+def _upright(opened: Any) -> Any:
+    """The picture as it was taken, by the camera's note of how it was held, where there is one that can be read."""
+    from PIL import Image
+
+    try:
+        held = opened.getexif().get(0x0112)
+    except Exception:  # Notes come in any state, and a picture is none the worse for it.
+        held = None
+    turn = Image.Transpose
+    turns = {2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM, 5: turn.TRANSPOSE,
+             6: turn.ROTATE_270, 7: turn.TRANSVERSE, 8: turn.ROTATE_90}  # fmt: skip
+    return opened.transpose(turns[held]) if held in turns else opened
 
 
 def _fitted(pixels: np.ndarray, size: int, resample: Any) -> np.ndarray:
