@@ -151,9 +151,9 @@ def test_navigation_from_beginning_to_end(quickly_compiled, monkeypatch, capsys,
 
 
 def test_gradient_steps_at_test_are_of_the_loss_asked_for(quickly_compiled, tmp_path):
-    """DiCE's first derivative is another than that of 'logp'; that of 'lvc' is the same."""
+    """DiCE's first derivative is another than that of 'logp'."""
     found = {}
-    for loss in ("logp", "lvc", "dice"):
+    for loss in ("logp", "dice"):
         config = reinforcement.Config(
             methods=("random",), inner_loss=loss, test_tasks=2, test_episodes=3, workdir=tmp_path / loss
         )
@@ -162,12 +162,11 @@ def test_gradient_steps_at_test_are_of_the_loss_asked_for(quickly_compiled, tmp_
         trained = reinforcement_training.meta_train(prepared, directory, "random", 0)
         found[loss] = reinforcement_testing.evaluate(prepared, "random", trained)["return"]
         directory.close()
-    np.testing.assert_allclose(found["lvc"], found["logp"], rtol=1e-3)
     assert abs(found["dice"][1:] - found["logp"][1:]).min() > 0.01 and found["dice"][0] == found["logp"][0]
 
 
-def test_locomotion_from_beginning_to_end_and_drawn_afterwards(tmp_path):
-    """In processes of its own: the engine chooses its OpenGL when it is imported."""
+def test_locomotion_from_beginning_to_end(tmp_path):
+    """In a process of its own: the engine chooses its OpenGL when it is imported."""
     command = [sys.executable, "-m", "experiments.locomotion", "--methods", "random", "--test-tasks", "2",
                "--test-episodes", "1", "--workdir", str(tmp_path / "run")]  # fmt: skip
     environment = {"MUJOCO_GL": "egl", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **os.environ}
@@ -175,7 +174,9 @@ def test_locomotion_from_beginning_to_end_and_drawn_afterwards(tmp_path):
     def started(*more):
         return subprocess.run([*command, *more], env=environment, capture_output=True, text=True)
 
-    done = started()
+    done = started("--render")
+    rendered = "Rendering found no OpenGL" not in done.stderr
+    done = done if rendered else started()
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
     assert any(line[:4] == ["random", "0", "0.1,", "0.05"] for line in lines) and "-254.80" in done.stdout
@@ -183,13 +184,13 @@ def test_locomotion_from_beginning_to_end_and_drawn_afterwards(tmp_path):
     (row,) = results["rows"]
     assert len(row["return"]) == 4 and max(row["return"]) < 0 and row["length"] == [200] * 4 and row["broken"] == 0
     assert results["mujoco"] == metadata.version("mujoco") and (tmp_path / "run" / "returns.png").exists()
-    drawn = started("--render")
-    if "Rendering found no OpenGL" in drawn.stderr:
+    # What is trained may be drawn afterwards, or not again.
+    config = locomotion.Config(methods=("random",), test_tasks=2, test_episodes=1, workdir=tmp_path / "run")
+    assert not locomotion.prepare(config).config.render
+    if not rendered:
         pytest.skip("This machine has no OpenGL.")
-    assert drawn.returncode == 0, drawn.stderr
     with Image.open(tmp_path / "run" / "random.png") as strip:
         assert strip.size == (8 * 160, 2 * 4 * 120) and len(strip.getcolors(1 << 24)) > 100
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["rows"] == results["rows"]
 
 
 @pytest.mark.parametrize(("given", "rates"), [(None, (0.3, 0.2)), ((0.7, 0.6), (0.7, 0.6))])
