@@ -48,9 +48,10 @@ def loop(name, state, controls):
         yield data
 
 
-def contact_forces_of_bodies(data):
+def contact_forces_of_bodies(data, tolerance=1e-8):
     """The ant's `cfrc_ext` at the state and control of `data`, of the classic model, where every part is a body."""
     model = mujoco.MjModel.from_xml_string(as_mjx_takes_it(MODELS / "ant.xml"))
+    model.opt.tolerance = tolerance
     apart = mujoco.MjData(model)
     apart.qpos[:], apart.qvel[:], apart.ctrl[:] = data.qpos, data.qvel, data.ctrl
     mujoco.mj_forward(model, apart)
@@ -100,6 +101,23 @@ def test_the_callback_is_the_engines_own_loop_bit_for_bit(x64_everywhere, engine
     assert touched  # The comparison had contacts in it.
 
 
+def test_each_part_of_the_ant_feels_its_own_contacts(x64_everywhere):
+    """In any position, sunk into the floor, and moving."""
+    engine, rng, felt = Engine(MODELS / "ant.xml"), np.random.default_rng(0), np.zeros(14, bool)
+    engine._reader.opt.tolerance = 0  # What parts in a row share of a force is settled last.
+    data = mujoco.MjData(engine.model)
+    for _ in range(100):
+        data.qvel[:] = 5 * rng.normal(size=data.qvel.size)
+        data.qpos[:] = engine.start + 0.3 * rng.normal(size=engine.start.size)
+        data.qpos[2:7] = rng.uniform(0, 0.4), *rng.normal(size=4)
+        data.qpos[3:7] /= np.linalg.norm(data.qpos[3:7])
+        state, still = np.concatenate([data.qpos, data.qvel])[None], np.zeros((1, engine.model.nu))
+        forces = contact_forces(jnp.asarray(engine._read(state, still).sensors[0]))
+        np.testing.assert_allclose(forces, contact_forces_of_bodies(data, tolerance=0), rtol=1e-8, atol=1e-7)
+        felt |= np.asarray(forces != 0).any(1)
+    assert felt[1:].all() and not felt[0]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_listed_contacts_are_those_that_a_search_finds(name):
     def simulated(model):
@@ -122,6 +140,7 @@ def test_the_listed_contacts_are_those_that_a_search_finds(name):
     listed, touching = simulated(spec.compile())
     assert {pair.geomname2 for pair in spec.pairs} == {part.name for part in spec.geoms} - {"floor"}
     friction, solimp, margin = CLASSIC[name]
+    own = {pair.geomname2: (pair.solref, pair.solimp) for pair in spec.pairs if pair.geomname2.startswith("leg")}
     for pair in list(spec.pairs):
         np.testing.assert_array_equal(pair.friction, np.array(friction)[[0, 0, 1, 2, 2]])
         spec.delete(pair)
@@ -129,6 +148,8 @@ def test_the_listed_contacts_are_those_that_a_search_finds(name):
         floor = part.name == "floor"
         part.contype, part.conaffinity, part.condim = not floor, floor, 3
         part.friction, part.solref, part.solimp[:3] = friction, (0.02, 1), solimp
+        if part.name in own:
+            part.priority, (part.solref, part.solimp) = 1, own[part.name]
         part.margin = 0 if floor else margin  # Today's engine adds the two, the classic one took the larger.
     searched, found = simulated(spec.compile())
     assert touching == found and len(found) > len(spec.geoms) / 2

@@ -87,7 +87,8 @@ class MjxEngine:
 def as_mjx_takes_it(path: Path) -> str:
     """The model's XML without the sensors of contacts, which MJX does not have.
 
-    Where there were some, each part that was one of a body's becomes a body, as MJX tells the forces of those.
+    Where there were some, each part that was one of a body's becomes a body, as MJX tells the forces of those, with
+    contacts like all others.
     """
     tree = ElementTree.parse(path)
     contacts = [(sensors, contact) for sensors in tree.iter("sensor") for contact in sensors.findall("contact")]
@@ -100,4 +101,6 @@ def as_mjx_takes_it(path: Path) -> str:
             apart = ElementTree.Element("body", name=part.get("name", ""))
             apart.append(part)
             body.insert(place, apart)
+    for pair in tree.iter("pair") if contacts else ():
+        pair.attrib.pop("class", None)
     return ElementTree.tostring(tree.getroot(), encoding="unicode")
