@@ -12,16 +12,18 @@ FOLDER = Path(__file__).parents[1] / "notebooks"
 
 @pytest.fixture
 def run(monkeypatch):
-    """Runs a notebook; returns what it defined, and the number of pictures that it showed."""
+    """Runs a notebook, with a shorter training; returns what it defined, and the number of pictures that it showed."""
 
-    def run(name):
+    def run(name, steps="", fewer=""):
         shown = []
         plt.close("all")
         matplotlib.use("Agg")
         monkeypatch.setattr(plt, "show", lambda: shown.append([len(axes.lines) for axes in plt.gcf().axes]))
         scope = {"__name__": "__main__"}
         try:
-            exec(compile((FOLDER / f"{name}.py").read_text(), name, "exec"), scope)
+            text = (FOLDER / f"{name}.py").read_text()
+            assert steps in text
+            exec(compile(text.replace(steps, fewer), name, "exec"), scope)
         finally:
             plt.close("all")
         return scope, shown
@@ -34,13 +36,13 @@ def test_every_notebook_is_run():
 
 
 def test_first_look(run):
-    scope, shown = run("first_look")
+    scope, shown = run("first_look", "steps=15_000", "steps=7_000")
     assert scope["error"][1] < 0.6 * scope["error"][0] and scope["error"][10] < 0.5
     assert shown == [[1], [1 + 5]]
 
 
 def test_own_model(run):
-    scope, _ = run("own_model")
+    scope, _ = run("own_model", "steps=2_000", "steps=1_500")
     assert scope["report"].exact
     for error in scope["results"].values():
         assert error[3] < 0.4 * error[0]
