@@ -3,10 +3,12 @@
 The only file that imports orbax, and only when checkpoints are used.
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +21,9 @@ from maml_jax.workdir import WorkdirError, cannot_write, make_directory, note
 
 DAMAGED = ".damaged"
 OLD = ".old"
+
+STRAGGLERS = 10.0
+"""Seconds for what still writes into a directory that is removed: other threads of orbax, where one of them failed."""
 
 
 class Restored(NamedTuple):
@@ -283,5 +288,13 @@ def _short(error: Exception) -> str:
 
 
 def _remove(path: Path) -> None:
-    if path.exists():
-        shutil.rmtree(path)
+    if not path.exists():
+        return
+    give_up = time.monotonic() + STRAGGLERS
+    while True:
+        try:
+            return shutil.rmtree(path)
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY or time.monotonic() > give_up:
+                raise cannot_write(path, error) from error
+            time.sleep(0.01)

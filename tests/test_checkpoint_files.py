@@ -3,6 +3,7 @@
 `MAML_JAX_KILLS=30 pytest tests/test_checkpoint_files.py -k killed` kills more often than the default.
 """
 
+import errno
 import json
 import os
 import random
@@ -22,7 +23,7 @@ import pytest
 from resumable_run import PER_CALL, SAVE_EVERY, setting
 
 import maml_jax
-from maml_jax import signals
+from maml_jax import checkpoint, signals
 from maml_jax.checkpoint import Checkpoints
 from maml_jax.record import RunDirectory
 from maml_jax.resumable import Validate, resumable_train
@@ -255,6 +256,32 @@ class TestDisk:
         state, rows = in_this_process(run, 20)
         assert rows[0]["step"] == 6
         assert_equal(state, in_this_process(opened(tmp_path / "whole"), 20)[0])
+
+    def test_what_another_thread_of_a_failed_save_still_writes_is_removed_too(self, tmp_path, monkeypatch):
+        """Orbax reports the first of its threads that fails, while others go on."""
+        leftover = tmp_path / "12.orbax-checkpoint-tmp"
+        (leftover / "state").mkdir(parents=True)
+        rmdir, late = os.rmdir, iter(["one", "another"])
+
+        def after_a_late_file(path, **options):
+            if (name := next(late, None)) is not None:
+                (leftover / "state" / name).touch()
+            rmdir(path, **options)
+
+        monkeypatch.setattr(os, "rmdir", after_a_late_file)
+        with closing(Checkpoints(tmp_path)):
+            assert not leftover.exists() and next(late, None) is None
+
+    def test_what_is_not_ours_to_remove_is_not_tried_for_ever(self, tmp_path, monkeypatch):
+        (tmp_path / "12.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+        monkeypatch.setattr(checkpoint, "STRAGGLERS", 0.1)
+
+        def never(path, **options):
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", path)
+
+        monkeypatch.setattr(os, "rmdir", never)
+        with pytest.raises(WorkdirError, match=r"Cannot write .*12.orbax-checkpoint-tmp: .*not empty"):
+            Checkpoints(tmp_path)
 
     def test_a_row_that_does_not_fit_is_named_and_its_rest_dropped(self, tmp_path, capsys):
         run = opened(tmp_path)
