@@ -52,7 +52,7 @@ METHODS = {
     "maml": "MAML, second order",
     "order1": "MAML, first order",
     "mlp": "MAML, no convolutions",
-    "annealed": "MAML, 16 tasks a meta-step, falling outer rate",
+    "annealed": "MAML, 16 tasks a meta-step, outer rate falling from .01",
     "anil": "ANIL",
     "boil": "BOIL",
     "meta-sgd": "Meta-SGD",
@@ -136,7 +136,7 @@ def _row(data: str, setting: str, method: str) -> Row:
     elif method.startswith("norm-"):
         options["normalisation"] = method.removeprefix("norm-")
     elif method == "annealed":
-        options |= {"anneal": True, "tasks": 16}
+        options |= {"anneal": True, "tasks": 16, "outer_rate": 0.01}
     elif method != "maml":
         options["method"] = method
     if method == "maml++":
@@ -155,7 +155,7 @@ def _rows() -> list[Row]:
     norms = ("norm-support", "norm-tasknorm", "norm-layer", "norm-group", "norm-running")
     paper = [_row("omniglot", setting, method) for setting in SETTINGS for method in ("maml", "order1")]
     paper += [_row("omniglot", setting, "mlp") for setting in ("5w1s", "5w5s")]
-    paper += [_row("omniglot", setting, "annealed") for setting in ("5w1s", "5w5s")]
+    paper += [_row("omniglot", setting, "annealed") for setting in SETTINGS]
     by_family = [
         _row("omniglot", setting, method)
         for setting in SETTINGS
