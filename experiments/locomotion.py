@@ -10,7 +10,7 @@ import dataclasses
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -142,6 +142,9 @@ def main(prepared: reinforcement.Prepared) -> dict:
         return {}
     directory, results, history, policies = done
     plots.returns(directory.path / "returns.png", history, results["rows"], results["paper"])
+    tested: dict[str, Any] = {name: [row for row in results["rows"] if row["method"] == name] for name in policies}
+    oracle = tested.pop("oracle", ())
+    reinforcement_testing.draw_tasks(directory.path / "tasks.png", tested, oracle)
     if config.render:
         for method, trained in policies.items():
             if method != "oracle":

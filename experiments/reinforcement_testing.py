@@ -4,6 +4,8 @@
 (section 5.3, and the numbers behind its figures in the authors' code).
 """
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +15,7 @@ import optax
 
 import maml_jax
 from experiments.reinforcement import MethodName, Prepared
+from maml_jax.rl import plots
 from maml_jax.rl.advantage import Summary
 from maml_jax.rl.environment import Environment
 from maml_jax.rl.losses import InnerLossName
@@ -104,6 +107,25 @@ def by_task(tasks: np.ndarray, returns: np.ndarray) -> dict[str, Any]:
         "return_of_task": [" ".join(f"{value:.2f}" for value in column) for column in returns.T],
         "return_of_kind": {f"{kind:g}": returns[tasks == kind].mean(0) for kind in kinds} if few else {},
     }
+
+
+def of_tasks(rows: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Tasks `[T]` and returns `[S + 1, T]`, the mean over seeds, of one method's rows of results, to be drawn.
+
+    None where a task is not one number of a range, and of results that are older than `by_task`.
+    """
+    if any(len(row.get("tasks", ())) != 1 or row["return_of_kind"] for row in rows):
+        return None
+    returns = [[line.split() for line in row["return_of_task"]] for row in rows]
+    return np.array(rows[0]["tasks"][0].split(), float), np.array(returns, float).mean(0)
+
+
+def draw_tasks(path: Path, methods: Mapping[str, Sequence[dict[str, Any]]], oracle: Sequence[dict[str, Any]]) -> bool:
+    """Draws `plots.returns_of_tasks` of rows of results, of each method and of the oracle; whether there was any."""
+    found = {name: tasks for name, rows in methods.items() if (tasks := of_tasks(rows)) is not None}
+    if found:
+        plots.returns_of_tasks(path, found, of_tasks(oracle) if oracle else None)
+    return bool(found)
 
 
 def show(trained: Trained, rates: tuple[float, float], episodes: int, tasks: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Writes the README's tables of returns from the results of reinforcement learning.
+"""Writes the README's tables of returns from the results of reinforcement learning, and draws returns over tasks.
 
 python -m experiments.returns --results results --readme README.md
 """
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import command_line, page
+from experiments import command_line, page, reinforcement_testing
 from maml_jax.workdir import read_json
 
 BEGIN, END = "<!-- returns: begin -->\n", "<!-- returns: end -->"
@@ -97,8 +97,18 @@ def found(folder: Path) -> list[Line]:
 
 
 def main(prepared: tuple[Config, list[Line]]) -> None:
-    """Writes the region."""
+    """Writes the region, and beside the runs a picture of returns over tasks where these are velocities."""
     config, lines = prepared
+    for environment in TITLES:
+        drawn: dict[str, list[dict[str, Any]]] = {}
+        for line in lines:
+            if line.environment == environment:
+                title = ", ".join([_told(line), *([f"{line.steps}"] if line.steps else ())])
+                drawn.setdefault("" if line.method == "oracle" else title, []).extend(line.rows)
+        oracle = drawn.pop("", ())
+        path = config.results / f"{environment}-tasks.png"
+        if reinforcement_testing.draw_tasks(path, drawn, oracle):
+            print(f"Wrote {path}.")
     text = page.with_region(config.readme.read_text("utf-8"), markdown(lines), BEGIN, END)
     config.readme.write_text(text, encoding="utf-8")
     print(f"Wrote {len(lines)} lines of returns into {config.readme}.")
@@ -120,11 +130,23 @@ def markdown(lines: Sequence[Line]) -> str:
 
 
 def _cells(line: Line) -> list[str]:
-    config, rows = line.results["config"], line.rows
+    rows = line.rows
     rates = dict.fromkeys("{:g}, {:g}".format(*row["rates"]) for row in rows if row["rates"])
     returns = [_number([row["return"][step] for row in rows], rows, step) for step in range(len(rows[0]["return"]))]
     better = f"{np.mean([row['improved'][0] for row in rows]):.0%}" if rates else ""
-    told = [METHODS[line.method]]
+    return [
+        _told(line),
+        f"{line.steps}" if line.steps else "",
+        " or ".join(rates),
+        *(returns + [""] * (4 - len(returns))),
+        better,
+        ", ".join(f"{number:g}" for number in line.results["paper"].get(line.method, ())),
+    ]
+
+
+def _told(line: Line) -> str:
+    """The method, with the options that are not the usual ones."""
+    config, told = line.results["config"], [METHODS[line.method]]
     if config["inner_loss"] != "logp":
         told.append(f"`{config['inner_loss']}`")
     for name, usual in USUAL.items():
@@ -132,14 +154,7 @@ def _cells(line: Line) -> list[str]:
             told.append(f"{name} {config[name]}")
     if config["test_tasks"] != 40:
         told.append(f"{config['test_tasks']} tasks")
-    return [
-        ", ".join(told),
-        f"{line.steps}" if line.steps else "",
-        " or ".join(rates),
-        *(returns + [""] * (4 - len(returns))),
-        better,
-        ", ".join(f"{number:g}" for number in line.results["paper"].get(line.method, ())),
-    ]
+    return ", ".join(told)
 
 
 def _number(found: list[float], rows: list[dict[str, Any]], step: int) -> str:

@@ -49,7 +49,7 @@ def test_own_model(run):
 
 
 def test_first_and_second_order(run):
-    scope, shown = run("first_and_second_order")
+    scope, shown = run("first_and_second_order", "inner_steps = (1, 4, 16)", "inner_steps = (1, 2, 4)")
     assert scope["report"].exact and shown == [[4, 4]]
     first, exact, step, mixed = ([row["gradient"] for row in rows] for rows in scope["found"].values())
     for same in (step, mixed):

@@ -57,6 +57,33 @@ def test_tables_tell_each_method_with_its_paper_and_engine(tmp_path):
     assert f"`{tmp_path.as_posix()}/b` (MuJoCo 3.17.0)" in text.replace("\n", " ")
 
 
+def test_returns_are_drawn_over_tasks_that_are_numbers_with_the_oracle_for_all(tmp_path, monkeypatch):
+    def of_tasks(row, tasks, returns, kinds=None):
+        return row | {"tasks": [tasks], "return_of_task": returns, "return_of_kind": kinds or {}}
+
+    seeds = [of_tasks(row(), "2 1", ["5 3", "6 4"]), of_tasks(row(seed=1), "2 1", ["7 3", "8 4"])]
+    made_up(tmp_path / "results" / "a", rows=seeds, steps=30)
+    made_up(tmp_path / "results" / "b", rows=[of_tasks(row("oracle"), "2 1", ["9 8"])])
+    made_up(tmp_path / "results" / "older", rows=[row()], steps=20)
+    directions = of_tasks(row(), "1 -1", ["5 3", "6 4"], {"1": [5, 6], "-1": [3, 4]})
+    made_up(tmp_path / "results" / "c", "ant-direction", rows=[directions])
+    drawn, draw = [], returns.reinforcement_testing.plots.returns_of_tasks
+
+    def watched(path, methods, bound):
+        drawn.append((path.name, methods, bound))
+        draw(path, methods, bound)
+
+    monkeypatch.setattr("maml_jax.rl.plots.returns_of_tasks", watched)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{returns.BEGIN}{returns.END}")
+    returns.main(returns.prepare(returns.Config(tmp_path / "results", readme)))
+    ((name, methods, (_, bound)),) = drawn
+    assert name == "ant-velocity-tasks.png" and (tmp_path / "results" / name).stat().st_size > 1000
+    ((method, (tasks, found)),) = methods.items()
+    assert method == "MAML, 30" and tasks.tolist() == [2, 1]
+    assert found.tolist() == [[6, 3], [7, 4]] and bound.tolist() == [[9, 8]]
+
+
 def test_only_the_region_of_the_readme_is_written(tmp_path):
     made_up(tmp_path / "results" / "a", rows=[row()])
     readme = tmp_path / "README.md"

@@ -48,6 +48,36 @@ def returns(
     plt.close(figure)
 
 
+def returns_of_tasks(
+    path: Path, methods: Mapping[str, tuple[np.ndarray, np.ndarray]], bound: tuple[np.ndarray, np.ndarray] | None = None
+) -> None:
+    """Return before and after each gradient step over tasks that are a number each: where a step helps, and where not.
+
+    Args:
+      path: where the picture goes.
+      methods: by name, tasks `[T]` and returns `[S + 1, T]`; a panel each.
+      bound: tasks and returns `[1, T]` of a policy that is told the task, for every panel.
+    """
+    figure, grid = plt.subplots(
+        1, len(methods), figsize=(4.2 * len(methods), 4), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes, (name, (tasks, of_steps)) in zip(grid[0], methods.items()):
+        order = np.argsort(tasks)
+        shades = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(of_steps)))
+        for step, (of_tasks, color) in enumerate(zip(of_steps, shades)):
+            label = "before" if step == 0 else f"after {step} step{'s' if step > 1 else ''}"
+            axes.plot(tasks[order], of_tasks[order], "o-", color=color, markersize=3, linewidth=1, label=label)
+        if bound is not None:
+            order = np.argsort(bound[0])
+            axes.plot(bound[0][order], bound[1][0][order], "k--", linewidth=1, label="told the task")
+        axes.set(xlabel="task", title=name.replace("`", ""))
+        axes.grid(alpha=0.3)
+    grid[0, 0].set_ylabel("return")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
 def navigation_paths(path: Path, goals: Sequence[Sequence[float]], paths: np.ndarray, mask: np.ndarray) -> None:
     """Walks towards some goals, a row for each, before adaptation and after each gradient step, a column for each.
 
