@@ -109,23 +109,26 @@ def by_task(tasks: np.ndarray, returns: np.ndarray) -> dict[str, Any]:
     }
 
 
-def of_tasks(rows: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray] | None:
-    """Tasks `[T]` and returns `[S + 1, T]`, the mean over seeds, of one method's rows of results, to be drawn.
-
-    None where a task is not one number of a range, and of results that are older than `by_task`.
-    """
-    if any(len(row.get("tasks", ())) != 1 or row["return_of_kind"] for row in rows):
+def returns_of_tasks(rows: Sequence[dict[str, Any]]) -> np.ndarray | None:
+    """Returns `[S + 1, T]`, the mean over seeds, of one method's rows; None of results from before `by_task`."""
+    if any("return_of_task" not in row for row in rows):
         return None
-    returns = [[line.split() for line in row["return_of_task"]] for row in rows]
-    return np.array(rows[0]["tasks"][0].split(), float), np.array(returns, float).mean(0)
+    return np.mean([np.array([line.split() for line in row["return_of_task"]], float) for row in rows], 0)
 
 
 def draw_tasks(path: Path, methods: Mapping[str, Sequence[dict[str, Any]]], oracle: Sequence[dict[str, Any]]) -> bool:
     """Draws `plots.returns_of_tasks` of rows of results, of each method and of the oracle; whether there was any."""
-    found = {name: tasks for name, rows in methods.items() if (tasks := of_tasks(rows)) is not None}
-    if found:
-        plots.returns_of_tasks(path, found, of_tasks(oracle) if oracle else None)
-    return bool(found)
+
+    def found(rows: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray] | None:
+        returns = returns_of_tasks(rows) if rows else None
+        if returns is None or len(rows[0]["tasks"]) != 1 or rows[0]["return_of_kind"]:
+            return None  # Tasks that are two numbers, or two kinds.
+        return np.array(rows[0]["tasks"][0].split(), float), returns
+
+    drawn = {name: of_tasks for name, rows in methods.items() if (of_tasks := found(rows)) is not None}
+    if drawn:
+        plots.returns_of_tasks(path, drawn, found(oracle))
+    return bool(drawn)
 
 
 def show(trained: Trained, rates: tuple[float, float], episodes: int, tasks: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments import command_line, page, reinforcement_testing
+from maml_jax.statistics import interval
 from maml_jax.workdir import read_json
 
 BEGIN, END = "<!-- returns: begin -->\n", "<!-- returns: end -->"
@@ -20,8 +21,9 @@ BEGIN, END = "<!-- returns: begin -->\n", "<!-- returns: end -->"
 LEGEND = (
     "Mean return over held-out tasks, 40 where nothing else is said, before and after each gradient step, each step on "
     "new episodes, with the 95% interval over the tasks; of several seeds the mean and the range. Beside it the share "
-    "of the tasks that the first step makes better, and the numbers behind the paper's figures, which had 100 "
-    "meta-iterations of navigation, 475 and 100 of half-cheetah, 375 and 575 of ant."
+    "of the tasks that the first step makes better, what it gains, with the interval of the gains, and the numbers "
+    "behind the paper's figures, which had 100 meta-iterations of navigation, 475 and 100 of half-cheetah, 375 and 575 "
+    "of ant."
 )
 
 TITLES = {
@@ -120,7 +122,18 @@ def markdown(lines: Sequence[Line]) -> str:
     for environment, title in TITLES.items():
         mine = [line for line in lines if line.environment == environment]
         if mine:
-            names = (title, "meta-iterations", "steps of", "before", "1 step", "2 steps", "3 steps", "better", "paper")
+            names = (
+                title,
+                "meta-iterations",
+                "steps of",
+                "before",
+                "1 step",
+                "2 steps",
+                "3 steps",
+                "better",
+                "gains",
+                "paper",
+            )
             table = [list(names), ["---"] * len(names), *map(_cells, mine)]
             parts += ["| " + " | ".join(cells) + " |" for cells in table]
             parts.append("")
@@ -140,8 +153,18 @@ def _cells(line: Line) -> list[str]:
         " or ".join(rates),
         *(returns + [""] * (4 - len(returns))),
         better,
+        _gain(rows),
         ", ".join(f"{number:g}" for number in line.results["paper"].get(line.method, ())),
     ]
+
+
+def _gain(rows: list[dict[str, Any]]) -> str:
+    """Of the first step, over the tasks."""
+    returns = reinforcement_testing.returns_of_tasks(rows)
+    if returns is None or len(returns) == 1:
+        return ""
+    mean, half_width = interval(returns[1] - returns[0])
+    return f"{mean:+.1f} +- {half_width:.1f}"
 
 
 def _told(line: Line) -> str:

@@ -36,6 +36,11 @@ def row(method="maml", seed=0, first=0.0, improved=0.5):
     }
 
 
+def cells_of(text):
+    lines = [line for line in text.splitlines() if line.startswith("|") and "---" not in line]
+    return [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
+
+
 def test_tables_tell_each_method_with_its_paper_and_engine(tmp_path):
     made_up(tmp_path / "a", rows=[row("oracle"), row("maml", 0, 10.0), row("maml", 1, 12.0, improved=1.0)])
     made_up(tmp_path / "b", rows=[row("random", first=-7.0)], inner_loss="lvc", test_tasks=400, inner_steps=2)
@@ -43,17 +48,16 @@ def test_tables_tell_each_method_with_its_paper_and_engine(tmp_path):
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "results.json").write_text('{"protocol": "something else: accuracy"}')
     text = returns.markdown(returns.found(tmp_path))
-    lines = [line for line in text.splitlines() if line.startswith("|") and "---" not in line]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    cells = cells_of(text)
     assert [line[0] for line in cells] == [
         "Half-cheetah, velocity", "MAML",
         "Ant, velocity", "MAML", "not trained, `lvc`, inner_steps 2, 400 tasks", "oracle, told the task",
     ]  # fmt: skip
     assert cells[1][1:] == ["5", "0.1, 0.05", "0.0 +- 0.2", "1.0 +- 0.2", "2.0 +- 0.2", "3.0 +- 0.2", "50%",
-                            "1, 2.5, 3, 4"]  # fmt: skip
+                            "", "1, 2.5, 3, 4"]  # fmt: skip
     assert cells[3][1:5] == ["30", "0.1, 0.05", "11.00 (10.0 to 12.0, 2 seeds)", "12.00 (11.0 to 13.0, 2 seeds)"]
     assert cells[3][7] == "75%" and cells[4][1] == "" and cells[4][3] == "-7.0 +- 0.2"
-    assert cells[5][1:] == ["30", "", "0.0 +- 0.2", "", "", "", "", "9"]
+    assert cells[5][1:] == ["30", "", "0.0 +- 0.2", "", "", "", "", "", "9"]
     assert f"`{tmp_path.as_posix()}/b` (MuJoCo 3.17.0)" in text.replace("\n", " ")
 
 
@@ -61,7 +65,7 @@ def test_returns_are_drawn_over_tasks_that_are_numbers_with_the_oracle_for_all(t
     def of_tasks(row, tasks, returns, kinds=None):
         return row | {"tasks": [tasks], "return_of_task": returns, "return_of_kind": kinds or {}}
 
-    seeds = [of_tasks(row(), "2 1", ["5 3", "6 4"]), of_tasks(row(seed=1), "2 1", ["7 3", "8 4"])]
+    seeds = [of_tasks(row(), "2 1", ["5 3", "6 4"]), of_tasks(row(seed=1), "2 1", ["7 3", "9 5"])]
     made_up(tmp_path / "results" / "a", rows=seeds, steps=30)
     made_up(tmp_path / "results" / "b", rows=[of_tasks(row("oracle"), "2 1", ["9 8"])])
     made_up(tmp_path / "results" / "older", rows=[row()], steps=20)
@@ -81,7 +85,9 @@ def test_returns_are_drawn_over_tasks_that_are_numbers_with_the_oracle_for_all(t
     assert name == "ant-velocity-tasks.png" and (tmp_path / "results" / name).stat().st_size > 1000
     ((method, (tasks, found)),) = methods.items()
     assert method == "MAML, 30" and tasks.tolist() == [2, 1]
-    assert found.tolist() == [[6, 3], [7, 4]] and bound.tolist() == [[9, 8]]
+    assert found.tolist() == [[6, 3], [7.5, 4.5]] and bound.tolist() == [[9, 8]]
+    gains = [line[-2] for line in cells_of(readme.read_text())]
+    assert gains == ["gains", "+1.5 +- 0.0", "", "", "gains", "+1.0 +- 0.0"]
 
 
 def test_only_the_region_of_the_readme_is_written(tmp_path):
