@@ -72,7 +72,9 @@ def prepare(config: Config) -> Prepared:
         trained = dataclasses.replace(trained, normalisation="support")
     grey = name == "omniglot"
     size = omniglot.SIZE if grey else trained.size
-    labelled, others = sort(images.pictures(config.folder, size=size), config.folder, setting.ways)
+    labelled, others = sort(
+        images.pictures(config.folder, size=size, resampling=trained.resampling), config.folder, setting.ways
+    )
     if grey:
         labelled = {name: [_grey(picture) for picture in each] for name, each in labelled.items()}
         others = {name: _grey(picture) for name, picture in others.items()}

@@ -165,8 +165,11 @@ def main(config: Config) -> dict:
     results["ratios"] = ratios(results["rows"])
     print(table(results))
     path = run.write_results(results)
-    plots.benchmark(run.path / "benchmark.png", results["rows"], PEER_NAMES)
-    print(f"Wrote {path}, and benchmark.png beside it.")
+    if any("ms" in row for row in results["rows"]):
+        plots.benchmark(run.path / "benchmark.png", results["rows"], PEER_NAMES)
+    print(f"Wrote {path}, and pictures of what there is beside it.")
+    if any("error" in row for row in rows):
+        raise SystemExit(1)
     return results
 
 
@@ -209,6 +212,8 @@ def summary(row: dict[str, Any]) -> dict[str, Any]:
         return row
     medians = [float(np.median(outcome["ms"])) for outcome in rounds]
     row |= {"ms": float(np.median(medians)), "ms_least": min(medians), "ms_most": max(medians)}
+    if row["kind"] == "peer":
+        row["version"] = rounds[0]["version"]
     if row["kind"] == "ours":
         row |= {key: rounds[0][key] for key in ("tasks", "compile_s", "memory_compiled", "memory_measured", "gflop")}
         row["devices_used"] = rounds[0]["devices_used"]

@@ -36,6 +36,8 @@ class Classifier(NamedTuple):
     """Whether queries are to see the support set."""
     gathers: bool
     """Whether queries are normalised by statistics that are gathered after training."""
+    training: methods.Training
+    """What it is trained by."""
 
     def tasks(self, tasks: Task) -> Task:
         """Tasks in the form that the net needs."""
@@ -118,7 +120,7 @@ def classifier(config: Config, setting: Setting, image: tuple[int, ...], classes
     )
     apply, features = models.apply_params(trained), models.apply_params(trained, head=False)
     method = methods.build(training, apply, features, setting.ways)
-    return Classifier(net, trained, method, config.normalisation in NEEDS_CONTEXT, gathers)
+    return Classifier(net, trained, method, config.normalisation in NEEDS_CONTEXT, gathers, training)
 
 
 def network(setting: Setting, normalisation: Normalisation, image: tuple[int, ...], outputs: int) -> nn.Module:

@@ -23,7 +23,7 @@ from maml_jax import evaluation, plots, saved, validation
 from maml_jax.normalisation import Normalisation
 from maml_jax.provenance import provenance
 from maml_jax.types import MetaState
-from maml_jax.workdir import plain
+from maml_jax.workdir import now, plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +161,7 @@ def load(path: Path, config: Config, known: dict[str, Prepared]) -> Model:
 def main(prepared: tuple[Config, list[Model]]) -> dict[str, Any]:
     """Evaluates, prints, and writes what was asked for."""
     config, models = prepared
+    made_by = provenance()  # Now: the checkout may have moved on by the end.
     groups = [models] if config.ensemble else [[model] for model in models]
     seen: tuple[QueriesSeen, ...] = ("together", "one by one") if config.seen == "both" else (config.seen,)
     step = min(config.steps, models[0].selected_after) if config.at_step is None else config.at_step
@@ -179,7 +180,7 @@ def main(prepared: tuple[Config, list[Model]]) -> dict[str, Any]:
             rows[label]["first_minus_this"] = {"inner_steps": step, **difference._asdict()}
             print(f"The first minus this after {step} inner steps, paired over the tasks: {difference}", end="\n\n")
     if config.output is not None:
-        config.output.write_text(json.dumps(plain({"made_by": provenance(), "test": rows}), indent=1))
+        config.output.write_text(json.dumps(plain({"made_by": made_by | {"finished": now()}, "test": rows}), indent=1))
         plots.inner_steps(config.output.with_suffix(".png"), rows)
     return rows
 

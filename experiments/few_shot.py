@@ -11,6 +11,7 @@ from experiments.methods import METHODS, MethodName
 from maml_jax import hosts, validation
 from maml_jax.normalisation import NORMALISATIONS, Normalisation
 from maml_jax.record import RunDirectory
+from maml_jax.resumable import check_steps
 from maml_jax.task_axis import task_mesh
 from maml_jax.tasks import episodes
 from maml_jax.tasks.episodes import EpisodeShape, ImageClasses
@@ -123,6 +124,11 @@ def resolve(config: Config, recipe: Callable[[int, int], Recipe]) -> Setting:
         )
     if config.normalisation == "running" and config.method == "pretrained":
         raise ValueError("normalisation 'running' gathers statistics over inner steps, and pretrained takes none.")
+    if config.normalisation == "running" and config.method == "reptile":
+        raise ValueError(
+            "normalisation 'running' takes the norms' parameters of each inner step by itself, and reptile adapts them "
+            "from step to step: give another."
+        )
     if config.order == 1 and config.method in methods.FIXED_ORDER:
         raise ValueError(f"order 1 is for methods that differentiate the inner loop, and {config.method} does not.")
     if config.anneal and config.method in methods.ANNEALED:
@@ -272,6 +278,7 @@ def check_workdir(config: Config, setting: Setting) -> None:
         harmless=(*harmless(config), "data_sha256", "selected_after"),
         wandb=config.wandb,
     )
+    check_steps(config.workdir, config.steps)
 
 
 def check_data(prepared: Prepared) -> None:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import methods
 from experiments.classifier import (
     Classifier,
     classifier,
@@ -55,7 +56,7 @@ def main(prepared: Prepared) -> dict:
     print(f"{config.method}, order {config.order}: {setting}\nWriting to {run.path}", flush=True)
     description = describe(prepared) | {"selected_after": prepared.reported_steps}
     best = Best(run.path / "best", description)
-    if config.method == "pretrained":
+    if config.method == "pretrained" and hosts.leads():
         best.describe(description)  # As those to come: of a run that goes on they have the rate that was tuned before.
 
     def validated(state: MetaState) -> dict[str, float]:
@@ -77,7 +78,7 @@ def main(prepared: Prepared) -> dict:
         run=run,
         save_every=SAVE_EVERY,
         validate=Validate(validate_every, validated, lambda row: row["val_accuracy"]),
-        rates={"inner": setting.inner_rate, "outer": setting.outer_rate},
+        rates={"inner": setting.inner_rate, "outer": methods.outer_rate(model.training)},
         profile=config.profile,
     ):
         progress.update(row["step"], loss=row["loss"], accuracy=row["accuracy"])

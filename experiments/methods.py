@@ -163,13 +163,20 @@ def _maml_plus_plus(
     return Method(inner, learner, lambda params: per_step.copies(params, models.norms_only(params), steps))
 
 
-def _outer(training: Training) -> optax.GradientTransformation:
+def outer_rate(training: Training) -> float | Callable[[Any], Any]:
+    """The outer rate, or its schedule by meta-steps taken."""
     if training.method == "reptile":
         # A part of the way to the adapted parameters, ever less (Nichol et al. 2018, section 6.1).
-        return optax.sgd(optax.linear_schedule(training.outer_rate, 0.0, training.steps))
-    rate: Any = training.outer_rate
+        return optax.linear_schedule(training.outer_rate, 0.0, training.steps)
     if training.anneal or training.method in ANNEALED:
-        rate = optax.cosine_decay_schedule(training.outer_rate, training.steps, alpha=0.01)
+        return optax.cosine_decay_schedule(training.outer_rate, training.steps, alpha=0.01)
+    return training.outer_rate
+
+
+def _outer(training: Training) -> optax.GradientTransformation:
+    rate = outer_rate(training)
+    if training.method == "reptile":
+        return optax.sgd(rate)
     return optax.chain(optax.identity() if training.clip is None else optax.clip(training.clip), optax.adam(rate))
 
 

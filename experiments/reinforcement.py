@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from experiments import command_line
 from maml_jax import hosts, validation
 from maml_jax.record import RunDirectory
+from maml_jax.resumable import check_steps
 from maml_jax.rl.environment import Environment
 from maml_jax.rl.losses import InnerLossName
 from maml_jax.task_axis import task_mesh
@@ -112,14 +113,25 @@ class Config(command_line.Looks):
                     f"curvature_tasks is for --outer trpo, and at most tasks, {setting.tasks}, but got "
                     f"{self.curvature_tasks} with --outer {self.outer}."
                 )
-        if self.sampling_term and not {"maml", "first_order"} & {*self.methods}:
-            raise ValueError(
-                "sampling_term is for methods that adapt in training, maml and first_order, but got --methods "
-                f"{' '.join(self.methods)}."
-            )
+        for name, methods in TAKEN_BY.items():
+            given = getattr(self, name)
+            if given != getattr(Config, name) and not {*methods} & {*self.methods}:
+                raise ValueError(
+                    f"{name} is for the methods {' '.join(methods)}, but got {given} with --methods "
+                    f"{' '.join(self.methods)}."
+                )
         if self.sampling_term and setting.tasks < 2:
             raise ValueError("sampling_term compares the tasks of a meta-iteration: it needs --tasks of at least 2.")
         return setting
+
+
+TAKEN_BY: dict[str, tuple[MethodName, ...]] = {
+    "sampling_term": ("maml", "first_order"),
+    "inner_rate": ("maml", "first_order"),
+    "inner_loss": ("maml", "first_order", "pretrained", "random"),
+    "test_rates": ("maml", "first_order", "pretrained", "random"),
+}
+"""Methods that an option makes a difference to: those that adapt in training, or at test."""
 
 
 class Setting(NamedTuple):
@@ -175,4 +187,5 @@ def prepare(config: Config, problem: Problem) -> Prepared:
     if hosts.several():
         task_mesh(setting.tasks)  # Raises if they cannot be divided.
     RunDirectory.check(config.workdir, **run_of(config, setting))
+    check_steps(config.workdir, setting.steps)
     return Prepared(config, problem, setting)

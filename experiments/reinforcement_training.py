@@ -58,7 +58,7 @@ def meta_train(prepared: Prepared, run: RunDirectory, method: MethodName, seed: 
         return draw_trials(environment, jax.random.fold_in(key, step), setting.tasks)
 
     progress = Progress(setting.steps, f"{method} (seed {seed})")
-    cpu_seconds, begun = None, None
+    cpu_seconds, begun, handed_over = None, None, 0
     for state, row in resumable_train(
         learner,
         state,
@@ -74,9 +74,10 @@ def meta_train(prepared: Prepared, run: RunDirectory, method: MethodName, seed: 
     ):
         before = {"before": row["return_before"]} if "return_before" in row else {}
         progress.update(row["step"], **before, after=row["return"])
-        if begun is None:
+        handed_over += 1
+        if handed_over == 2:  # The first is compiled for, or is what was restored; then the second is compiled for.
             begun = (row["step"], time.process_time())
-        elif (taken := row["step"] - begun[0]) >= 9:
+        elif begun and (taken := row["step"] - begun[0]) >= 9:
             cpu_seconds = (time.process_time() - begun[1]) / taken
     return Trained(environment, policy, hosts.local(state), config.inner_loss, cpu_seconds)
 

@@ -160,7 +160,7 @@ def prepare(config: Config) -> tuple[Config, list[Job]]:
             ("image_dir", config.image_dir, [job for job in jobs if job.row.data != "omniglot"]),
         ):
             if not found.exists() and not all(job.finished for job in wanted):
-                fetch = "; python -m experiments.omniglot --download fetches the data" if option == "data_dir" else ""
+                fetch = f"; maml_jax.tasks.download.omniglot({str(found)!r}) fetches it" if option == "data_dir" else ""
                 raise ValueError(f"{option}: {found} does not exist, and {wanted[0].row.name} needs it{fetch}.")
         config.workdir.mkdir(parents=True, exist_ok=True)
     return config, jobs
@@ -257,7 +257,8 @@ def _one(job: Job, end: float | None) -> str:
     if stopped and process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM):
         trained = run.trained if (run := compare.read(job.path)) else 0
         what = f"stopped after {trained:,} of {job.steps:,} meta-steps: the budget is over. The same command goes on"
-        evaluate = f"; --rows {job.row.name} --steps {trained} evaluates it, if nothing falls over all meta-steps"
+        only = f"--rows {job.row.name} --seeds {job.seed} --steps {trained}"
+        evaluate = f"; with {only} it ends there and is evaluated, if nothing falls over all meta-steps"
         return what + (evaluate if trained else "")
     return "\n  ".join([f"failed with status {process.returncode}:", *told[-LAST_LINES:], f"(all of it: {errors})"])
 

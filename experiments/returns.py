@@ -41,8 +41,10 @@ METHODS = {
     "oracle": "oracle, told the task",
 }
 
-USUAL = {"outer": "trpo", "sampling_term": False, "inner_steps": 1, "physics": "mujoco"}
-"""Options that are told where they are others."""
+USUAL = {"outer": "trpo", "sampling_term": False, "inner_steps": 1, "physics": "mujoco"} | dict.fromkeys(
+    ("tasks", "episodes", "inner_rate", "kl_limit", "curvature_tasks", "outer_rate", "test_episodes")
+)
+"""Options that are told where they are others, None being the recipe's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +108,10 @@ def main(prepared: tuple[Config, list[Line]]) -> None:
         for line in lines:
             if line.environment == environment:
                 title = ", ".join([_told(line), *([f"{line.steps}"] if line.steps else ())])
-                drawn.setdefault("" if line.method == "oracle" else title, []).extend(line.rows)
-        oracle = drawn.pop("", ())
+                if title in drawn:  # The same once more.
+                    title = f"{title} ({Path(line.folder).name})"
+                drawn[title] = line.rows
+        oracle = next((drawn.pop(title) for title in [*drawn] if title.startswith(METHODS["oracle"])), ())
         path = config.results / f"{environment}-tasks.png"
         if reinforcement_testing.draw_tasks(path, drawn, oracle):
             print(f"Wrote {path}.")

@@ -22,7 +22,7 @@ from experiments.command_line import LOOKS
 from maml_jax import hosts, losses, models, plots, validation
 from maml_jax.progress import Progress
 from maml_jax.record import RunDirectory
-from maml_jax.resumable import Rate, resumable_train
+from maml_jax.resumable import Rate, check_steps, resumable_train
 from maml_jax.statistics import divergence_rate, interval
 from maml_jax.task_axis import task_mesh
 from maml_jax.tasks import sinusoid
@@ -121,7 +121,8 @@ def methods(config: Config) -> dict[MethodName, Method]:
         "queries": config.queries,
     }
     falling = optax.cosine_decay_schedule(3e-3, config.steps)
-    clipped = maml_jax.unrolled(descent(rate, 40.0), steps=2)
+    steady = Config.inner_rate  # The recipe's own, whatever the other methods are given.
+    clipped = maml_jax.unrolled(descent(steady, 40.0), steps=2)
     joint = maml_jax.no_adaptation()
     return {
         "maml": Method("MAML", maml_jax.sgd(rate, steps=steps), test_rates=(rate,), **paper),
@@ -137,8 +138,8 @@ def methods(config: Config) -> dict[MethodName, Method]:
             tasks=50,
             shots=5,
             queries=50,
-            rates={"inner": rate, "outer": falling},
-            test_rates=(rate,),
+            rates={"inner": steady, "outer": falling},
+            test_rates=(steady,),
             step_weights=(0.0, 0.8, 0.2),
             clip=40.0,
         ),
@@ -235,6 +236,7 @@ def prepare(config: Config) -> Config:
     for name in config.methods if hosts.several() else ():
         task_mesh(methods(config)[name].tasks)  # Raises if they cannot be divided.
     RunDirectory.check(config.workdir, **run_of(config))
+    check_steps(config.workdir, config.steps)
     return config
 
 

@@ -99,7 +99,9 @@ class Checkpoints:
         leaves = _named_leaves(_own(state))
         for name, leaf in leaves.items():
             values = _on_host(leaf)
-            if np.issubdtype(values.dtype, np.integer) or np.isfinite(values).all():
+            # An optimizer may begin with infinity, such as the least loss so far.
+            bad = np.isnan if name.startswith("opt_state") else lambda values: ~np.isfinite(values)
+            if np.issubdtype(values.dtype, np.integer) or not bad(values).any():
                 continue
             raise NotFiniteError(
                 f"After meta-step {step} {name} is not finite, though loss and gradient were: it is not saved. The "

@@ -76,7 +76,9 @@ class Judge(NamedTuple):
             scale = max(abs(slope), abs(claimed), typical)
             return 0.0 if scale == 0 else abs(slope - claimed) / scale
 
-        return float(np.min([error(step) for step in self.steps]))
+        errors = np.array([error(step) for step in self.steps])
+        # A wide step may leave the loss's domain; where all do, or the gradient is no number, that is the finding.
+        return float(np.nan if np.isnan(errors).all() else np.nanmin(errors))
 
 
 def cast(tree: Any, dtype: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -89,6 +90,11 @@ def maml(
     def gradient(shared: tuple[tuple[Params, Rates], jax.Array], tasks: Task) -> tuple[Any, Any]:
         meta_params, step = shared
         weights = step_weights(step) if callable(step_weights) else step_weights
+        if weights is not None and (shape := np.shape(weights)) != (inner.steps + 1,):
+            raise ValueError(
+                f"step_weights must be {inner.steps + 1} weights, one before the first inner step and one after each, "
+                f"but has the shape {shape}."
+            )
         of_each = each(partial(task_loss, support_loss, query_loss, inner, step_weights=weights))
 
         # Of the sum, not of each task: so the parameters that tasks share get one gradient in one product.
@@ -129,7 +135,9 @@ def meta_learner(
             raise ValueError(
                 "This algorithm has no gradient for learned rates of the inner loop: give a learner without."
             )
-        return over_tasks.replicate(MetaState(jnp.zeros([], jnp.int32), params, rates, outer.init((params, rates))))
+        # Of copies: an optimizer may keep what it is given, and the same array cannot be donated twice.
+        opt_state = outer.init(jax.tree.map(jnp.array, (params, rates)))
+        return over_tasks.replicate(MetaState(jnp.zeros([], jnp.int32), params, rates, opt_state))
 
     def step(state: MetaState, tasks: Task) -> tuple[MetaState, MetaInfo]:
         meta_params = (state.params, state.rates)

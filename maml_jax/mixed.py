@@ -28,14 +28,15 @@ def mixed_value_and_grad(loss_fn: Callable[[Params, Any], tuple[jax.Array, Any]]
 
     def value_and_grad(params: Params, others: Any) -> tuple[tuple[jax.Array, Any], Params]:
         # What the loss closes over is an input too: it may depend on what is differentiated.
-        closed, captured = jax.closure_convert(loss_fn, params, others)
+        closed, shapes = jax.make_jaxpr(loss_fn, return_shape=True)(params, others)
 
         def loss(params: Params, inputs: Any) -> tuple[jax.Array, Any]:
             others, captured = inputs
-            loss, aux = closed(params, others, *captured)
+            outputs = jax.core.eval_jaxpr(closed.jaxpr, captured, *jax.tree.leaves((params, others)))
+            loss, aux = jax.tree.unflatten(jax.tree.structure(shapes), outputs)
             return loss, jax.lax.stop_gradient(aux)
 
-        return _value_and_grad(loss, params, (others, captured))
+        return _value_and_grad(loss, params, (others, closed.consts))
 
     return value_and_grad
 

@@ -18,7 +18,8 @@ def few_shot(path: Path, history: Sequence[dict[str, Any]], results: dict[str, A
     accuracy = 100 * np.array([row["accuracy"] for row in history])
     left.plot(*_smoothed(steps, accuracy), label="training tasks, after adaptation")
     validated = [(row["step"], 100 * row["val_accuracy"]) for row in history if "val_accuracy" in row]
-    left.plot(*zip(*validated), "o-", markersize=3, label="validation tasks")
+    if validated:  # A run that was ended before its first validation has none.
+        left.plot(*zip(*validated), "o-", markersize=3, label="validation tasks")
     left.set(xlabel="meta-steps", ylabel="accuracy (%)", title="Training")
     _over_inner_steps(right, results["test"])
     if results["published"]:

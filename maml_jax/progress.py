@@ -21,14 +21,17 @@ class Progress:
         self._total, self._name, self._every = total, name, every
         self._bar = tqdm(total=total, desc=name, unit="step", disable=not (sys.stderr.isatty() and hosts.leads()))
         self._start = self._shown = time.monotonic()
-        self._first: tuple[int, float] | None = None
+        self._updates = 0
+        self._first = (0, self._start)
 
     def update(self, step: int, **values: float) -> None:
         """Reports that `step` steps are done, with some values to show beside."""
         now = time.monotonic()
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-        if self._first is None:
-            self._first = (step, now)  # The first call compiles: the rate is counted from its end.
+        self._updates += 1
+        # The rate is counted from the end of the call that compiles: the first, or in a run that goes on the second.
+        if self._updates <= 2:
+            self._first = (step, now)
         if not self._bar.disable:
             self._bar.set_postfix_str(shown, refresh=False)
             self._bar.update(step - self._bar.n)

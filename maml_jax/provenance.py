@@ -14,6 +14,8 @@ import jax
 from maml_jax.workdir import now
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow", "tensorflow-datasets")
+EXTRAS = ("mujoco", "mujoco-mjx", "gymnasium")
+"""What numbers may depend on where it is installed."""
 
 
 def provenance() -> dict[str, Any]:
@@ -27,11 +29,19 @@ def provenance() -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in PACKAGES},
+            **{name: version for name in EXTRAS if (version := _version(name))},
         },
         "hardware": f"{len(jax.devices())} x {device.device_kind} ({_processor()}, {os.cpu_count()} cores)",
         "processes": jax.process_count(),
         "started": now(),
     }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _commit() -> str | None:

@@ -189,9 +189,12 @@ class RunDirectory:
 
     def _close_copies(self) -> None:
         self._close_events()
-        if self._wandb is not None:
-            self._wandb.close()
-            self._wandb = None
+        copy, self._wandb = self._wandb, None
+        if copy is not None:
+            try:
+                copy.close()
+            except Exception as error:  # Whatever goes wrong with a copy is no reason to stop.
+                note(f"Weights & Biases may lack the end of this run: {error!r}. metrics.jsonl has it all.")
 
     def _close_events(self) -> None:
         events, self._events = self._events, None
@@ -254,7 +257,9 @@ def _own_or_free(name: str, config: Any) -> tuple[Path, Lock]:
     for number in itertools.count(1):
         path = Path("runs") / (name if number == 1 else f"{name}-{number}")
         if not path.exists():
-            return _locked(path)
+            with contextlib.suppress(InUseError):  # Another run began at the same time, and has it.
+                return _locked(path)
+            continue
         unfinished = (path / "run.json").exists() and not (path / "results.json").exists()
         if config is not None and unfinished and read_json(path / "run.json").get("config") == config:
             with contextlib.suppress(InUseError):  # Then the next.

@@ -42,9 +42,15 @@ def reptile(
       others: as those of `maml`.
 
     Raises:
-      TypeError, ValueError: as `maml`, and for an inner learner with learned rates, of which Reptile has no gradient.
+      TypeError, ValueError: as `maml`, and for an inner learner with a start, an `at_step` or learned rates, of which
+        Reptile has no gradient.
     """
     validation.inner("inner", inner, InnerLearner)
+    if inner.start is not None or inner.at_step is not None:
+        raise ValueError(
+            "reptile takes an inner learner without start and at_step: what it moves towards are the parameters that "
+            "were adapted, as they were given."
+        )
     support_loss = validation.checked_loss(loss_fn)
     query_loss = validation.checked_loss(query_loss_fn or loss_fn)
 

@@ -1,7 +1,9 @@
 """A training that can be killed at any moment and goes on where it was, to the same numbers bit for bit."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from maml_jax import hosts, signals, validation
@@ -89,10 +91,7 @@ def resumable_train(
         restored = checkpoints.restore(state)
         done = saved = int(state.step) if restored is None else restored.step
         if done > steps:
-            raise WorkdirError(
-                f"{folder} has {done} meta-steps behind it, more than the {steps} that are wanted. Give at least "
-                f"{done}, or another directory."
-            )
+            raise _beyond(folder, done, steps)
         run.drop_rows_after(done, **labels)
         rows = len(run.rows(**labels))
         if restored is not None:
@@ -114,15 +113,17 @@ def resumable_train(
             before, done = done, row["step"]
             judged = validate is not None and (done == steps or _passed(validate.every, before, done))
             if validate is not None and judged and hosts.leads():
-                row = row | plain(validate.metrics(hosts.local(state)))
+                found = validate.metrics(hosts.local(state))
+                scored = math.nan if validate.score is None else float(validate.score(row | found))
+                row = row | plain(found)
             # Killed between any two of these lines, the run goes back to the newest checkpoint on disk and makes the
             # rows after it again: none is more than one interval ahead, for the save begun last is awaited first.
             checkpoints.wait()
             run.log(**labels, **row)
             rows += 1
             if judged or done == steps or _passed(save_every, before, done):
-                score = validate.score if validate is not None and judged and hosts.leads() else None
-                checkpoints.save(done, state, {"row": row, "rows": rows}, score and score(row))
+                score = scored if judged and hosts.leads() and math.isfinite(scored) else None
+                checkpoints.save(done, state, {"row": row, "rows": rows}, score)
                 saved = done
             yield state, row
         # The call that is under way when a signal comes is dropped: the state in hand is whole, and is what is saved.
@@ -144,6 +145,25 @@ def resumable_train(
                 raise NotFiniteError(message, error.step) from error
 
     return guarded()
+
+
+def check_steps(path: str | Path | None, steps: int) -> None:
+    """Raises WorkdirError if a training in the run directory `path` has gone beyond `steps`, for a check beforehand."""
+    if path is None or not hosts.leads():
+        return
+    folders = [folder for depth in ("*", "*/*") for folder in Path(path, "checkpoints").glob(depth)]
+    # Of a folder named by a label that is a number, only what is in it counts.
+    named = {folder.parent for folder in folders if folder.name.isdecimal()}
+    done = {int(folder.name): folder.parent for folder in folders if folder.name.isdecimal() and folder not in named}
+    if done and max(done) > steps:
+        raise _beyond(done[max(done)], max(done), steps)
+
+
+def _beyond(folder: Path, done: int, steps: int) -> WorkdirError:
+    return WorkdirError(
+        f"{folder} has {done} meta-steps behind it, more than the {steps} that are wanted. Give at least {done}, or "
+        "another directory."
+    )
 
 
 def _passed(every: int, before: int, now: int) -> bool:

@@ -66,15 +66,13 @@ class TaskAxis(NamedTuple):
                 f"tasks_at_once={self.at_once!r}: the devices' shares must be equal, and made of whole groups."
             )
         if self.mesh is None:
-            total, stacked = _sum(fn, at_once, shared, tasks)
-        else:
+            return _share(fn, at_once, size, shared, tasks)
 
-            def local(shared: Any, tasks: Task) -> tuple[Any, Any]:
-                total, stacked = _sum(fn, at_once, shared, tasks)
-                return lax.psum(total, AXIS), stacked
+        def local(shared: Any, tasks: Task) -> tuple[Any, Any]:
+            share, stacked = _share(fn, at_once, size, shared, tasks)
+            return lax.psum(share, AXIS), stacked
 
-            total, stacked = self._sharded(local, (P(), P(AXIS)))(shared, tasks)
-        return jax.tree.map(lambda leaf: leaf / size, total), stacked
+        return self._sharded(local, (P(), P(AXIS)))(shared, tasks)
 
     def _group(self, shared: Any) -> int | None:
         if self.at_once is None:
@@ -152,18 +150,22 @@ def _map(fn: Callable[[Any, Task], Any], at_once: int | None, shared: Any, tasks
     return lax.map(one, tasks, batch_size=None if at_once == 1 else at_once)
 
 
-def _sum(fn: GroupFn, at_once: int | None, shared: Any, tasks: Task) -> Any:
-    """Sum over tasks of the first output, and the second stacked, a group of tasks at a time."""
+def _share(fn: GroupFn, at_once: int | None, count: int, shared: Any, tasks: Task) -> Any:
+    """What these of `count` tasks add to the mean of the first output, and the second stacked, group by group."""
     size = len(jax.tree.leaves(tasks)[0])
     if at_once is None or at_once == size:
-        return fn(shared, tasks)
+        total, stacked = fn(shared, tasks)
+        return jax.tree.map(lambda leaf: leaf / count, total), stacked
 
     def add_group(total: Any, tasks: Task) -> tuple[Any, Any]:
         part, stacked = fn(shared, tasks)
-        return jax.tree.map(jnp.add, total, part), stacked
+        return jax.tree.map(lambda total, part: total + part.astype(total.dtype), total, part), stacked
 
     groups = jax.tree.map(lambda leaf: leaf.reshape(-1, at_once, *leaf.shape[1:]), tasks)
     first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), groups)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(fn, shared, first)[0])
+    shapes = jax.eval_shape(fn, shared, first)[0]
+    # In float32 at least: a sum of many bfloat16 numbers stops growing.
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), shapes)
     total, stacked = lax.scan(add_group, zeros, groups)
-    return total, jax.tree.map(lambda leaf: leaf.reshape(size, *leaf.shape[2:]), stacked)
+    share = jax.tree.map(lambda leaf, shape: (leaf / count).astype(shape.dtype), total, shapes)
+    return share, jax.tree.map(lambda leaf: leaf.reshape(size, *leaf.shape[2:]), stacked)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from maml_jax import hosts, validation
 from maml_jax.meta import MetaLearner
@@ -40,7 +41,8 @@ def many_steps(learner: MetaLearner, draw: DrawFn) -> Callable[[MetaState, Any, 
             return state, jax.tree.map(jnp.add, total, metrics)
 
         shapes = jax.eval_shape(one_step, state, data)[1]
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        # In float32 at least: a sum of many bfloat16 numbers stops growing.
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), shapes)
         state, total = lax.fori_loop(0, count, body, (state, zeros))
         return state, jax.tree.map(lambda leaf: leaf / count, total)
 
@@ -88,10 +90,23 @@ def train(
     return _train(learner, state, draw, data, steps, steps_per_call, stop)
 
 
+def _placed(state: MetaState) -> tuple[MetaState, Sharding]:
+    """The state on all devices of its mesh, and where data are to be: with it.
+
+    A leaf that is divided over devices, as of a model that one of them cannot hold, stays as it is.
+    """
+
+    def divided(leaf: Any) -> bool:
+        return isinstance(leaf, jax.Array) and not leaf.sharding.is_fully_replicated
+
+    split = [leaf.sharding for leaf in jax.tree.leaves(state) if divided(leaf)]
+    on_mesh = split and isinstance(split[0], NamedSharding)
+    sharding = NamedSharding(split[0].mesh, PartitionSpec()) if on_mesh else jnp.asarray(state.step).sharding
+    return jax.tree.map(lambda leaf: leaf if divided(leaf) else hosts.put(leaf, sharding), state), sharding
+
+
 def _train(learner, state, draw, data, steps, steps_per_call, stop):
-    # Data where the state is, on every device of a mesh.
-    sharding = state.step.sharding
-    state = hosts.put(state, sharding)
+    state, sharding = _placed(state)
     starts = range(int(state.step), steps, steps_per_call)
     if not starts:
         return

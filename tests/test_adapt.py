@@ -74,6 +74,21 @@ def test_a_picture_is_classified_as_if_it_were_alone(folder, tmp_path, monkeypat
     np.testing.assert_allclose(alone["confidence"], together[0]["confidence"], rtol=1e-4)
 
 
+def test_pictures_are_resized_as_in_training(model, folder, monkeypatch):
+    content = saved.load(model)
+    about = content.description["config"] | {"resampling": "box"}
+    saved.save(model, content.params, (), content.description | {"config": about})
+    used, pictures = [], adapt.images.pictures
+
+    def watched(*args, **options):
+        used.append(options["resampling"])
+        return pictures(*args, **options)
+
+    monkeypatch.setattr(adapt.images, "pictures", watched)
+    adapt.prepare(adapt.Config(model, folder))
+    assert used == ["box"]
+
+
 def test_inner_steps_are_those_that_the_model_was_selected_after(model, folder):
     assert adapt.prepare(adapt.Config(model, folder)).steps == 10  # Where it does not say.
     content = saved.load(model)

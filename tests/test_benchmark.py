@@ -1,5 +1,6 @@
 """What the benchmark counts, what it compares, and that it runs from its command line."""
 
+import ast
 import json
 import os
 import subprocess
@@ -50,6 +51,35 @@ def test_combinations_that_differ_in_nothing_are_measured_once():
     assert [(v.order, v.checkpoint, v.implementation) for v in config.variants()] == [
         (2, "none", None), (2, "mixed", None), (1, "none", None),
     ]  # fmt: skip
+
+
+def test_a_row_is_the_median_of_its_rounds():
+    ours = {"tasks": 4, "compile_s": 9.0, "memory_compiled": 1, "memory_measured": 2, "gflop": 2.0, "devices_used": 1}
+    rounds = [ours | {"ms": [10.0, 10.0, 99.0], "limit_gflops": 400.0}, ours | {"ms": [8.0], "limit_gflops": 500.0}]
+    row = benchmark.summary({"kind": "ours", "rounds": [*rounds, rounds[0]]})
+    assert (row["ms"], row["ms_least"], row["ms_most"]) == (10.0, 8.0, 10.0)
+    assert (row["share_of_limit"], row["tasks_per_second"], row["limit_gflops"]) == (0.5, 400.0, 400.0)
+    peer = benchmark.summary({"kind": "peer", "rounds": [{"ms": [3.0], "version": "2.9"}]})
+    assert (peer["ms"], peer["version"]) == (3.0, "2.9")
+
+
+def test_the_peers_have_our_settings():
+    """Read, not imported: that needs PyTorch."""
+    tree = ast.parse(Path(benchmark.__file__).with_name("torch_peers.py").read_text())
+    (table,) = [ast.literal_eval(node.value) for node in tree.body
+                if isinstance(node, ast.Assign) and node.targets[0].id == "IMAGES"]  # fmt: skip
+    assert table == {name: tuple(images) for name, images in workloads.IMAGES.items()}
+
+
+def test_where_something_could_not_be_measured_it_ends_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(benchmark, "one_round", lambda *_: {"error": "ValueError: no such device"})
+    monkeypatch.setattr(benchmark, "where", lambda: ("cpu", "1 x a device"))
+    config = benchmark.Config(("sinusoid",), rounds=1, workdir=tmp_path / "run")
+    with pytest.raises(SystemExit) as end:
+        benchmark.main(config)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert end.value.code == 1 and "no such device" in capsys.readouterr().out
+    assert all(row["error"] for row in results["rows"]) and results["device"] == "1 x a device"
 
 
 def test_ratios_compare_like_with_like():

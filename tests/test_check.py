@@ -199,6 +199,16 @@ def test_a_gradient_of_zero_is_no_exact_one():
     assert failed(report) == {"meta-gradient"} and "query loss" in report["meta-gradient"].meaning
 
 
+def test_a_step_out_of_the_losses_domain_is_no_finding():
+    """The wide ones of the differences go below zero, of which there is no logarithm."""
+
+    def loss_fn(params, batch):
+        return jnp.square(jnp.log(params["scale"])).sum() + 0 * batch[0].sum(), {}
+
+    report = check_meta_gradient(loss_fn, {"scale": jnp.array(3e-4)}, tasks(1), maml_jax.sgd(1e-10, steps=1))
+    assert report["loss gradient"].passed and report["meta-gradient"].passed
+
+
 def test_a_task_that_is_at_rest_is_no_fault():
     """A hinge whose margin all examples of the first task have has no gradient there."""
 

@@ -151,6 +151,26 @@ def test_mixed_differentiates_what_the_loss_closes_over_and_its_batch():
     assert_same(gradient(*at, "mixed"), gradient(*at, "none"))
 
 
+def test_mixed_takes_what_else_the_loss_closes_over():
+    """Keys, masks and labels, traced, such as those of dropout."""
+    loss_fn, params = ZOO["dict"]()
+    task = jax.tree.map(lambda leaf: leaf[0], tasks(1))
+
+    def adapted_loss(params, key, mask, number, checkpoint):
+        def with_dropout(params, batch):
+            kept = jax.random.bernoulli(key, 0.7, batch[0].shape) | mask
+            loss, aux = loss_fn(params, (jnp.where(kept, batch[0], 0), batch[1]))
+            return loss * number, aux
+
+        learner = maml_jax.sgd(0.3, steps=3, checkpoint=checkpoint)
+        after, _ = maml_jax.inner.inner_loop(learner, with_dropout, params, (), task.support)
+        return with_dropout(after, task.query)[0]
+
+    gradient = jax.jit(jax.grad(adapted_loss), static_argnums=4)
+    at = (params, jax.random.key(3), task.support[0][0] > 0, jnp.int32(2))
+    assert_same(gradient(*at, "mixed"), gradient(*at, "none"))
+
+
 def temporary_memory(checkpoint, steps, order=2):
     """Bytes that the compiled meta-step needs beside its arguments and results: a net with large activations."""
     random = np.random.default_rng(0)

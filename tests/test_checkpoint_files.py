@@ -26,7 +26,7 @@ import maml_jax
 from maml_jax import checkpoint, signals
 from maml_jax.checkpoint import Checkpoints
 from maml_jax.record import RunDirectory
-from maml_jax.resumable import Validate, resumable_train
+from maml_jax.resumable import Validate, check_steps, resumable_train
 from maml_jax.workdir import InUseError, Lock, WorkdirError
 
 KILLS = int(os.environ.get("MAML_JAX_KILLS", "4"))
@@ -104,6 +104,11 @@ class TestGoingOn:
         run.close()
         with pytest.raises(WorkdirError, match="has 26 meta-steps behind it, more than the 10 that are wanted"):
             in_this_process(opened(left), 10)
+        before = sorted(left.rglob("*"))
+        with pytest.raises(WorkdirError, match="checkpoints has 26 meta-steps behind it, more than the 25"):
+            check_steps(left, 25)
+        check_steps(left, 26)
+        assert sorted(left.rglob("*")) == before
 
     def test_more_steps_than_at_first(self, tmp_path, capsys):
         for steps in (9, 26):
@@ -122,6 +127,36 @@ class TestGoingOn:
         assert [row["step"] for row in run.rows(method="a")] == [row["step"] for row in run.rows(method="b")]
         assert len(run.rows()) == 12
         assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"a-0", "b-0"}
+        with pytest.raises(WorkdirError, match=r"checkpoints/[ab]-0 has 12 meta-steps behind it"):
+            check_steps(tmp_path, 11)
+        check_steps(tmp_path, 12)
+        check_steps(None, 1)
+        (tmp_path / "checkpoints" / "12345" / "9").mkdir(parents=True)  # Named by a number: no step.
+        check_steps(tmp_path, 12)
+
+    def test_a_validation_that_is_not_finite_is_no_best(self, tmp_path):
+        found = {4: np.inf, 8: 3.0, 12: np.nan, 16: 2.0}
+        run = opened(tmp_path)
+        validate = Validate(4, lambda state: {"val_loss": found[int(state.step)]}, lambda row: -row["val_loss"])
+        in_this_process(run, 16, validate=validate)
+        run.close()
+        assert [row["val_loss"] for row in run.rows() if "val_loss" in row] == [None, 3.0, None, 2.0]
+        with closing(Checkpoints(tmp_path / "checkpoints")) as checkpoints:
+            assert checkpoints.best_step() == 16
+
+    def test_an_optimizer_may_hold_infinity_but_nothing_may_hold_what_is_no_number(self, tmp_path):
+        params = {"w": np.ones(2, np.float32)}
+        state = maml_jax.MetaState(np.array(3, np.int32), params, (), {"least loss": np.array(np.inf, np.float32)})
+        with closing(Checkpoints(tmp_path)) as checkpoints:
+            checkpoints.save(3, state)
+            checkpoints.wait()
+            assert checkpoints.restore(state).state.opt_state["least loss"] == np.inf
+            for wrong in (
+                state._replace(opt_state={"least loss": np.array(np.nan, np.float32)}),
+                state._replace(params={"w": np.array([1, np.inf], np.float32)}),
+            ):
+                with pytest.raises(FloatingPointError, match="is not finite"):
+                    checkpoints.save(4, wrong)
 
     def test_the_newest_and_the_best_are_kept(self, tmp_path):
         scores = dict(zip(range(4, 25, 4), (1.0, 5.0, 5.0, 2.0, 3.0, 1.0)))

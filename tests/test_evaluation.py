@@ -1,6 +1,7 @@
 """Evaluation against what a hand count gives; saved models; every method on real characters."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from experiments import classifier, evaluate, few_shot, few_shot_training, metho
 from experiments import omniglot as omniglot_experiment
 from experiments.few_shot import DataSet, Prepared, Setting
 from experiments.omniglot import Config
-from maml_jax import evaluation, models, record, saved, statistics
+from maml_jax import evaluation, models, plots, record, saved, statistics
 from maml_jax.evaluation import Protocol
 from maml_jax.inner import inner_loop
 from maml_jax.tasks import episodes, host, omniglot
@@ -329,6 +330,44 @@ def test_a_pretrained_model_is_evaluated_again_as_it_was(characters, tmp_path, s
     assert old["config"]["inner_rate"] == found["setting"]["inner_rate"]
     old["config"]["inner_steps"] = 7  # Which could once be given.
     assert omniglot_experiment.settle(Config(**few_shot.options_of(old)))[1].inner_rate == old["config"]["inner_rate"]
+
+
+def test_two_models_are_compared_on_the_same_tasks(characters, tmp_path, small_net, monkeypatch):
+    prepared, _, state = prepared_with(characters, tmp_path)
+    best = few_shot_training.Best(tmp_path / "best", few_shot.describe(prepared))
+    for step, accuracy, scale in ((1, 0.4, 1.0), (2, 0.6, -3.0)):
+        params = jax.tree.map(lambda leaf, scale=scale: leaf * scale, state.params)
+        best.add(state._replace(step=jnp.int32(step), params=params), accuracy)
+    second, first = best.paths()
+    monkeypatch.setattr(omniglot_experiment, "prepare", lambda config: prepared._replace(config=config))
+    output = tmp_path / "found.json"
+    rows = evaluate.main(
+        evaluate.prepare(evaluate.Config((first, second), tasks=12, steps=2, at_step=1, seen="both", output=output))
+    )
+    assert [*rows] == [f"{path}, queries {seen}" for path in (first, second) for seen in ("together", "one by one")]
+    for seen in ("together", "one by one"):
+        of_first, of_second = (rows[f"{path}, queries {seen}"] for path in (first, second))
+        assert "first_minus_this" not in of_first
+        difference = of_second["first_minus_this"]
+        assert difference["inner_steps"] == 1 and difference["low"] <= difference["mean"] <= difference["high"]
+        assert difference["mean"] == pytest.approx(of_first["accuracy"][1] - of_second["accuracy"][1])
+        # Alone, a query normalised by the batch is nothing to either.
+        assert (of_first["accuracy"][1] != of_second["accuracy"][1]) == (seen == "together")
+    made_by = json.loads(output.read_text())["made_by"]
+    assert made_by["started"] <= made_by["finished"] and made_by["versions"]["mujoco"]
+
+
+def test_a_run_without_validations_has_a_picture(tmp_path):
+    results = {"test": {"queries together": {"accuracy": [20.0, 30.0], "half_width": [1.0, 1.0]}}, "published": None}
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots.plt, "close", drawn.append)
+        for validated in ({}, {"val_accuracy": 0.5}):
+            plots.few_shot(tmp_path / "curves.png", [{"step": 20, "accuracy": 0.4, **validated}], results)
+    for figure, lines in zip(drawn, (1, 2)):
+        left = figure.axes[0]
+        assert len(left.lines) == lines and all("o-" not in label.get_text() for label in left.get_yticklabels())
+        plots.plt.close(figure)
 
 
 def test_models_that_learn_otherwise_are_no_ensemble(characters, tmp_path, small_net, monkeypatch):

@@ -7,10 +7,13 @@ import sys
 import time
 from contextlib import ExitStack
 
+import jax
+import jax.numpy as jnp
 import pytest
 from test_hosts import ended, start
 
 from experiments import few_shot_training, miniimagenet, omniglot, sinusoid
+from maml_jax.inner import inner_loop
 
 
 def launch(*args, cwd=None, timeout=300):
@@ -79,6 +82,23 @@ def test_bad_input_ends_a_real_process_with_status_2_and_soon(tmp_path):
     assert ended.returncode == 2 and time.monotonic() - start < 30
     assert ended.stderr.startswith(f"error: The data directory {tmp_path} holds no Omniglot.")
     assert "Traceback" not in ended.stderr
+
+
+def test_fine_tuning_of_curves_takes_the_best_of_its_rates():
+    config = sinusoid.Config(test_tasks=20)
+    params = sinusoid.net.init(jax.random.key(0), jnp.zeros((1, 1)))["params"]
+    for rates, best in (((1e-6, 0.02, 10.0), 0.02), ((1e-6, 10.0), 1e-6)):
+        method = sinusoid.methods(config)["pretrained"]._replace(test_rates=rates)
+        state = sinusoid.tester(method, rates[0]).init(params)
+        assert sinusoid.evaluate(config, method, state, 5, jax.random.key(1))["rate"] == best
+
+
+def test_the_steady_recipe_has_an_inner_rate_of_its_own():
+    for config in (sinusoid.Config(), sinusoid.Config(inner_rate=0.1)):
+        steady = sinusoid.methods(config)["steady"]
+        assert steady.test_rates == (0.01,) and steady.rates["inner"] == 0.01
+        after, _ = inner_loop(steady.training, lambda x, _: (x**2 / 2, {}), jnp.array(1.0), (), None, steps=1)
+        assert float(after) == pytest.approx(0.99)
 
 
 def test_sinusoid_from_beginning_to_end(tmp_path):

@@ -284,6 +284,9 @@ def test_wrong_values_are_refused():
         learner.step(learner.init(params), tasks(1))
     with pytest.raises(ValueError, match="without start and at_step"):
         imaml(LOSS, FAMILY["shared head"](2), optax.sgd(1.0), strength=1.0, cg_steps=5)
+    for inner in (FAMILY["shared head"](2), maml_jax.sgd(0.3, steps=2, at_step=per_step.choose(models.norms_only))):
+        with pytest.raises(ValueError, match="reptile takes an inner learner without start and at_step"):
+            reptile(LOSS, inner, optax.sgd(1.0))
     with pytest.raises(ValueError, match="strength must be positive"):
         imaml(LOSS, maml_jax.sgd(0.3, steps=1), optax.sgd(1.0), strength=0.0, cg_steps=5)
 

@@ -8,9 +8,11 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+import maml_jax
 from maml_jax.meta import MetaLearner
 from maml_jax.task_axis import task_mesh
 from maml_jax.tasks import host
@@ -52,6 +54,15 @@ def test_devices_get_the_pixels_of_their_own_tasks_alone(classes):
     for device, tasks in ((0, slice(2)), (1, slice(2, 4))):
         for values, all_values in zip(*(jax.tree.leaves((of.pixels, of.choice)) for of in (divided, whole))):
             np.testing.assert_array_equal(values.addressable_data(device), all_values[:, tasks])
+
+
+def test_any_mesh_of_the_users_own_will_do(classes):
+    mesh = jax.make_mesh((2,), ("mine",))
+    draw, data = host.by_step(jax.random.key(1), classes, 4, SHAPE, "host", mesh=mesh)
+    loss_fn = lambda params, batch: (jnp.square(params * batch[0].mean()), {})  # noqa: E731
+    learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.1, steps=1), optax.sgd(0.1), mesh=mesh)
+    *_, (state, _) = train(learner, learner.init(jnp.ones([])), draw, data, steps=4, steps_per_call=2)
+    assert 0 < state.params < 1
 
 
 @pytest.mark.parametrize("labels", ["ways", "classes"])

@@ -324,6 +324,25 @@ def test_no_adaptation_stays_where_it_is():
     np.testing.assert_array_equal(evaluation.loss, np.repeat(evaluation.loss[:, :1], 4, 1))
 
 
+@pytest.mark.parametrize("at_once", [1, 64, "all"])
+def test_many_tasks_in_low_precision_are_summed_in_full(at_once):
+    """A sum of 512 numbers of about 16 in bfloat16 would stop growing at a half of it."""
+    loss_fn = lambda params, batch: ((params * batch).sum(), {})  # noqa: E731
+    learner = maml_jax.maml(loss_fn, maml_jax.sgd(1e-3, steps=1), optax.sgd(1.0), tasks_at_once=at_once)
+    params = jnp.ones(1, jnp.bfloat16)
+    batch = jnp.full((512, 1), 15.75, jnp.bfloat16)
+    state, info = jax.jit(learner.step)(learner.init(params), maml_jax.Task(batch, batch))
+    assert float(state.params[0]) == pytest.approx(1 - 15.75, rel=0.02) and state.params.dtype == jnp.bfloat16
+    assert float(info.grad_norm) == pytest.approx(15.75, rel=0.02) and info.loss.dtype == jnp.bfloat16
+
+
+def test_a_state_may_be_donated_whose_optimizer_keeps_what_it_is_given():
+    loss_fn, params = ZOO["dict"]()
+    learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.3, steps=1), optax.contrib.prodigy())
+    state, _ = jax.jit(learner.step, donate_argnums=0)(learner.init(params), tasks(2))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
 def test_donating_the_state_leaves_the_users_parameters():
     loss_fn, params = ZOO["dict"]()
     learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.3, steps=1), optax.sgd(1.0))

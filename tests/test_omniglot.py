@@ -211,6 +211,11 @@ class TestDownload:
             download.fetch(self.archive(f"{url}/{name}.zip"), tmp_path / "it.zip")
         assert not list(tmp_path.iterdir())
 
+    def test_a_folder_that_cannot_be_is_told(self, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(DataError, match=r"Cannot write .*file/it.zip: .*or another folder"):
+            download.fetch(self.archive("http://127.0.0.1:1/it.zip"), tmp_path / "file" / "it.zip")
+
     def test_the_official_archives_are_known(self):
         assert [archive.size for archive in download.OMNIGLOT] == [9_464_212, 6_462_886]
         assert all(len(archive.sha256) == 64 for archive in download.OMNIGLOT)

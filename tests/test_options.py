@@ -13,7 +13,7 @@ import tyro
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from experiments import locomotion, miniimagenet, navigation, omniglot, reinforcement, sinusoid
+from experiments import few_shot, locomotion, miniimagenet, navigation, omniglot, reinforcement, sinusoid
 
 MOST_STEPS, MOST_SEED = 2**31 - 1, 2**32 - 1
 JUNK = ["", "many", "1.5.2", "None!", "0x", "-"]
@@ -101,8 +101,11 @@ def contradicts(name, given):
         tasks = 20 if name == "navigation" else presets.get(given.get("preset"), 40)
         tasks = tasks if given.get("tasks", "None") == "None" else int(given["tasks"])
         curvature = given.get("curvature_tasks", "None")
+        method = given.get("methods", "maml")
         return (
-            (given.get("kl_limit", "None") != "None" and outer != "trpo")
+            (given.get("inner_rate", "None") != "None" and method not in ("maml", "first_order"))
+            or (given.get("inner_loss", "logp") != "logp" and method == "oracle")
+            or (given.get("kl_limit", "None") != "None" and outer != "trpo")
             or (given.get("outer_rate", "None") != "None" and outer == "trpo")
             or (curvature != "None" and (outer != "trpo" or int(curvature) > tasks))
         )
@@ -121,7 +124,7 @@ def contradicts(name, given):
     share = tasks // (2 if tasks % 2 == 0 else 1)  # Tests have two devices.
     return (
         (net == "mlp" and normalisation in ("instance", "tasknorm"))
-        or (method == "pretrained" and normalisation == "running")
+        or (method in ("pretrained", "reptile") and normalisation == "running")
         or (get["order"] == "1" and method in ("reptile", "imaml", "pretrained"))
         or (get["inner_steps"] is not None and method == "pretrained")
         or (get["tasks_at_once"] is not None and share % int(get["tasks_at_once"]) != 0)
@@ -201,12 +204,15 @@ PAIRS = [
     ("navigation", {"outer": "trpo", "outer_rate": "0.02"}),
     ("navigation", {"outer": "promp", "curvature_tasks": "2"}),
     ("locomotion", {"tasks": "2", "curvature_tasks": "3"}),
+    ("navigation", {"methods": "random", "inner_rate": "0.2"}),
+    ("locomotion", {"methods": "oracle", "inner_loss": "lvc"}),
     ("omniglot", {"preset": "5w1s", "net": "conv"}),
     ("omniglot", {"shots": "10", "queries": "11"}),
     ("omniglot", {"tasks": "6", "tasks_at_once": "2"}),
     ("miniimagenet", {"net": "mlp", "normalisation": "instance"}),
     ("miniimagenet", {"method": "pretrained", "normalisation": "running"}),
     ("miniimagenet", {"method": "imaml", "order": "1"}),
+    ("omniglot", {"method": "reptile", "normalisation": "running"}),
     ("miniimagenet", {"method": "pretrained", "inner_steps": "3"}),
 ]
 
@@ -216,6 +222,20 @@ def test_each_pair_that_contradicts_is_told(name, chosen, capsys):
     assert judge(name, chosen, capsys) == "contradicting"
     for field, text in chosen.items():  # Each alone is right, or is so with what the other is by default.
         assert judge(name, {field: text}, capsys) == "right" or field in ("outer_rate", "curvature_tasks")
+
+
+def test_fewer_steps_than_are_done_are_told_before_anything_is_written(tmp_path):
+    done = tmp_path / "checkpoints" / "maml-0" / "7"
+    done.mkdir(parents=True)
+    options = {"steps": 5, "workdir": tmp_path}
+    for prepare in (
+        lambda: sinusoid.prepare(sinusoid.Config(**options)),
+        lambda: reinforcement.prepare(reinforcement.Config(**options), navigation.problem()),
+        lambda: few_shot.check_workdir(*omniglot.settle(omniglot.Config(**options))),
+    ):
+        with pytest.raises(OSError, match="maml-0 has 7 meta-steps behind it, more than the 5"):
+            prepare()
+    assert not (tmp_path / "run.json").exists() and [*done.parent.iterdir()] == [done]
 
 
 def _shown(text, message):

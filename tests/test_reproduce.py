@@ -105,7 +105,7 @@ def test_at_the_end_of_the_budget_the_run_saves_and_the_rest_is_left(stub, tmp_p
     assert 3 <= time.monotonic() - begun < 20
     told = capfd.readouterr().out
     assert "omniglot-5w1s-order1-seed0: stopped after 40 of 60,000 meta-steps: the budget is over" in told
-    assert "; --rows omniglot-5w1s-order1 --steps 40 evaluates it, if nothing falls" in told
+    assert "; with --rows omniglot-5w1s-order1 --seeds 0 --steps 40 it ends there and is evaluated, if nothing" in told
     assert "omniglot-5w5s-order1-seed0: not run: the budget is over" in told
     assert (tmp_path / "work" / "omniglot-5w1s-order1-seed0" / "saved").exists()
     assert not (tmp_path / "work" / "omniglot-5w5s-order1-seed0").exists()

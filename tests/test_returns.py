@@ -66,7 +66,8 @@ def test_returns_are_drawn_over_tasks_that_are_numbers_with_the_oracle_for_all(t
         return row | {"tasks": [tasks], "return_of_task": returns, "return_of_kind": kinds or {}}
 
     seeds = [of_tasks(row(), "2 1", ["5 3", "6 4"]), of_tasks(row(seed=1), "2 1", ["7 3", "9 5"])]
-    made_up(tmp_path / "results" / "a", rows=seeds, steps=30)
+    made_up(tmp_path / "results" / "a", rows=seeds, steps=30, kl_limit=0.03)
+    made_up(tmp_path / "results" / "again", rows=seeds[:1], steps=30, kl_limit=0.03)
     made_up(tmp_path / "results" / "b", rows=[of_tasks(row("oracle"), "2 1", ["9 8"])])
     made_up(tmp_path / "results" / "older", rows=[row()], steps=20)
     directions = of_tasks(row(), "1 -1", ["5 3", "6 4"], {"1": [5, 6], "-1": [3, 4]})
@@ -83,11 +84,12 @@ def test_returns_are_drawn_over_tasks_that_are_numbers_with_the_oracle_for_all(t
     returns.main(returns.prepare(returns.Config(tmp_path / "results", readme)))
     ((name, methods, (_, bound)),) = drawn
     assert name == "ant-velocity-tasks.png" and (tmp_path / "results" / name).stat().st_size > 1000
-    ((method, (tasks, found)),) = methods.items()
-    assert method == "MAML, 30" and tasks.tolist() == [2, 1]
+    assert [*methods] == ["MAML, kl_limit 0.03, 30", "MAML, kl_limit 0.03, 30 (again)"]
+    tasks, found = methods["MAML, kl_limit 0.03, 30"]
+    assert tasks.tolist() == [2, 1]
     assert found.tolist() == [[6, 3], [7.5, 4.5]] and bound.tolist() == [[9, 8]]
     gains = [line[-2] for line in cells_of(readme.read_text())]
-    assert gains == ["gains", "+1.5 +- 0.0", "", "", "gains", "+1.0 +- 0.0"]
+    assert gains == ["gains", "+1.5 +- 0.0", "+1.0 +- 0.0", "", "", "gains", "+1.0 +- 0.0"]
 
 
 def test_only_the_region_of_the_readme_is_written(tmp_path):

@@ -206,6 +206,14 @@ def test_navigation_walks_ends_and_tells():
     assert goals.min() < -0.49 and goals.max() > 0.49 and jnp.abs(goals).max() <= 0.5
 
 
+def test_given_tasks_are_of_the_kind_that_is_drawn():
+    numbered = ENVIRONMENT._replace(
+        sample_tasks=lambda key, count: jax.random.randint(key, (count,), 0, 3), check_tasks=lambda tasks: None
+    )
+    assert given_trials(numbered, jax.random.key(0), [2, 0]).task.dtype == jnp.int32
+    assert given_trials(ENVIRONMENT, jax.random.key(0), [[0.1, 0.2]]).task.dtype == jnp.result_type(float)
+
+
 def test_what_makes_no_sense_is_told():
     with pytest.raises(ValueError, match="horizon must be an integer of at least 1, but got 0"):
         navigation(horizon=0)

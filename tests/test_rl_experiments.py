@@ -38,7 +38,12 @@ BAD = [
     (navigation, ["--curvature-tasks", "21"], "at most tasks, 20, but got 21"),
     (navigation, ["--curvature-tasks", "5", "--outer", "promp"], "curvature_tasks is for --outer trpo"),
     (navigation, ["--sampling-term", "--tasks", "1"], "it needs --tasks of at least 2"),
-    (navigation, ["--sampling-term", "--methods", "oracle"], "maml and first_order, but got --methods oracle"),
+    (
+        navigation,
+        ["--sampling-term", "--methods", "oracle"],
+        "for the methods maml first_order, but got True",
+    ),
+    (navigation, ["--test-rates", "0.1", "0.1", "--methods", "oracle"], "test_rates is for the methods maml"),
     (locomotion, ["--preset", "snail"], "preset"),
     (locomotion, ["--physics", "aristotle"], "physics"),
     (rl_speed, ["--curvature-share", "0"], "curvature_share must be above 0 and at most 1, but got 0"),
@@ -227,6 +232,24 @@ def test_returns_are_told_of_each_direction():
     results = {"protocol": "", "paper": {}, "rows": [row | {"cpu_seconds": None, "broken": 0.0} | told]}
     (line,) = [line for line in reinforcement_testing.table(results).splitlines() if "tasks of -1" in line]
     assert line.split() == ["tasks", "of", "-1", "2.00", "9.00"]
+
+
+@pytest.mark.parametrize("restored", [False, True])
+def test_a_meta_iterations_cost_is_without_compilation(restored, monkeypatch, tmp_path):
+    """Which a run that goes on does after it has handed over what was restored."""
+    clock = [0.0]
+
+    def handed_over(learner, state, *args, **options):
+        for step in range(10, 25):
+            clock[0] += {10: 0.0 if restored else 100.0, 11: 100.0 if restored else 2.0}.get(step, 2.0)
+            yield state, {"step": step, "return": 0.0}
+
+    monkeypatch.setattr(reinforcement_training, "resumable_train", handed_over)
+    monkeypatch.setattr("time.process_time", lambda: clock[0])
+    prepared = reinforcement.prepare(reinforcement.Config(workdir=tmp_path / "run"), navigation.problem())
+    directory = RunDirectory(tmp_path / "run", "run", {})
+    assert reinforcement_training.meta_train(prepared, directory, "maml", 0).cpu_seconds == 2.0
+    directory.close()
 
 
 def test_the_recipes_are_the_papers():

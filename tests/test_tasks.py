@@ -102,6 +102,14 @@ def test_impossible_episodes_are_refused(data, shape, message):
         draw_episodes(jax.random.key(0), data, 1, shape)
 
 
+@pytest.mark.parametrize("rotations", ["random", "classes"])
+def test_images_that_are_not_square_are_not_turned(rotations):
+    data = ImageClasses(np.zeros((6, 3, 5), np.uint8), (3, 3))
+    with pytest.raises(ValueError, match=f"rotations '{rotations}' .* must be square for that, but these are 3x5"):
+        draw_episodes(jax.random.key(0), data, 1, EpisodeShape(2, 1, 1, rotations))
+    assert draw_episodes(jax.random.key(0), data, 1, EpisodeShape(2, 1, 1, "none")).query[0].shape == (1, 2, 3, 5, 1)
+
+
 class TestClassesOfDifferentSizes:
     COUNTS = (4, 30, 7, 5)
 

@@ -9,14 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from model_zoo import plain_dict, tasks
 
 import maml_jax
+from maml_jax import record
 from maml_jax.progress import Progress
 from maml_jax.record import RunDirectory
 from maml_jax.statistics import divergence_rate, interval
 from maml_jax.task_axis import task_mesh
 from maml_jax.train import train
+from maml_jax.types import Task
 
 train_module = sys.modules[train.__module__]
 
@@ -148,6 +151,43 @@ def test_goes_on_from_a_state_bit_for_bit():
     assert list(train(learner, whole, draw, tasks(4), steps=20, steps_per_call=5)) == []
 
 
+def test_metrics_in_low_precision_are_means_of_long_calls():
+    """A sum in bfloat16 would stop growing at 256."""
+
+    def loss_fn(params, batch):
+        return jnp.square(params).sum() + 1, {"right": jnp.ones([], jnp.bfloat16)}
+
+    learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.1, steps=1), optax.sgd(0.0))
+    batch = (jnp.zeros((1, 1)),) * 2
+    draw = lambda data, step: Task(data, data)  # noqa: E731
+    *_, (_, metrics) = train(learner, learner.init(jnp.zeros(2)), draw, batch, steps=600, steps_per_call=600)
+    assert metrics["right"] == 1 and metrics["loss"] == pytest.approx(1)
+
+
+def test_a_state_that_is_divided_over_devices_stays_so():
+    """As of a model that one device cannot hold; what is whole goes to all of them."""
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    halves = NamedSharding(mesh, PartitionSpec("model"))
+
+    def loss_fn(params, batch):
+        return jnp.square(batch @ params["w"] + params["b"]).mean(), {}
+
+    params = {"w": jnp.arange(4.0), "b": jnp.ones([])}
+    learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.1, steps=1), optax.adam(0.1))
+    data = Task(*np.random.default_rng(0).standard_normal((2, 3, 5, 4)).astype(np.float32))
+    whole = divided = learner.init(params)
+    divided = jax.tree.map(lambda leaf: jax.device_put(leaf, halves) if leaf.shape == (4,) else leaf, divided)
+    of_numpy = jax.tree.map(np.asarray, whole)
+    ends = []
+    for state in (whole, divided, of_numpy):
+        *_, (state, _) = train(learner, state, lambda data, step: data, data, steps=5, steps_per_call=2)
+        ends.append(state)
+    assert ends[1].params["w"].sharding.is_equivalent_to(halves, 1)
+    assert len(ends[1].params["b"].sharding.device_set) == 2 and len(ends[0].params["w"].sharding.device_set) == 1
+    for end in ends[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), end, ends[0])
+
+
 def test_improves():
     learner, state = setting()
     rows = [row for _, row in train(learner, state, lambda data, _: data, tasks(4), steps=300, steps_per_call=100)]
@@ -204,15 +244,34 @@ def test_run_directory(tmp_path, monkeypatch):
         RunDirectory(run.path, "it")
 
 
+def test_two_runs_that_begin_at_the_same_time_have_a_directory_each(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    locked = record._locked
+
+    def just_after_another(path):
+        if path.name == "it" and not path.exists():
+            others.append(locked(path)[1])
+        return locked(path)
+
+    others = []
+    monkeypatch.setattr(record, "_locked", just_after_another)
+    run = RunDirectory(None, "it", {})
+    assert others and run.path.name == "it-2"
+    run.close()
+    others[0].close()
+
+
 def test_plain_progress_tells_rate_and_time_left(capsys, monkeypatch):
     clock = iter(range(0, 1000, 10))
     monkeypatch.setattr("time.monotonic", lambda: next(clock))
     monkeypatch.setattr("sys.stderr.isatty", lambda: False)
     progress = Progress(1000, "run", every=15)
-    for step in (100, 200, 300, 1000):
+    for step in (100, 200, 300, 400, 1000):
         progress.update(step, loss=0.25)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "run: 200/1,000 steps, 10.0 a second, 0:01:20 left, loss 0.25"
+    # The call that compiles may be the second, where the first handed over what was restored.
+    assert lines[0] == "run: 200/1,000 steps, 0.0 a second, rate not known yet, loss 0.25"
+    assert lines[1] == "run: 400/1,000 steps, 10.0 a second, 0:01:00 left, loss 0.25"
     assert lines[-1].startswith("run: 1,000/1,000 steps")
 
 

@@ -57,6 +57,12 @@ def test_step_weights(weights):
         learner(plain_dict()[0], step_weights=weights)
 
 
+def test_step_weights_that_a_function_gives():
+    weighted = learner(plain_dict()[0], step_weights=lambda step: jnp.ones(4) / 4)
+    with pytest.raises(ValueError, match=r"step_weights must be 2 weights.*but has the shape \(4,\)"):
+        jax.jit(weighted.step)(weighted.init(plain_dict()[1]), tasks(1))
+
+
 def vector_loss(params, batch):
     return jnp.ones(3), {}
 

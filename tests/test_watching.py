@@ -108,6 +108,23 @@ def test_what_goes_wrong_with_the_copy_is_told_and_stops_nothing(tmp_path, offli
     )
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_what_goes_wrong_at_its_end_loses_no_results(tmp_path, offline, monkeypatch, capsys):
+    closed, close = [], wandb_copy.WandB.close
+
+    def broken(self):
+        closed.append(close(self))
+        raise BrokenPipeError("gone")
+
+    monkeypatch.setattr(wandb_copy.WandB, "close", broken)
+    run = RunDirectory(tmp_path, "it", {}, wandb="ours")
+    run.log(step=1, loss=1.0)
+    assert run.write_results({"loss": 1.0}).exists()
+    run.close()
+    assert len(closed) == 1 and "may lack the end of this run: BrokenPipeError('gone')" in capsys.readouterr().err
+    RunDirectory(tmp_path, "it", {}).close()
+
+
 def test_without_the_package_it_is_refused_at_once(monkeypatch, capsys):
     monkeypatch.setattr(wandb_copy.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "argv", ["sinusoid", "--wandb", "ours"])

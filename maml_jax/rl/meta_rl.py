@@ -41,7 +41,8 @@ def given_trials(environment: Environment, key: jax.Array, tasks: Any) -> Trials
       ValueError: if a task is outside the environment's range.
     """
     environment.check_tasks(tasks)
-    tasks = jnp.asarray(tasks, jnp.result_type(float))
+    drawn = jax.eval_shape(lambda: environment.sample_tasks(jax.random.key(0), 1))
+    tasks = jnp.asarray(tasks, drawn.dtype)
     return Trials(jax.random.split(key, len(tasks)), tasks)
 
 
@@ -108,7 +109,9 @@ def maml_rl(
         validation.floating_params(params)
         params = jax.tree.map(jnp.array, params)
         rates = inner.init_rates(adapted_part(inner, params))
-        return over_tasks.replicate(MetaState(jnp.zeros([], jnp.int32), params, rates, outer.init((params, rates))))
+        # Of copies: an optimizer may keep what it is given, and the same array cannot be donated twice.
+        opt_state = outer.init(jax.tree.map(jnp.array, (params, rates)))
+        return over_tasks.replicate(MetaState(jnp.zeros([], jnp.int32), params, rates, opt_state))
 
     def sample(params: Params, trial: Trials) -> Experience:
         seen = rollout(environment, policy, params, trial.key, trial.task, episodes)

@@ -1,5 +1,6 @@
 """Pictures of policies that learn: returns over meta-iterations and gradient steps, and where they walk."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def returns_of_tasks(
         if bound is not None:
             order = np.argsort(bound[0])
             axes.plot(bound[0][order], bound[1][0][order], "k--", linewidth=1, label="told the task")
-        axes.set(xlabel="task", title=name.replace("`", ""))
+        axes.set(xlabel="task", title=textwrap.fill(name.replace("`", ""), 36))
         axes.grid(alpha=0.3)
     grid[0, 0].set_ylabel("return")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small")

@@ -55,9 +55,12 @@ def fetch(archive: Archive, target: Path) -> None:
     if target.exists() and target.stat().st_size == archive.size and _sha256(target) == archive.sha256:
         print(f"{target} is already there.")
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, part = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
+    except OSError as error:
+        raise DataError(f"Cannot write {target}: {error}. Make room or give the rights, or another folder.") from error
     print(f"Fetching {archive.url} ({archive.size / 1e6:.1f} MB)", file=sys.stderr)
-    handle, part = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file, urllib.request.urlopen(archive.url, timeout=60) as response:
             # One byte more than expected is enough to know that it is the wrong file.

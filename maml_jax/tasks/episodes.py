@@ -84,6 +84,11 @@ class EpisodeShape(NamedTuple):
             validation.at_least(name, getattr(self, name), 1)
         validation.one_of("rotations", self.rotations, ROTATIONS)
         validation.one_of("labels", self.labels, LABELS)
+        if self.rotations != "none" and data.images.shape[1] != data.images.shape[2]:
+            raise ValueError(
+                f"rotations {self.rotations!r} turn images by 90 degrees, which must be square for that, but these are "
+                f"{data.images.shape[1]}x{data.images.shape[2]}: give 'none'."
+            )
         classes = len(data.counts) * (4 if self.rotations == "classes" else 1)
         if self.ways > classes:
             raise ValueError(f"ways must be at most the number of classes, {classes}, but got {self.ways}.")

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from maml_jax import hosts, validation
+from maml_jax.task_axis import task_axis
 from maml_jax.tasks.episodes import Choice, EpisodeShape, ImageClasses, choose, draw_episodes, put_together
 from maml_jax.types import Task
 
@@ -77,7 +78,8 @@ def by_step(
         index = step - chosen.first_step
         return put_together(chosen.pixels[index], jax.tree.map(lambda leaf: leaf[index], chosen.choice), shape)
 
-    return draw_chosen, chooser(key, classes, tasks, shape, mesh)
+    # As the learner has it, whatever the mesh is called.
+    return draw_chosen, chooser(key, classes, tasks, shape, task_axis("all", mesh).mesh)
 
 
 def batches(draw: Callable[[Any, Any], Task], data: Any, count: int) -> Iterator[Task]:

@@ -143,7 +143,9 @@ def _digest(arrays: cache.Arrays) -> str:
 # Reading images
 
 
-def pictures(folder: str | Path, *, size: int = 84, resampling: Resampling = "lanczos") -> dict[str, np.ndarray]:
+def pictures(
+    folder: str | Path, *, size: int = 84, resampling: Resampling | Literal["nearest"] = "lanczos"
+) -> dict[str, np.ndarray]:
     """All images in a folder or zip archive, RGB uint8 `[size, size, 3]`, by their path in it, sorted.
 
     Raises:
