@@ -151,6 +151,7 @@ def test_mixed_differentiates_what_the_loss_closes_over_and_its_batch():
     assert_same(gradient(*at, "mixed"), gradient(*at, "none"))
 
 
+@pytest.mark.usefixtures("x64")
 def test_mixed_takes_what_else_the_loss_closes_over():
     """Keys, masks and labels, traced, such as those of dropout."""
     loss_fn, params = ZOO["dict"]()
