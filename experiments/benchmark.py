@@ -130,7 +130,8 @@ def prepare(config: Config) -> Config:
 def main(config: Config) -> dict:
     """Runs the benchmark; returns what it writes to `results.json`."""
     jax.config.update("jax_platforms", "cpu")  # An accelerator is for the processes that measure, one at a time.
-    run = RunDirectory(config.workdir, "benchmark")
+    backend, device = where()
+    run = RunDirectory(config.workdir, "benchmark", devices=device)
     print(f"Writing to {run.path}", flush=True)
     variants = config.variants()
     rows: list[dict[str, Any]] = [{"kind": "ours", **dataclasses.asdict(v), "rounds": []} for v in variants]
@@ -141,7 +142,6 @@ def main(config: Config) -> dict:
             rows.append({**row, "rounds": []})
     rows.sort(key=lambda row: (config.workloads.index(row["workload"]), -row["order"]))
 
-    backend, device = where()
     with tempfile.TemporaryDirectory() as compiled:
         for turn in range(config.rounds):
             for number, row in enumerate(rows):

@@ -18,11 +18,11 @@ EXTRAS = ("mujoco", "mujoco-mjx", "gymnasium")
 """What numbers may depend on where it is installed."""
 
 
-def provenance() -> dict[str, Any]:
-    """The command, commit, versions and hardware of this process."""
+def provenance(devices: str | None = None) -> dict[str, Any]:
+    """The command, commit, versions and hardware of this process; `devices` in words where others than its compute."""
     module = getattr(sys.modules["__main__"].__spec__, "name", None)
     program = ["python", "-m", module] if module else ["python", Path(sys.argv[0]).name]
-    device = jax.devices()[0]
+    devices = devices or f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
     return {
         "command": shlex.join([*program, *sys.argv[1:]]),
         "commit": _commit(),
@@ -31,7 +31,7 @@ def provenance() -> dict[str, Any]:
             **{name: metadata.version(name) for name in PACKAGES},
             **{name: version for name in EXTRAS if (version := _version(name))},
         },
-        "hardware": f"{len(jax.devices())} x {device.device_kind} ({_processor()}, {os.cpu_count()} cores)",
+        "hardware": f"{devices} ({_processor()}, {os.cpu_count()} cores)",
         "processes": jax.process_count(),
         "started": now(),
     }

@@ -55,6 +55,7 @@ class RunDirectory:
       harmless: fields of `config` that may differ from what the run was begun with.
       growing: fields of `config`, lists, that may have further entries.
       wandb: the project of Weights & Biases that is to get a copy of the metrics, if any.
+      devices: those that compute, in words, where they are not this process's.
 
     Raises:
       FileExistsError: if `path` already holds a run, and either of them has no configuration.
@@ -71,7 +72,9 @@ class RunDirectory:
         harmless: Collection[str] = (),
         growing: Collection[str] = (),
         wandb: str | None = None,
+        devices: str | None = None,
     ):
+        self._devices = devices
         self._events: Events | Literal["lost"] | None = None  # Made at the first row, of all rows that there are.
         self._wandb: WandB | None = None
         self.path = Path(hosts.from_leader(lambda: str(self._open(path, name, config, harmless, growing, wandb))))
@@ -93,7 +96,7 @@ class RunDirectory:
             self.close()
             raise
         self._metrics = self.path / "metrics.jsonl"
-        self._made_by = provenance()  # Now: the checkout may have moved on by the end of the run.
+        self._made_by = provenance(self._devices)  # Now: the checkout may have moved on by the end of the run.
         self._earlier = read_json(self.path / "run.json")["starts"] if changed is not None else []
         if changed is not None:
             note(f"{self.path} holds this run already, begun {self._earlier[0]['started']}: it goes on.")

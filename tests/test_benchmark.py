@@ -80,6 +80,7 @@ def test_where_something_could_not_be_measured_it_ends_so(monkeypatch, tmp_path,
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert end.value.code == 1 and "no such device" in capsys.readouterr().out
     assert all(row["error"] for row in results["rows"]) and results["device"] == "1 x a device"
+    assert results["made_by"]["hardware"].startswith("1 x a device (")
 
 
 def test_ratios_compare_like_with_like():
