@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from maml_jax.trees import divide, join
 from maml_jax.types import Params
@@ -32,7 +33,7 @@ def mixed_value_and_grad(loss_fn: Callable[[Params, Any], tuple[jax.Array, Any]]
 
         def loss(params: Params, inputs: Any) -> tuple[jax.Array, Any]:
             others, captured = inputs
-            outputs = jax.core.eval_jaxpr(closed.jaxpr, captured, *jax.tree.leaves((params, others)))
+            outputs = jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, captured))(*jax.tree.leaves((params, others)))
             loss, aux = jax.tree.unflatten(jax.tree.structure(shapes), outputs)
             return loss, jax.lax.stop_gradient(aux)
 
