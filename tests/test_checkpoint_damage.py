@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+import maml_jax
 from maml_jax.checkpoint import Checkpoints
 from maml_jax.workdir import WorkdirError
 
@@ -132,3 +133,18 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path, bad):
         with pytest.raises(FloatingPointError, match=r"After meta-step 3 params\['a/b'\] is not finite"):
             checkpoints.save(3, state)
     assert os.listdir(tmp_path) == []
+
+
+def test_an_optimizer_may_hold_infinity_but_nothing_may_hold_what_is_no_number(tmp_path):
+    params = {"w": np.ones(2, np.float32)}
+    state = maml_jax.MetaState(np.array(3, np.int32), params, (), {"least loss": np.array(np.inf, np.float32)})
+    with closing(Checkpoints(tmp_path)) as checkpoints:
+        checkpoints.save(3, state)
+        checkpoints.wait()
+        assert checkpoints.restore(state).state.opt_state["least loss"] == np.inf
+        for wrong in (
+            state._replace(opt_state={"least loss": np.array(np.nan, np.float32)}),
+            state._replace(params={"w": np.array([1, np.inf], np.float32)}),
+        ):
+            with pytest.raises(FloatingPointError, match="is not finite"):
+                checkpoints.save(4, wrong)

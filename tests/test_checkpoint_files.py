@@ -144,20 +144,6 @@ class TestGoingOn:
         with closing(Checkpoints(tmp_path / "checkpoints")) as checkpoints:
             assert checkpoints.best_step() == 16
 
-    def test_an_optimizer_may_hold_infinity_but_nothing_may_hold_what_is_no_number(self, tmp_path):
-        params = {"w": np.ones(2, np.float32)}
-        state = maml_jax.MetaState(np.array(3, np.int32), params, (), {"least loss": np.array(np.inf, np.float32)})
-        with closing(Checkpoints(tmp_path)) as checkpoints:
-            checkpoints.save(3, state)
-            checkpoints.wait()
-            assert checkpoints.restore(state).state.opt_state["least loss"] == np.inf
-            for wrong in (
-                state._replace(opt_state={"least loss": np.array(np.nan, np.float32)}),
-                state._replace(params={"w": np.array([1, np.inf], np.float32)}),
-            ):
-                with pytest.raises(FloatingPointError, match="is not finite"):
-                    checkpoints.save(4, wrong)
-
     def test_the_newest_and_the_best_are_kept(self, tmp_path):
         scores = dict(zip(range(4, 25, 4), (1.0, 5.0, 5.0, 2.0, 3.0, 1.0)))
         validate = Validate(4, lambda state: {"accuracy": scores[int(state.step)]}, lambda row: row["accuracy"])
