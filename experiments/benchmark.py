@@ -165,9 +165,10 @@ def main(config: Config) -> dict:
     results["ratios"] = ratios(results["rows"])
     print(table(results))
     path = run.write_results(results)
+    print(f"Wrote {path}.")
     if any("ms" in row for row in results["rows"]):
         plots.benchmark(run.path / "benchmark.png", results["rows"], PEER_NAMES)
-    print(f"Wrote {path}, and pictures of what there is beside it.")
+        print("Wrote benchmark.png beside it.")
     if any("error" in row for row in rows):
         raise SystemExit(1)
     return results

@@ -109,7 +109,7 @@ def by_task(tasks: np.ndarray, returns: np.ndarray) -> dict[str, Any]:
     }
 
 
-def returns_of_tasks(rows: Sequence[dict[str, Any]]) -> np.ndarray | None:
+def mean_by_task(rows: Sequence[dict[str, Any]]) -> np.ndarray | None:
     """Returns `[S + 1, T]`, the mean over seeds, of one method's rows; None of results from before `by_task`."""
     if any("return_of_task" not in row for row in rows):
         return None
@@ -120,7 +120,7 @@ def draw_tasks(path: Path, methods: Mapping[str, Sequence[dict[str, Any]]], orac
     """Draws `plots.returns_of_tasks` of rows of results, of each method and of the oracle; whether there was any."""
 
     def found(rows: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray] | None:
-        returns = returns_of_tasks(rows) if rows else None
+        returns = mean_by_task(rows) if rows else None
         if returns is None or len(rows[0]["tasks"]) != 1 or rows[0]["return_of_kind"]:
             return None  # Tasks that are two numbers, or two kinds.
         return np.array(rows[0]["tasks"][0].split(), float), returns

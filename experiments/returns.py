@@ -41,6 +41,8 @@ METHODS = {
     "oracle": "oracle, told the task",
 }
 
+HEADS = ("meta-iterations", "steps of", "before", "1 step", "2 steps", "3 steps", "better", "gains", "paper")
+
 USUAL = {"outer": "trpo", "sampling_term": False, "inner_steps": 1, "physics": "mujoco"} | dict.fromkeys(
     ("tasks", "episodes", "inner_rate", "kl_limit", "curvature_tasks", "outer_rate", "test_episodes")
 )
@@ -104,14 +106,14 @@ def main(prepared: tuple[Config, list[Line]]) -> None:
     """Writes the region, and beside the runs a picture of returns over tasks where these are velocities."""
     config, lines = prepared
     for environment in TITLES:
+        mine = [line for line in lines if line.environment == environment]
         drawn: dict[str, list[dict[str, Any]]] = {}
-        for line in lines:
-            if line.environment == environment:
-                title = ", ".join([_told(line), *([f"{line.steps}"] if line.steps else ())])
-                if title in drawn:  # The same once more.
-                    title = f"{title} ({Path(line.folder).name})"
-                drawn[title] = line.rows
-        oracle = next((drawn.pop(title) for title in [*drawn] if title.startswith(METHODS["oracle"])), ())
+        for line in (line for line in mine if line.method != "oracle"):
+            title = ", ".join([_told(line), *([f"{line.steps}"] if line.steps else ())])
+            if title in drawn:  # The same once more.
+                title = f"{title} ({Path(line.folder).name})"
+            drawn[title] = line.rows
+        oracle = next((line.rows for line in mine if line.method == "oracle"), ())
         path = config.results / f"{environment}-tasks.png"
         if reinforcement_testing.draw_tasks(path, drawn, oracle):
             print(f"Wrote {path}.")
@@ -126,19 +128,8 @@ def markdown(lines: Sequence[Line]) -> str:
     for environment, title in TITLES.items():
         mine = [line for line in lines if line.environment == environment]
         if mine:
-            names = (
-                title,
-                "meta-iterations",
-                "steps of",
-                "before",
-                "1 step",
-                "2 steps",
-                "3 steps",
-                "better",
-                "gains",
-                "paper",
-            )
-            table = [list(names), ["---"] * len(names), *map(_cells, mine)]
+            names = [title, *HEADS]
+            table = [names, ["---"] * len(names), *map(_cells, mine)]
             parts += ["| " + " | ".join(cells) + " |" for cells in table]
             parts.append("")
             made = {line.folder: _made(line) for line in mine}
@@ -164,7 +155,7 @@ def _cells(line: Line) -> list[str]:
 
 def _gain(rows: list[dict[str, Any]]) -> str:
     """Of the first step, over the tasks."""
-    returns = reinforcement_testing.returns_of_tasks(rows)
+    returns = reinforcement_testing.mean_by_task(rows)
     if returns is None or len(returns) == 1:
         return ""
     mean, half_width = interval(returns[1] - returns[0])

@@ -332,6 +332,24 @@ def test_a_pretrained_model_is_evaluated_again_as_it_was(characters, tmp_path, s
     assert omniglot_experiment.settle(Config(**few_shot.options_of(old)))[1].inner_rate == old["config"]["inner_rate"]
 
 
+def test_the_rates_that_are_told_are_those_of_the_step(characters, tmp_path, small_net, monkeypatch):
+    """Where a loss stops being finite: the outer rate may have fallen by then."""
+    told = []
+
+    def stopped(*_, rates, **options):
+        told.append(rates["outer"])
+        raise InterruptedError
+
+    monkeypatch.setattr(few_shot_training, "resumable_train", stopped)
+    for number, options in enumerate(({}, {"anneal": True}, {"method": "reptile"})):
+        prepared, _, _ = prepared_with(characters, tmp_path / str(number), steps=100, **options)
+        with pytest.raises(InterruptedError):
+            few_shot_training.main(prepared)
+    constant, annealed, reptile = told
+    assert constant == 1e-3 and annealed(0) == pytest.approx(1e-3) and annealed(100) == pytest.approx(1e-5)
+    assert reptile(0) == 0.5 and reptile(50) == 0.25
+
+
 def test_two_models_are_compared_on_the_same_tasks(characters, tmp_path, small_net, monkeypatch):
     prepared, _, state = prepared_with(characters, tmp_path)
     best = few_shot_training.Best(tmp_path / "best", few_shot.describe(prepared))

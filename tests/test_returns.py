@@ -69,6 +69,7 @@ def test_returns_are_drawn_over_tasks_that_are_numbers_with_the_oracle_for_all(t
     made_up(tmp_path / "results" / "a", rows=seeds, steps=30, kl_limit=0.03)
     made_up(tmp_path / "results" / "again", rows=seeds[:1], steps=30, kl_limit=0.03)
     made_up(tmp_path / "results" / "b", rows=[of_tasks(row("oracle"), "2 1", ["9 8"])])
+    made_up(tmp_path / "results" / "b2", rows=[of_tasks(row("oracle"), "2 1", ["0 0"])], steps=20)
     made_up(tmp_path / "results" / "older", rows=[row()], steps=20)
     directions = of_tasks(row(), "1 -1", ["5 3", "6 4"], {"1": [5, 6], "-1": [3, 4]})
     made_up(tmp_path / "results" / "c", "ant-direction", rows=[directions])
@@ -89,7 +90,7 @@ def test_returns_are_drawn_over_tasks_that_are_numbers_with_the_oracle_for_all(t
     assert tasks.tolist() == [2, 1]
     assert found.tolist() == [[6, 3], [7.5, 4.5]] and bound.tolist() == [[9, 8]]
     gains = [line[-2] for line in cells_of(readme.read_text())]
-    assert gains == ["gains", "+1.5 +- 0.0", "+1.0 +- 0.0", "", "", "gains", "+1.0 +- 0.0"]
+    assert gains == ["gains", "+1.5 +- 0.0", "+1.0 +- 0.0", "", "", "", "gains", "+1.0 +- 0.0"]
 
 
 def test_only_the_region_of_the_readme_is_written(tmp_path):
