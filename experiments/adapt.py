@@ -16,10 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from experiments import classifier, command_line, few_shot
-from experiments.classifier import Classifier
-from experiments.rows import EXPERIMENTS
-from maml_jax import plots, saved, validation
+from experiments.few_shot import classifier
+from experiments.few_shot import options as few_shot
+from experiments.few_shot.classifier import Classifier
+from experiments.shared import command_line, plots
+from experiments.table.rows import EXPERIMENTS
+from maml_jax import validation
+from maml_jax.runs import model_file
 from maml_jax.tasks import images, omniglot
 from maml_jax.types import MetaState, Task
 
@@ -61,7 +64,7 @@ def prepare(config: Config) -> Prepared:
     if config.steps is not None:
         validation.at_least("steps", config.steps, 0)
     command_line.check_output(config.output)
-    content = saved.load(config.model)
+    content = model_file.load(config.model)
     name = content.description.get("experiment")
     if name not in EXPERIMENTS:
         raise ValueError(f"{config.model} is not a few-shot classifier: it says of itself that it is {name!r}.")

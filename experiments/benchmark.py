@@ -22,14 +22,15 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from experiments import command_line, workloads
-from experiments.measure import Variant
-from experiments.workloads import WORKLOADS, WorkloadName
-from maml_jax import plots, validation
-from maml_jax.backend import cores
-from maml_jax.convolution import ImplementationName
+from experiments.benchmarks import workloads
+from experiments.benchmarks.measure import Variant
+from experiments.benchmarks.workloads import WORKLOADS, WorkloadName
+from experiments.shared import command_line, plots
+from maml_jax import validation
 from maml_jax.inner import Checkpoint
-from maml_jax.record import RunDirectory
+from maml_jax.nets.convolution import ImplementationName
+from maml_jax.parallel.backend import cores
+from maml_jax.runs.directory import RunDirectory
 
 PEERS = ("loop", "func", "higher")
 PEER_NAMES = {"loop": "PyTorch, loop over tasks", "func": "PyTorch, torch.func", "higher": "PyTorch, higher"}
@@ -191,9 +192,9 @@ def one_round(config: Config, row: dict[str, Any], compiled: str, backend: str) 
     if row["kind"] == "ours":
         # Compiled anew in the first round, which tells how long that takes; a folder for each row.
         folder = os.path.join(compiled, title(row))
-        command = [sys.executable, "-m", "experiments.measure", json.dumps({**given, "compiled": folder})]
+        command = [sys.executable, "-m", "experiments.benchmarks.measure", json.dumps({**given, "compiled": folder})]
     else:
-        script = Path(__file__).with_name("torch_peers.py")
+        script = Path(__file__).parent / "benchmarks" / "torch_peers.py"
         given |= {"threads": cores(), "device": "cuda" if backend == "gpu" else "cpu"}
         command = [str(config.peer_python or sys.executable), str(script), json.dumps(given)]
     root = str(Path(__file__).parents[1])

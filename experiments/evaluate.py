@@ -15,15 +15,18 @@ from typing import Any, Literal, NamedTuple
 import jax
 import tyro
 
-from experiments import classifier, command_line, few_shot
-from experiments.classifier import Classifier
-from experiments.few_shot import Prepared, QueriesSeen, Split
-from experiments.rows import EXPERIMENTS
-from maml_jax import evaluation, plots, saved, validation
-from maml_jax.normalisation import Normalisation
-from maml_jax.provenance import provenance
+from experiments.few_shot import classifier
+from experiments.few_shot import options as few_shot
+from experiments.few_shot.classifier import Classifier
+from experiments.few_shot.options import Prepared, QueriesSeen, Split
+from experiments.shared import command_line, plots
+from experiments.table.rows import EXPERIMENTS
+from maml_jax import evaluation, validation
+from maml_jax.nets.normalisation import Normalisation
+from maml_jax.runs import model_file
+from maml_jax.runs.files import now, plain
+from maml_jax.runs.provenance import provenance
 from maml_jax.types import MetaState
-from maml_jax.workdir import now, plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +128,7 @@ SAME_PARAMETERS = ("batch", "support", "instance", "layer", "group")
 
 def load(path: Path, config: Config, known: dict[str, Prepared]) -> Model:
     """A saved model, prepared as the options say. What models have in common is in `known` and read once."""
-    content = saved.load(path)
+    content = model_file.load(path)
     about = content.description
     if about.get("experiment") not in EXPERIMENTS:
         raise ValueError(f"{path} is not a few-shot classifier: it says of itself {about.get('experiment')!r}.")

@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from experiments import command_line, reinforcement, reinforcement_testing, reinforcement_training
+from experiments.reinforcement import options as reinforcement
+from experiments.reinforcement import plots, testing, training
+from experiments.shared import command_line
 from maml_jax import validation
-from maml_jax.rl import plots
-from maml_jax.rl.engine import MODELS, Engine
-from maml_jax.rl.locomotion import Physics, ant, half_cheetah, positions
+from maml_jax.rl.envs.locomotion import Physics, ant, half_cheetah, positions
+from maml_jax.rl.envs.mujoco import MODELS, Engine
 
 FRAMES = 8
 PresetName = Literal["half-cheetah-velocity", "half-cheetah-direction", "ant-velocity", "ant-direction"]
@@ -137,14 +138,14 @@ def main(prepared: reinforcement.Prepared) -> dict:
     config = prepared.config
     assert isinstance(config, Config)
     packages = ("mujoco", "mujoco-mjx") if config.physics == "mjx" else ("mujoco",)
-    done = reinforcement_training.run(prepared, **{name: metadata.version(name) for name in packages})
+    done = training.run(prepared, **{name: metadata.version(name) for name in packages})
     if done is None:
         return {}
     directory, results, history, policies = done
     plots.returns(directory.path / "returns.png", history, results["rows"], results["paper"])
     tested: dict[str, Any] = {name: [row for row in results["rows"] if row["method"] == name] for name in policies}
     oracle = tested.pop("oracle", ())
-    reinforcement_testing.draw_tasks(directory.path / "tasks.png", tested, oracle)
+    testing.draw_tasks(directory.path / "tasks.png", tested, oracle)
     if config.render:
         for method, trained in policies.items():
             if method != "oracle":
@@ -153,13 +154,11 @@ def main(prepared: reinforcement.Prepared) -> dict:
     return results
 
 
-def draw(
-    path: Path, config: Config, trained: reinforcement_testing.Trained, rates: tuple[float, float], episodes: int
-) -> None:
+def draw(path: Path, config: Config, trained: testing.Trained, rates: tuple[float, float], episodes: int) -> None:
     """One episode of each of two tasks before and after each gradient step: a row each, time from left to right."""
     engine = body(config)
     ends = (-1.0, 1.0) if config.preset.endswith("direction") else (0.5, 2.0)
-    seen, mask = reinforcement_testing.show(trained, rates, episodes, ends)
+    seen, mask = testing.show(trained, rates, episodes, ends)
     seen, mask = (array[:, :, 0].reshape(-1, *array.shape[3:]) for array in (seen, mask))
     rows = []
     for observations, happened in zip(seen, mask):

@@ -11,8 +11,10 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from experiments import command_line, few_shot, few_shot_training
-from experiments.few_shot import DataSet, Prepared, Recipe, Setting
+from experiments.few_shot import options as few_shot
+from experiments.few_shot import training
+from experiments.few_shot.options import DataSet, Prepared, Recipe, Setting
+from experiments.shared import command_line
 from maml_jax import losses, validation
 from maml_jax.tasks import images
 from maml_jax.tasks.image_sources import Division
@@ -90,4 +92,4 @@ def prepare(config: Config) -> Prepared:
 
 
 if __name__ == "__main__":
-    command_line.run(Config, prepare, few_shot_training.main, several=True)
+    command_line.run(Config, prepare, training.main, several=True)

@@ -8,9 +8,10 @@ returns beside the paper's. Writes metrics, results, parameters and pictures to 
 
 from functools import partial
 
-from experiments import command_line, reinforcement, reinforcement_testing, reinforcement_training
-from maml_jax.rl import plots
-from maml_jax.rl.navigation import navigation
+from experiments.reinforcement import options as reinforcement
+from experiments.reinforcement import plots, testing, training
+from experiments.shared import command_line
+from maml_jax.rl.envs.navigation import navigation
 
 SHOWN_GOALS = ((0.4, 0.3), (-0.3, 0.4), (0.1, -0.45), (-0.45, -0.1))
 SHOWN_EPISODES = 5
@@ -39,7 +40,7 @@ def problem() -> reinforcement.Problem:
 
 def main(prepared: reinforcement.Prepared) -> dict:
     """Runs the experiment; returns what it writes to `results.json`."""
-    done = reinforcement_training.run(prepared)
+    done = training.run(prepared)
     if done is None:
         return {}
     directory, results, history, policies = done
@@ -47,7 +48,7 @@ def main(prepared: reinforcement.Prepared) -> dict:
     for method, trained in policies.items():
         if method != "oracle":
             (row, *_) = (row for row in reversed(results["rows"]) if row["method"] == method)
-            walks, mask = reinforcement_testing.show(trained, row["rates"], prepared.setting.test_episodes, SHOWN_GOALS)
+            walks, mask = testing.show(trained, row["rates"], prepared.setting.test_episodes, SHOWN_GOALS)
             plots.navigation_paths(
                 directory.path / f"paths-{method}.png", SHOWN_GOALS, walks[:, :, :SHOWN_EPISODES], mask
             )

@@ -10,8 +10,10 @@ import dataclasses
 from pathlib import Path
 from typing import Literal, get_args
 
-from experiments import command_line, few_shot, few_shot_training
-from experiments.few_shot import DataSet, Net, Prepared, Recipe, Setting
+from experiments.few_shot import options as few_shot
+from experiments.few_shot import training
+from experiments.few_shot.options import DataSet, Net, Prepared, Recipe, Setting
+from experiments.shared import command_line
 from maml_jax import losses, validation
 from maml_jax.tasks import download, episodes, omniglot
 
@@ -122,4 +124,4 @@ def prepare(config: Config) -> Prepared:
 
 
 if __name__ == "__main__":
-    command_line.run(Config, prepare, few_shot_training.main, several=True)
+    command_line.run(Config, prepare, training.main, several=True)

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from experiments import command_line, page
-from maml_jax import plots
-from maml_jax.events import training_of
-from maml_jax.workdir import WorkdirError, read_json, write
+from experiments.shared import command_line, plots
+from experiments.table import page
+from maml_jax.runs.files import WorkdirError, read_json, write
+from maml_jax.runs.tensorboard import training_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Run(NamedTuple):
     """What it is called on the page."""
     config: dict[str, Any]
     starts: list[dict[str, Any]]
-    """What `maml_jax.provenance` told at each start."""
+    """What `maml_jax.runs.provenance` told at each start."""
     rows: list[dict[str, Any]]
     """Of `metrics.jsonl`; none where only results were kept."""
     results: dict[str, Any] | None

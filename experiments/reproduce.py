@@ -20,10 +20,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from experiments import command_line, compare, page
-from experiments.rows import Row, choose
+from experiments.shared import command_line
+from experiments.table import compare, page
+from experiments.table.rows import Row, choose
 from maml_jax import validation
-from maml_jax.workdir import read_json
+from maml_jax.runs.files import read_json
 
 GRACE = 600.0
 """Seconds from SIGTERM until a run is killed: it may be compiling before it saves."""

@@ -17,14 +17,16 @@ import numpy as np
 import optax
 
 import maml_jax
-from experiments import command_line
-from experiments.command_line import LOOKS
-from maml_jax import hosts, losses, models, plots, validation
-from maml_jax.progress import Progress
-from maml_jax.record import RunDirectory
-from maml_jax.resumable import Rate, check_steps, resumable_train
+from experiments.shared import command_line, plots
+from experiments.shared.command_line import LOOKS
+from maml_jax import losses, validation
+from maml_jax.nets import models
+from maml_jax.parallel import processes
+from maml_jax.parallel.task_axis import task_mesh
+from maml_jax.runs.directory import RunDirectory
+from maml_jax.runs.progress import Progress
+from maml_jax.runs.resumable import Rate, check_steps, resumable_train
 from maml_jax.statistics import divergence_rate, interval
-from maml_jax.task_axis import task_mesh
 from maml_jax.tasks import sinusoid
 
 TEST_SHOTS = (5, 10, 20)
@@ -159,7 +161,7 @@ def meta_train(config: Config, run: RunDirectory, name: MethodName, seed: int) -
     """Trains one net, or goes on where that stopped; logs and saves to `run`."""
     method = methods(config)[name]
     # One device is faster with so little to do; several processes are only for whom wants to see that they work.
-    mesh = task_mesh(method.tasks) if hosts.several() else None
+    mesh = task_mesh(method.tasks) if processes.several() else None
     learner = maml_jax.maml(loss_fn, method.training, method.outer, step_weights=method.step_weights, mesh=mesh)
     init_key, task_key = jax.random.split(jax.random.key(seed))
     state = learner.init(net.init(init_key, jnp.zeros((1, 3 if method.told else 1)))["params"])
@@ -174,7 +176,7 @@ def meta_train(config: Config, run: RunDirectory, name: MethodName, seed: int) -
         labels={"method": name, "seed": seed}, rates=method.rates, profile=config.profile,
     ):  # fmt: skip
         progress.update(row["step"], loss=row["loss"])
-    return hosts.local(state)
+    return processes.local(state)
 
 
 def tester(method: Method, rate: float) -> maml_jax.MetaLearner:
@@ -233,7 +235,7 @@ def prepare(config: Config) -> Config:
       ValueError, OSError: saying what is wrong and what to do.
     """
     config.check()
-    for name in config.methods if hosts.several() else ():
+    for name in config.methods if processes.several() else ():
         task_mesh(methods(config)[name].tasks)  # Raises if they cannot be divided.
     RunDirectory.check(config.workdir, **run_of(config))
     check_steps(config.workdir, config.steps)
@@ -251,10 +253,10 @@ def main(config: Config) -> dict:
         for name in config.methods:
             method = methods(config)[name]
             states[name] = meta_train(config, run, name, seed)
-            for shots in TEST_SHOTS if hosts.leads() else ():
+            for shots in TEST_SHOTS if processes.leads() else ():
                 result = evaluate(config, method, states[name], shots, jax.random.fold_in(test_key, shots))
                 rows.append({"method": name, "seed": seed, "shots": shots, **result})
-    if not hosts.leads():
+    if not processes.leads():
         return {}
     results = {
         "config": dataclasses.asdict(config),

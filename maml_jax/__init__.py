@@ -3,7 +3,7 @@
 from maml_jax.check import MetaGradientReport, check_meta_gradient
 from maml_jax.inner import InnerLearner, adapt, no_adaptation, sgd, unrolled
 from maml_jax.meta import MetaLearner, maml
-from maml_jax.saved import Saved, load, restore, save
+from maml_jax.runs.model_file import Saved, load, restore, save
 from maml_jax.types import AdaptInfo, Evaluation, LossFn, MetaInfo, MetaState, Task
 
 __version__ = "0.1.0"

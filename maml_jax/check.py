@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maml_jax import validation
-from maml_jax.differences import Judge, cast, coarsest_type, judge_of, listed, norm, relative_difference
+from maml_jax.autodiff.finite_differences import Judge, cast, coarsest_type, judge_of, listed, norm, relative_difference
 from maml_jax.inner import InnerLearner, adapted_part
 from maml_jax.meta import StepWeights, task_loss
 from maml_jax.types import LossFn, Params, Task
@@ -266,7 +266,7 @@ def _value(judge: Judge, problem: _Problem, value: jax.Array) -> Finding:
         meaning = (
             "Compiled together with its gradient the meta-loss is another number than alone: the compiler disagrees "
             "with itself. The derivative of a maximum reduction is the usual cause; for max-pooling take "
-            "maml_jax.layers.max_pool."
+            "maml_jax.nets.layers.max_pool."
         )
     return Finding("value", error, judge.tolerance, meaning)
 

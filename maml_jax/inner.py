@@ -15,9 +15,9 @@ import optax
 from jax import lax
 
 from maml_jax import validation
-from maml_jax.invariant import hoisted
-from maml_jax.mixed import mixed_value_and_grad
-from maml_jax.trees import Mask, combine, partition
+from maml_jax.autodiff.forward_over_reverse import mixed_value_and_grad
+from maml_jax.autodiff.hoist import hoisted
+from maml_jax.autodiff.trees import Mask, combine, partition
 from maml_jax.types import AdaptInfo, Batch, LossFn, Params, Rates
 
 Checkpoint = Literal["none", "step", "mixed"]

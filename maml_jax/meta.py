@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from maml_jax import validation
 from maml_jax.inner import InnerLearner, adapted_part, inner_loop, update
-from maml_jax.task_axis import AtOnce, each, task_axis
+from maml_jax.parallel.task_axis import AtOnce, each, task_axis
 from maml_jax.types import AdaptInfo, Batch, Evaluation, LossFn, MetaInfo, MetaState, Params, Rates, Task
 
 

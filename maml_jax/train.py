@@ -11,8 +11,9 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from maml_jax import hosts, validation
+from maml_jax import validation
 from maml_jax.meta import MetaLearner
+from maml_jax.parallel import processes
 from maml_jax.types import MetaInfo, MetaState, NotFiniteError, Task
 
 DrawFn = Callable[[Any, jax.Array], Task]
@@ -102,7 +103,7 @@ def _placed(state: MetaState) -> tuple[MetaState, Sharding]:
     split = [leaf.sharding for leaf in jax.tree.leaves(state) if divided(leaf)]
     on_mesh = split and isinstance(split[0], NamedSharding)
     sharding = NamedSharding(split[0].mesh, PartitionSpec()) if on_mesh else jnp.asarray(state.step).sharding
-    return jax.tree.map(lambda leaf: leaf if divided(leaf) else hosts.put(leaf, sharding), state), sharding
+    return jax.tree.map(lambda leaf: leaf if divided(leaf) else processes.put(leaf, sharding), state), sharding
 
 
 def _train(learner, state, draw, data, steps, steps_per_call, stop):
@@ -120,7 +121,7 @@ def _train(learner, state, draw, data, steps, steps_per_call, stop):
         return state, metrics, (wishes & (state.step > 0)).any()
 
     def call(state, data, count):
-        return run(state, data, count, hosts.wishes(stop(), sharding))
+        return run(state, data, count, processes.wishes(stop(), sharding))
 
     with contextlib.closing(_data_of_calls(data, starts, sharding)) as data_of_calls:
         yield from _calls(call, state, data_of_calls, starts, stop)
@@ -142,14 +143,14 @@ def _calls(call, state, data_of_calls, starts, stop):
             raise _not_finite(call, before, data, count, metrics)
         before, data, done = state, coming, done + count
         yield state, {"step": done, **metrics}
-        if bool(wanted) if hosts.several() else stop():
+        if bool(wanted) if processes.several() else stop():
             return
 
 
 def _data_of_calls(data: Any, starts: range, sharding: Any) -> Generator[Any]:
     """The data of each call, on the devices. The thread in which a function makes them ends with the iterator."""
     if not callable(data):
-        data = hosts.put(data, sharding)  # Once, not at every call.
+        data = processes.put(data, sharding)  # Once, not at every call.
         for _ in starts:
             yield data
         return
@@ -158,7 +159,7 @@ def _data_of_calls(data: Any, starts: range, sharding: Any) -> Generator[Any]:
         # As many for the last call as for the others, so that one compilation serves all.
         # What is divided over devices already stays so.
         return jax.tree.map(
-            lambda leaf: leaf if _divided(leaf) else hosts.put(leaf, sharding), data(start, starts.step)
+            lambda leaf: leaf if _divided(leaf) else processes.put(leaf, sharding), data(start, starts.step)
         )
 
     with ThreadPoolExecutor(1, "data of the next call") as thread:

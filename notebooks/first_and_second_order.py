@@ -16,7 +16,8 @@ import numpy as np
 import optax
 
 import maml_jax
-from maml_jax import losses, models
+from maml_jax import losses
+from maml_jax.nets import models
 from maml_jax.tasks import sinusoid
 
 # %%

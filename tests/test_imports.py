@@ -3,7 +3,10 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 import maml_jax
 
@@ -27,8 +30,9 @@ def test_import_is_light_and_touches_no_device():
     code = (
         "import os, sys; os.environ['JAX_PLATFORMS'] = 'nonexistent'; import maml_jax, maml_jax.losses, "
         "maml_jax.tasks.sinusoid, maml_jax.tasks.episodes, maml_jax.tasks.omniglot, maml_jax.tasks.images, "
-        "maml_jax.convolution, maml_jax.train, maml_jax.task_axis, maml_jax.checkpoint, maml_jax.signals, "
-        "maml_jax.workdir, maml_jax.record, maml_jax.progress, maml_jax.provenance; "
+        "maml_jax.nets.convolution, maml_jax.train, maml_jax.parallel.task_axis, "
+        "maml_jax.runs.checkpoint, maml_jax.runs.signals, "
+        "maml_jax.runs.files, maml_jax.runs.directory, maml_jax.runs.progress, maml_jax.runs.provenance; "
         f"print([m for m in {HEAVY} if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -38,48 +42,61 @@ def test_import_is_light_and_touches_no_device():
 
 
 def test_models_and_plots_bring_no_tensorflow():
-    code = "import sys, maml_jax.models, maml_jax.plots; print('tensorflow' in sys.modules)"
+    code = "import sys, maml_jax.nets.models, experiments.shared.plots; print('tensorflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
-LAYERS = [  # Each may import only from those before it.
-    {"types", "backend", "invariant", "workdir", "events", "differences"},
-    {"trees", "profiling", "wandb_copy", "validation", "tasks.cache"},
-    {"hosts", "mixed", "provenance"},
-    {"inner", "task_axis", "convolution", "losses", "statistics", "tasks.sinusoid", "tasks.episodes", "tasks.omniglot"},
-    {"signals", "progress", "tasks.published", "tasks.pickles", "checkpoint", "saved"},
-    {"meta", "normalisation", "curvature", "per_step", "tasks.download", "tasks.image_sources", "tasks.host"},
-    {"layers", "reptile", "implicit", "schedules", "tasks.images", "evaluation", "running"},
-    {"check", "models", "train", "record", "plots"},
-    {"heads", "resumable"},
-    {"rl.environment", "rl.policy", "rl.baseline", "rl.plots", "rl.engine"},
-    {"rl.mjx_engine"},
-    {"rl.navigation", "rl.locomotion", "rl.gymnasium", "rl.rollout"},
-    {"rl.advantage"},
-    {"rl.losses"},
-    {"rl.objective"},
-    {"rl.outer"},
-    {"rl.trust_region", "rl.meta_rl"},
-]
+MAY_IMPORT = {  # A folder, and which others may be imported in it; "" is the top, where the method is.
+    "autodiff": {"types"},
+    "parallel": {"types", "validation"},
+    "": {"autodiff", "parallel"},
+    "nets": {"types", "validation", "parallel"},
+    "tasks": {"types", "validation", "parallel"},
+    "algorithms": {"", "autodiff", "parallel", "nets"},
+    "rl": {"", "autodiff", "parallel", "nets"},
+    "rl/envs": {"validation", "parallel", "rl"},
+    "runs": {"", "parallel"},
+}
 
 
-def test_files_depend_in_one_direction():
-    level = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-    found = set()
-    for path in ROOT.rglob("*.py"):
-        if path.name == "__init__.py":
+def imports(package: Path) -> dict[str, set[str]]:
+    """The files of a package, and which of its files each imports: `inner`, `nets/layers`."""
+    files = {path.relative_to(package).with_suffix("").as_posix(): path for path in package.rglob("*.py")}
+    found = {}
+    for name, path in files.items():
+        if name.endswith("__init__"):
             continue
-        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        found.add(name)
+        targets = found.setdefault(name, set())
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("maml_jax"):
-                base = node.module.removeprefix("maml_jax").removeprefix(".")
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == package.name:
+                base = "/".join(node.module.split(".")[1:])
                 for alias in node.names:
-                    target = base if base in level else f"{base}.{alias.name}".removeprefix(".")
-                    assert level[target] < level[name], f"{name} imports {target}"
-    assert found == set(level)
+                    target = f"{base}/{alias.name}".removeprefix("/")
+                    targets.add(target if target in files else base)
+    return found
+
+
+def folder(file: str) -> str:
+    return file.rpartition("/")[0]
+
+
+def test_folders_import_only_what_they_may():
+    for file, targets in imports(ROOT).items():
+        for target in targets:
+            here, there = folder(file), folder(target)
+            allowed = MAY_IMPORT[here]
+            assert here == there or there in allowed or target in allowed, f"{file} imports {target}"
+
+
+@pytest.mark.parametrize("package", [ROOT, ROOT.parent / "experiments"], ids=lambda path: path.name)
+def test_no_file_imports_itself_by_way_of_others(package):
+    TopologicalSorter(imports(package)).prepare()  # Raises CycleError.
 
 
 def test_the_core_can_be_read_in_one_sitting():
-    core = [ROOT / name for name in ("types.py", "inner.py", "meta.py", "task_axis.py")]
-    assert sum(len(path.read_text().splitlines()) for path in core) < 800
+    """The method, `maml`, with all that it imports."""
+    graph, core, found = imports(ROOT), {"meta"}, {"meta"}
+    while found:
+        found = set().union(*(graph[file] for file in found)) - core
+        core |= found
+    assert sum(len((ROOT / f"{file}.py").read_text().splitlines()) for file in core) < 1600

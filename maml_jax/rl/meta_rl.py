@@ -7,9 +7,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from maml_jax import backend, validation
+from maml_jax import validation
 from maml_jax.inner import InnerLearner, adapted_part, inner_loop
 from maml_jax.meta import MetaLearner
+from maml_jax.parallel import backend
+from maml_jax.parallel.task_axis import task_axis
 from maml_jax.rl.advantage import Experience, experience, summary
 from maml_jax.rl.environment import Environment
 from maml_jax.rl.losses import InnerLossName, inner_loss
@@ -17,7 +19,6 @@ from maml_jax.rl.objective import Objective
 from maml_jax.rl.outer import Outer
 from maml_jax.rl.policy import Policy
 from maml_jax.rl.rollout import rollout
-from maml_jax.task_axis import task_axis
 from maml_jax.types import AdaptInfo, Evaluation, MetaInfo, MetaState, Params, Rates, Task
 
 

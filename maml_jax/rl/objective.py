@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from maml_jax.inner import InnerLearner, inner_loop
+from maml_jax.parallel.task_axis import TaskAxis
 from maml_jax.rl.losses import clipped_ratio, ratio
 from maml_jax.rl.policy import Gaussian, Policy
-from maml_jax.task_axis import TaskAxis
 from maml_jax.types import AdaptInfo, LossFn, Params, Rates, Task
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maml_jax import validation
-from maml_jax.layers import Dense
+from maml_jax.nets.layers import Dense
 from maml_jax.types import Params
 
 LEAST_LOG_STD = float(np.log(1e-6))

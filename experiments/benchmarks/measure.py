@@ -1,0 +1,183 @@
+"""Measures one variant of one workload in a process of its own, and prints what it found as a line of JSON.
+
+    python -m experiments.benchmarks.measure '{"workload": "sinusoid"}'
+
+The benchmark starts it; see there.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import maml_jax
+from experiments.benchmarks import flops, workloads
+from experiments.shared.command_line import use_cores
+from maml_jax.inner import Checkpoint
+from maml_jax.parallel.task_axis import AtOnce, task_mesh
+from maml_jax.types import MetaState, Task
+
+PRODUCT, ACCELERATOR_PRODUCT = 1024, 8192
+"""Rows and columns of the product that stands for the limit of a CPU and of an accelerator."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One way to compute a meta-step."""
+
+    workload: str
+    order: int = 2
+    inner_steps: int | None = None
+    checkpoint: Checkpoint = "none"
+    tasks_at_once: AtOnce = None
+    implementation: Any = None
+    dtype: str = "float32"
+    devices: int | None = None
+
+
+class Program(NamedTuple):
+    """A meta-step to be compiled."""
+
+    step: Callable[[MetaState, Task], tuple[MetaState, Any]]
+    state: MetaState
+    tasks: Task
+    mesh: jax.sharding.Mesh | None
+
+
+def program(variant: Variant) -> Program:
+    """The meta-step of a variant, and what it takes. Raises ValueError if it wants more devices than there are."""
+    if variant.dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
+    work = workloads.build(variant.workload, variant.dtype, variant.implementation)
+    mesh = task_mesh(len(jax.tree.leaves(work.tasks)[0])) if variant.devices is None and not is_small(variant) else None
+    if variant.devices is not None and variant.devices > len(jax.devices()):
+        raise ValueError(
+            f"devices must be at most {len(jax.devices())}, those that there are, but got {variant.devices}."
+        )
+    if variant.devices is not None and variant.devices > 1:
+        mesh = jax.sharding.Mesh(np.array(jax.devices()[: variant.devices]), ("tasks",))
+    options: dict[str, Any] = {"steps": variant.inner_steps or work.inner_steps, "order": variant.order}
+    inner = maml_jax.sgd(work.inner_rate, trainable=work.trainable, checkpoint=variant.checkpoint, **options)
+    learner = maml_jax.maml(work.loss_fn, inner, optax.adam(1e-3), tasks_at_once=variant.tasks_at_once, mesh=mesh)
+    return Program(learner.step, learner.init(work.init()), work.tasks, mesh)
+
+
+def measure(variant: Variant, seconds: float) -> dict[str, Any]:
+    """Times of a meta-step in ms, bytes, operations, and the rate of the machine's matrix product."""
+    step, state, tasks, mesh = program(variant)
+    count = len(jax.tree.leaves(tasks)[0])
+
+    def many(state: Any, tasks: Any, count: jax.Array) -> Any:
+        return jax.lax.fori_loop(0, count, lambda _, state: step(state, tasks)[0], state)
+
+    operations = flops.count(jax.make_jaxpr(step)(state, tasks).jaxpr)
+    if mesh is not None:
+        operations *= mesh.size  # The program of one device.
+    lowered = jax.jit(many, donate_argnums=0).lower(state, tasks, 1)
+    start = time.perf_counter()
+    run = lowered.compile()
+    compilation = time.perf_counter() - start
+    memory = run.memory_analysis()
+    state, memory_measured = with_peak_memory(lambda: run(state, tasks, 1))
+    start = time.perf_counter()
+    state = jax.block_until_ready(run(state, tasks, 1))
+    per_call = max(1, int(0.3 / (time.perf_counter() - start)))
+    times: list[float] = []
+    begin = time.perf_counter()
+    while len(times) < 5 or time.perf_counter() - begin < seconds:
+        start = time.perf_counter()
+        state = jax.block_until_ready(run(state, tasks, per_call))
+        times.append(1e3 * (time.perf_counter() - start) / per_call)
+    if not np.isfinite(float(jnp.abs(jax.tree.leaves(state.params)[0]).max())):
+        raise FloatingPointError("The parameters stopped being finite, so the times say nothing.")
+    return {
+        "ms": times,
+        "tasks": count,
+        "compile_s": compilation,
+        "memory_compiled": memory.temp_size_in_bytes if memory else None,
+        "memory_measured": memory_measured,
+        "gflop": operations / 1e9,
+        "limit_gflops": limit(variant),
+        "devices_used": mesh.size if mesh is not None else 1,
+    }
+
+
+def with_peak_memory(run: Callable[[], Any]) -> tuple[Any, int | None]:
+    """What `run` returns, and the bytes that its call needed at most, beyond those in use before.
+
+    On a CPU of all devices together, as Linux tells the peak of the process: somewhat less than what was
+    used, where memory that was freed before is used again. On an accelerator of the first device, as its
+    allocator tells it. None where neither tells.
+    """
+    device, status, reset = jax.devices()[0], Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if device.platform != "cpu":
+        before = device.memory_stats() or {}
+        result = jax.block_until_ready(run())
+        peak = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
+        # The peak is of the whole process: known only if it is this call's.
+        known = peak > before.get("peak_bytes_in_use", peak)
+        return result, peak - before["bytes_in_use"] if known else None
+    if not reset.exists():
+        return jax.block_until_ready(run()), None
+
+    def resident(kind: str) -> int:
+        return 1024 * int(status.read_text().split(f"{kind}:")[1].split()[0])
+
+    reset.write_text("5")  # Sets the peak to what is in use now.
+    before_call = resident("VmRSS")
+    result = jax.block_until_ready(run())
+    return result, resident("VmHWM") - before_call
+
+
+def limit(variant: Variant) -> float:
+    """The machine's limit in GFLOP/s, of all cores: those of small nets have but one, so another process tells it."""
+    if not is_small(variant) or jax.default_backend() != "cpu":
+        return product_rate(variant.dtype)
+    command = [sys.executable, "-m", "experiments.benchmarks.measure", json.dumps({"product": variant.dtype})]
+    environment = {name: value for name, value in os.environ.items() if name != "NPROC"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    return float(done.stdout)
+
+
+def is_small(variant: Variant) -> bool:
+    """Whether the net is one for `command_line.use_cores(small=True)`; devices that are asked for are used."""
+    return variant.workload in workloads.SMALL and variant.devices is None
+
+
+def product_rate(dtype: str, devices: Sequence[jax.Device] | None = None) -> float:
+    """The machine's limit: products of large matrices on all devices at once, or on those given, GFLOP/s."""
+    size, repeats = PRODUCT if jax.default_backend() == "cpu" else ACCELERATOR_PRODUCT, 8
+    devices = devices or jax.devices()
+    factors = [jax.device_put(jnp.full((size, size), 1e-3, dtype), device) for device in devices]
+    run = jax.jit(lambda a: jax.lax.fori_loop(0, repeats, lambda _, product: product @ a, a))
+    best = np.inf
+    for _ in range(8):
+        start = time.perf_counter()
+        jax.block_until_ready([run(factor) for factor in factors])
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 * repeats * len(devices) / best / 1e9
+
+
+if __name__ == "__main__":
+    given = json.loads(sys.argv[1])
+    if "product" in given:
+        use_cores()
+        jax.config.update("jax_enable_x64", given["product"] == "float64")
+        print(product_rate(given["product"]))
+        sys.exit()
+    seconds = given.pop("seconds", 3.0)
+    if folder := given.pop("compiled", None):
+        jax.config.update("jax_compilation_cache_dir", folder)
+    variant = Variant(**given)
+    use_cores(is_small(variant))
+    print(json.dumps(measure(variant, seconds)))

@@ -1,0 +1,154 @@
+"""The same meta-steps in PyTorch, as its users write them, for the benchmark to compare with.
+
+    python experiments/benchmarks/torch_peers.py '{"workload": "omniglot-5w1s", "peer": "loop"}'
+
+Needs PyTorch (`pip install -e '.[torch]'`), and for 'higher' that package; imports nothing else of this
+project, so that another Python may run it. The nets are those of `maml_jax.nets.models`: convolutions without
+bias, normalisation with an offset alone that is not adapted. Prints a line of JSON.
+"""
+
+import json
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call, grad, vmap
+
+# ways, shots, queries, tasks, inner steps, inner rate, size, channels, filters, pooled: as in workloads.py.
+IMAGES = {
+    "omniglot-5w1s": (5, 1, 1, 32, 1, 2.0, 28, 1, 64, False),
+    "omniglot-5w5s": (5, 5, 5, 32, 1, 2.0, 28, 1, 64, False),
+    "omniglot-20w1s": (20, 1, 1, 16, 5, 2.0, 28, 1, 64, False),
+    "omniglot-20w5s": (20, 5, 5, 16, 5, 2.0, 28, 1, 64, False),
+    "miniimagenet-5w1s": (5, 1, 15, 4, 5, 0.05, 84, 3, 32, True),
+    "miniimagenet-5w5s": (5, 5, 15, 4, 5, 0.05, 84, 3, 32, True),
+}
+
+
+class Normalised(nn.Module):
+    """Batch normalisation by the batch at hand, with an offset and no scale."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.offset = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x):
+        return F.batch_norm(x, None, None, None, self.offset, training=True, eps=1e-3)
+
+
+def conv_net(ways, size, channels, filters, pooled):
+    layers: list[nn.Module] = []
+    for inputs in (channels, filters, filters, filters):
+        layers.append(nn.Conv2d(inputs, filters, 3, stride=1 if pooled else 2, padding=1, bias=False))
+        layers += [Normalised(filters), nn.ReLU()] + ([nn.MaxPool2d(2)] if pooled else [])
+    if pooled:
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(filters * (size // 16) ** 2, ways))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(filters, ways))
+
+
+def workload(name):
+    """Net, loss, inner steps, inner rate, and (support inputs, targets, query inputs, targets)."""
+    if name == "sinusoid":
+        net = nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
+        points = [torch.rand(25, 10, 1) * 10 - 5, torch.randn(25, 10, 1)]
+        return net, F.mse_loss, 1, 0.01, [*points, *(part.clone() for part in points)]
+    ways, shots, queries, tasks, steps, rate, size, channels, filters, pooled = IMAGES[name]
+    data = []
+    for per_class in (shots, queries):
+        data.append(torch.rand(tasks, ways * per_class, channels, size, size))
+        data.append(torch.arange(ways).repeat_interleave(per_class).repeat(tasks, 1))
+    return conv_net(ways, size, channels, filters, pooled), F.cross_entropy, steps, rate, data
+
+
+def meta_step(peer, order, steps, net, loss, rate, data):
+    """A function that takes one meta-step, the outer Adam update included."""
+    outer = torch.optim.Adam(net.parameters(), 1e-3)
+    params = dict(net.named_parameters())
+    fixed = {name: value for name, value in params.items() if name.endswith("offset")}
+    start = {name: value for name, value in params.items() if name not in fixed}
+    count, second = len(data[0]), order == 2
+
+    def adapted_loss(adapted, fixed, x, y):
+        return loss(functional_call(net, {**adapted, **fixed}, (x,)), y)
+
+    def loop():
+        for x, y, x_query, y_query in zip(*data):
+            adapted = start
+            for _ in range(steps):
+                value = adapted_loss(adapted, fixed, x, y)
+                grads = torch.autograd.grad(value, list(adapted.values()), create_graph=second)
+                adapted = {name: p - rate * g for (name, p), g in zip(adapted.items(), grads)}
+            (adapted_loss(adapted, fixed, x_query, y_query) / count).backward()
+
+    def func():
+        def of_task(adapted, fixed, x, y, x_query, y_query):
+            for _ in range(steps):
+                with torch.set_grad_enabled(second):
+                    grads = grad(adapted_loss)(adapted, fixed, x, y)
+                adapted = {name: p - rate * grads[name] for name, p in adapted.items()}
+            return adapted_loss(adapted, fixed, x_query, y_query)
+
+        vmap(of_task, (None, None, 0, 0, 0, 0))(start, fixed, *data).mean().backward()
+
+    def higher():
+        import higher as library
+
+        inner = torch.optim.SGD(start.values(), rate)
+        for x, y, x_query, y_query in zip(*data):
+            context = library.innerloop_ctx(net, inner, copy_initial_weights=False, track_higher_grads=second)
+            with context as (model, optimizer):
+                for _ in range(steps):
+                    optimizer.step(loss(model(x), y))
+                value = loss(model(x_query), y_query) / count
+                if second:
+                    value.backward()
+                    continue
+                # The adapted parameters have no way back to the first ones here.
+                for p, g in zip(net.parameters(), torch.autograd.grad(value, list(model.parameters()))):
+                    p.grad = g if p.grad is None else p.grad + g
+
+    body = {"loop": loop, "func": func, "higher": higher}[peer]
+
+    def step():
+        outer.zero_grad()
+        body()
+        outer.step()
+
+    return step
+
+
+def main():
+    given = {"order": 2, "seconds": 3.0, "threads": 2, "device": "cpu", "inner_steps": None, **json.loads(sys.argv[1])}
+    torch.set_num_threads(given["threads"])
+    if given["device"] != "cpu":  # As JAX has it: float32 products in the units that take it with fewer bits.
+        torch.set_float32_matmul_precision("high")
+    torch.manual_seed(0)
+    net, loss, steps, rate, data = workload(given["workload"])
+    net, data = net.to(given["device"]), [part.to(given["device"]) for part in data]
+    step = meta_step(given["peer"], given["order"], given["inner_steps"] or steps, net, loss, rate, data)
+    step()
+    if given.get("gradient"):  # Of the first step, for comparison.
+        print(json.dumps([float(p.grad.abs().sum()) for p in net.parameters()]))
+        return
+
+    def milliseconds(count):
+        start = time.perf_counter()
+        for _ in range(count):
+            step()
+        if given["device"] != "cpu":
+            torch.cuda.synchronize()  # Steps are only handed to a GPU, which goes through them meanwhile.
+        return 1e3 * (time.perf_counter() - start) / count
+
+    milliseconds(2)
+    per_time = max(1, int(300 / milliseconds(1)))
+    times: list[float] = []
+    begin = time.perf_counter()
+    while len(times) < 3 or time.perf_counter() - begin < given["seconds"]:
+        times.append(milliseconds(per_time))
+    print(json.dumps({"ms": times, "version": torch.__version__}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What the few-shot experiments share."""

@@ -1,0 +1,1 @@
+"""The table of all rows beside the published numbers."""

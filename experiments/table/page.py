@@ -1,0 +1,240 @@
+"""The table of all rows as text: one HTML file that needs nothing else, and Markdown."""
+
+import base64
+import io
+import os
+import textwrap
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from experiments.shared import plots
+from experiments.table.compare import Group, Line, Number, Paired, Run
+from experiments.table.rows import METHODS, Published
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #6a6a6a; --card: #8881; }
+@media (prefers-color-scheme: dark) { :root { --soft: #a8a8a8; } }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
+table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; vertical-align: top; padding: .5rem; border-bottom: 1px solid var(--line); }
+td b { font-size: 1.1rem; font-variant-numeric: tabular-nums; white-space: nowrap; }
+small { color: var(--soft); display: block; overflow-wrap: anywhere; line-height: 1.35; }
+img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
+code { overflow-wrap: anywhere; }
+details { margin: .5rem 0; }
+@media (max-width: 46rem) {
+  thead { display: none; }
+  tr { display: block; background: var(--card); border-radius: 6px; margin: .7rem 0; padding: .3rem; }
+  td { display: block; border: 0; padding: .25rem .5rem; }
+  td[data-name]::before { content: attr(data-name); color: var(--soft); font-size: .8rem; display: block; }
+}
+"""
+
+LEGEND = (
+    "Accuracy on test tasks of held-out classes, in per cent, with the 95% interval over tasks, after the inner steps "
+    "of the published protocol. Of several seeds: the mean and the range."
+)
+
+
+def interval(number: Number | Published, sign: str = "+-") -> str:
+    """As the paper writes it; others' with as many digits as they give."""
+    digits = ".2f" if isinstance(number, Number) else "g"
+    half_width = "" if number.half_width is None else f" {sign} {number.half_width:{digits}}"
+    return f"{number.accuracy:{digits}}{half_width}"
+
+
+def over_seeds(numbers: Sequence[Number], sign: str = "+-") -> str:
+    """The number, or of several the mean and the range."""
+    if len(numbers) == 1:
+        return interval(numbers[0], sign)
+    found = [number.accuracy for number in numbers]
+    return f"{sum(found) / len(found):.2f} ({min(found):.2f} to {max(found):.2f}, {len(found)} seeds)"
+
+
+def short(groups: Sequence[Group]) -> list[str]:
+    """What is still short of the full schedule, an entry for each row."""
+    lines = [line for group in groups for line in _longest(group)]
+    return [f"{line.row.name}: {_so_far(line)}" for line in lines if line.steps < line.row.steps]
+
+
+def _schedules(pair: Paired) -> str:
+    steps = dict.fromkeys((f"{pair.first.steps:,}", f"{pair.second.steps:,}"))
+    return f"{' and '.join(steps)} meta-steps"
+
+
+def _longest(group: Group) -> list[Line]:
+    """Of each row the line of the longest schedule, which comes first."""
+    return list({line.row.name: line for line in reversed(group.lines)}.values())[::-1]
+
+
+def _so_far(line: Line) -> str:
+    of = f"{line.row.steps:,} meta-steps"
+    if line.runs:
+        return f"{line.steps:,} of {of}" + (f", trained on to {line.trained:,}" if line.trained > line.steps else "")
+    return f"in training, {line.trained:,} of {of}" if line.trained else f"not begun, {of}"
+
+
+# HTML
+
+
+def head(title: str) -> str:
+    """How a page begins, up to its body."""
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>"
+    )
+
+
+def html(groups: Sequence[Group], strays: Sequence[Run]) -> str:
+    """The whole page."""
+    lines = [line for group in groups for line in _longest(group)]
+    begun = [line for line in lines if line.runs]
+    full = [line for line in begun if line.steps >= line.row.steps]
+    summary = f"{len(lines)} rows: {len(full)} of the full schedule, {len(begun) - len(full)} short of it, "
+    summary += f"{len(lines) - len(begun)} without a result."
+    parts = [
+        head("maml_jax: reproduction"),
+        f"<h1>Few-shot classification, reproduced</h1><p>{summary} {LEGEND}</p>",
+        *map(_section, groups),
+    ]
+    if still := short(groups):
+        listed = "".join(f"<li>{escape(each)}</li>" for each in still)
+        parts.append(f"<h2>Short of the full schedule</h2><ul>{listed}</ul>")
+    if strays:
+        listed = "".join(f"<li><code>{escape(str(run.path))}</code>: {escape(_command(run))}</li>" for run in strays)
+        parts.append(f"<h2>Runs whose options are of no row</h2><ul>{listed}</ul>")
+    return "\n".join([*parts, "</body></html>\n"])
+
+
+def _section(group: Group) -> str:
+    parts = [f"<section><h2>{escape(group.title)}</h2>"]
+    names = "".join(f"<th>{name}</th>" for name in ("method", "ours", "published", "cost"))
+    body = "".join(map(_line, group.lines))
+    for method, number in group.others.items():
+        body += f"<tr><td>{escape(METHODS[method])}</td><td></td>{_published(number)}<td></td></tr>"
+    parts.append(f"<table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table>")
+    if group.paired:
+        parts.append("<h3>Differences on the same tasks, paired bootstrap, 95%</h3><ul>")
+        for pair in group.paired:
+            what = f"{pair.first.title} minus {pair.second.title}, seed {pair.seed}, {_schedules(pair)}"
+            parts.append(f"<li>{escape(what)}: <b>{pair.difference}</b></li>")
+        parts.append("</ul>")
+    if any(line.runs for line in group.lines):
+        parts.append(image(curves(group), f"{group.title}: accuracy over inner steps"))
+    for path in dict.fromkeys(run.path / "curves.png" for line in group.lines for run in line.runs):
+        if path.exists():
+            picture = image(path.read_bytes(), f"training of {path.parent.name}")
+            parts.append(f"<details><summary>{escape(path.parent.name)}: training</summary>{picture}</details>")
+    return "\n".join([*parts, "</section>"])
+
+
+def _line(line: Line) -> str:
+    ours = []
+    for name, numbers in (("", line.numbers()), ("queries one by one: ", line.apart())):
+        if numbers:
+            ours.append(f"<div>{name}<b>{over_seeds(numbers, '±')}</b></div>")
+        for number in numbers:
+            seed = f"seed {number.seed}: {interval(number, '±')}; " if len(numbers) > 1 else ""
+            ours.append(f"<small>{seed}after {number.inner_steps} inner steps; {escape(number.protocol)}</small>")
+    cost = [f"<div>{_so_far(line)}</div>"]
+    for run in line.runs:
+        cost.append(f"<small>{escape(f'{run.path.name}: {run.cost(line.label)}')}</small>")
+    return (
+        f"<tr><td><b>{escape(line.title)}</b><small>{escape(line.row.name)}</small></td>"
+        f'<td data-name="ours">{"".join(ours)}</td>{_published(line.published)}'
+        f'<td data-name="cost">{"".join(cost)}</td></tr>'
+    )
+
+
+def _published(number: Published | None) -> str:
+    if number is None:
+        return "<td></td>"
+    return f'<td data-name="published"><b>{interval(number, "±")}</b><small>{escape(number.source)}</small></td>'
+
+
+def curves(group: Group) -> bytes:
+    """Picture of the accuracy over inner steps as PNG, a line for each method that has a result."""
+    lines = [line for line in group.lines if line.runs]
+    several = len({line.data for line in lines}) > 1
+    shown = {}
+    for line in lines:
+        data = f" on {line.data}" if several else ""
+        seeds = f", {len(line.runs)} seeds" if len(line.runs) > 1 else ""
+        shown[f"{line.title}{data}, {line.steps:,} meta-steps{seeds}"] = line.curve()
+    target = io.BytesIO()
+    plots.inner_steps(target, shown)
+    return target.getvalue()
+
+
+def image(png: bytes, alt: str) -> str:
+    """A PNG as part of the page."""
+    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
+
+def _command(run: Run) -> str:
+    return run.results["made_by"]["command"] if run.results else "unfinished"
+
+
+# Markdown
+
+
+def markdown(groups: Sequence[Group], beside: Path, *, unfinished: bool = True) -> str:
+    """Tables, paired differences and protocols.
+
+    Args:
+      beside: folder of the file to be, to which paths are relative.
+      unfinished: whether to list what is short of the full schedule.
+    """
+    parts = []
+    for group in groups:
+        parts.append(_table(group))
+        protocols, made = [], []
+        for line in group.lines:
+            protocols += [number.protocol for number in (*line.numbers(), *line.apart())]
+            made += [f"`{os.path.relpath(run.path, beside)}`: {run.cost(line.label)}" for run in line.runs]
+        for pair in group.paired:
+            what = f"{pair.first.title} minus {pair.second.title}"
+            parts.append(f"- {what}, same tasks (seed {pair.seed}), {_schedules(pair)}: {pair.difference}")
+        if group.paired:
+            parts.append("")
+        if protocols:
+            parts += ["Protocols:", "", *(f"- {each}" for each in dict.fromkeys(protocols)), ""]
+            parts += ["Made by:", "", *(f"- {each}" for each in dict.fromkeys(made)), ""]
+    if unfinished and (still := short(groups)):
+        parts += ["Short of the full schedule:", "", *(f"- {each}" for each in still), ""]
+    return "\n".join([textwrap.fill(LEGEND, 120), "", *parts]).rstrip() + "\n"
+
+
+def _table(group: Group) -> str:
+    names = (group.title, "ours (%)", "queries one by one", "inner steps", "meta-steps", "published")
+    rows = [list(names), ["---"] * len(names)]
+    for line in group.lines:
+        numbers, apart = line.numbers(), line.apart()
+        steps = f"{line.steps or line.trained:,}" + ("" if line.steps >= line.row.steps else f" of {line.row.steps:,}")
+        cells = [over_seeds(numbers) if numbers else "", over_seeds(apart) if apart else "", str(line.inner_steps)]
+        rows.append([line.title, *cells, steps, _quoted(line.published)])
+    rows += [[METHODS[method], "", "", "", "", _quoted(number)] for method, number in group.others.items()]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows) + "\n"
+
+
+def _quoted(number: Published | None) -> str:
+    return "" if number is None else f"{interval(number)} ({number.source})"
+
+
+BEGIN, END = "<!-- few-shot results: begin -->\n", "<!-- few-shot results: end -->"
+"""Marks of the region of a README which `with_region` replaces."""
+
+
+def with_region(text: str, content: str, begin: str = BEGIN, end: str = END) -> str:
+    """The text with another content between the marks.
+
+    Raises:
+      ValueError: if they are not there, once each and in order.
+    """
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"The file must hold the lines {begin.strip()!r} and {end!r} once each, in this order.")
+    before, rest = text.split(begin)
+    return f"{before}{begin}{content}{end}{rest.split(end)[1]}"

@@ -1,0 +1,224 @@
+"""The rows of the table to reproduce, as data: what to run for each, and what others have published beside it."""
+
+import dataclasses
+import difflib
+import fnmatch
+from collections.abc import Mapping, Sequence
+from functools import cache
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from experiments import miniimagenet, omniglot
+from experiments.few_shot import methods
+from experiments.few_shot import options as few_shot
+
+EXPERIMENTS: dict[str, ModuleType] = {"omniglot": omniglot, "miniimagenet": miniimagenet}
+FULL = 60_000  # Meta-steps of the paper's schedule, for every data set.
+
+
+class Published(NamedTuple):
+    """An accuracy of others, in per cent."""
+
+    accuracy: float
+    half_width: float | None
+    """Of its 95% interval, where one is given."""
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One training of the table."""
+
+    name: str
+    data: str
+    """'omniglot', 'miniimagenet', or 'images' for any folder of images."""
+    setting: str
+    """Ways and shots, such as '5w1s'."""
+    method: str
+    """What differs from the other rows of the same data and setting, a key of `METHODS`."""
+    experiment: str
+    """Module of `experiments`."""
+    options: Mapping[str, Any]
+    """Of its `Config`, beside directories, steps and seed."""
+    inner_steps: int
+    """At test, by the published protocol; the most that we evaluate, 10, where it takes more."""
+    steps: int = FULL
+    """Meta-steps of the full schedule."""
+
+    @property
+    def published(self) -> Published | None:
+        return PUBLISHED.get((self.data, self.setting), {}).get(self.method)
+
+
+METHODS = {
+    "maml": "MAML, second order",
+    "order1": "MAML, first order",
+    "mlp": "MAML, no convolutions",
+    "annealed": "MAML, 16 tasks a meta-step, outer rate falling from .01",
+    "anil": "ANIL",
+    "boil": "BOIL",
+    "meta-sgd": "Meta-SGD",
+    "meta-curvature": "meta-curvature",
+    "maml++": "MAML++",
+    "shared-head": "MAML, a head shared over classes",
+    "prototypes": "MAML, head from prototypes",
+    "reptile": "Reptile",
+    "imaml": "iMAML",
+    "pretrained": "pretraining and fine-tuning",
+    "nearest neighbour": "pretraining and nearest neighbour",
+    "norm-support": "MAML, norms of the support set",
+    "norm-tasknorm": "MAML, TaskNorm",
+    "norm-layer": "MAML, layer norm",
+    "norm-group": "MAML, group norm",
+    "norm-running": "MAML, running statistics",
+    "matching nets": "matching nets",
+    "LSTM": "meta-learner LSTM",
+    "COMLN": "COMLN",
+    "NPBML": "NPBML",
+}
+"""How the methods of rows, and those that only others have results of, are called on the page."""
+
+DATA = {"omniglot": "Omniglot", "miniimagenet": "MiniImagenet", "images": "A folder of images"}
+SETTINGS = {
+    "5w1s": "5-way 1-shot",
+    "5w5s": "5-way 5-shot",
+    "20w1s": "20-way 1-shot",
+    "20w5s": "20-way 5-shot",
+}
+
+FINN = "Finn et al. 2017, table 1"
+NICHOL = "Nichol et al. 2018"
+_QUOTED = (
+    # Method, source, and (accuracy, half width) for Omniglot 5w1s, 5w5s, 20w1s, 20w5s, MiniImagenet 5w1s, 5w5s.
+    ("matching nets", f"Vinyals et al. 2016, from {FINN}",
+     ((98.1,), (98.9,), (93.8,), (98.5,), (43.56, 0.84), (55.31, 0.73))),
+    ("LSTM", f"Ravi and Larochelle 2017, from {FINN}", (None, None, None, None, (43.44, 0.77), (60.60, 0.71))),
+    ("pretrained", FINN, (None, None, None, None, (28.86,), (49.79,))),
+    ("nearest neighbour", FINN, (None, None, None, None, (41.08,), (51.04,))),
+    ("reptile", f"{NICHOL}, transductive", ((97.68,), (99.48,), (89.43,), (97.12,), (49.97,), (65.99,))),
+    ("anil", "Raghu et al. 2020", (None, None, (96.2,), (98.0,), (46.7,), (61.5,))),
+    ("meta-sgd", "Li et al. 2017", (None, None, None, None, (50.47,), (64.03,))),
+    ("imaml", "Rajeswaran et al. 2019, gradient descent", ((99.16,), (99.67,), (94.46,), (98.69,), (48.96,), None)),
+    ("maml++", "Antoniou et al. 2019, ensemble of five checkpoints",
+     ((99.47,), (99.85,), (97.65,), (99.33,), (52.15, 0.26), (68.32, 0.44))),
+    ("COMLN", "Deleu et al. 2022", (None, None, None, None, (53.01,), (70.54,))),
+    ("NPBML", "NPBML, 2024, the best found with this net", (None, None, None, None, (57.49, 0.83), (75.01, 0.64))),
+)  # fmt: skip
+
+
+def _published() -> dict[tuple[str, str], dict[str, Published]]:
+    columns = [("omniglot", setting) for setting in SETTINGS] + [("miniimagenet", "5w1s"), ("miniimagenet", "5w5s")]
+    found: dict[tuple[str, str], dict[str, Published]] = {column: {} for column in columns}
+    for (ways, shots, net, order), number in omniglot.PUBLISHED.items():
+        method = "mlp" if net == "mlp" else "maml" if order == 2 else "order1"
+        source = FINN if order == 2 else f"{NICHOL}, table 2"
+        found["omniglot", f"{ways}w{shots}s"][method] = Published(*number, source)
+    for (shots, order), number in miniimagenet.PUBLISHED.items():
+        found["miniimagenet", f"5w{shots}s"]["maml" if order == 2 else "order1"] = Published(*number, FINN)
+    for method, source, numbers in _QUOTED:
+        for column, quoted in zip(columns, numbers):
+            if quoted is not None:
+                found[column][method] = Published(quoted[0], quoted[1] if len(quoted) > 1 else None, source)
+    return found
+
+
+PUBLISHED = _published()
+"""Of `(data, setting)`, by method. A folder of images of one's own has none."""
+
+
+def _row(data: str, setting: str, method: str) -> Row:
+    ways, shots = map(int, setting.removesuffix("s").split("w"))
+    options: dict[str, Any] = {"ways": ways, "shots": shots}
+    if data == "miniimagenet":
+        options["expect"] = "miniimagenet"
+    if method == "order1":
+        options["order"] = 1
+    elif method == "mlp":
+        options["net"] = "mlp"
+    elif method.startswith("norm-"):
+        options["normalisation"] = method.removeprefix("norm-")
+    elif method == "annealed":
+        options |= {"anneal": True, "tasks": 16, "outer_rate": 0.01}
+    elif method != "maml":
+        options["method"] = method
+    if method == "maml++":
+        options["ensemble"] = True
+    published = (3 if ways < 20 else 5) if data == "omniglot" else 10
+    algorithm = options.get("method", "maml")
+    steps = few_shot.reported_steps(algorithm, published, methods.inner_steps_of(algorithm, 1))
+    name = f"{data}-{setting}" if method == "maml" else f"{data}-{setting}-{method}"
+    return Row(
+        name, data, setting, method, "omniglot" if data == "omniglot" else "miniimagenet", options, inner_steps=steps
+    )
+
+
+def _rows() -> list[Row]:
+    family = ("anil", "boil", "meta-sgd", "meta-curvature", "maml++", "shared-head", "prototypes", "reptile", "imaml")
+    norms = ("norm-support", "norm-tasknorm", "norm-layer", "norm-group", "norm-running")
+    paper = [_row("omniglot", setting, method) for setting in SETTINGS for method in ("maml", "order1")]
+    paper += [_row("omniglot", setting, "mlp") for setting in ("5w1s", "5w5s")]
+    paper += [_row("omniglot", setting, "annealed") for setting in SETTINGS]
+    by_family = [
+        _row("omniglot", setting, method)
+        for setting in SETTINGS
+        for method in family
+        if setting == "5w1s" or method in PUBLISHED["omniglot", setting]
+    ]
+    others = [
+        _row(data, setting, method)
+        for data in ("miniimagenet", "images")
+        for setting in ("5w1s", "5w5s")
+        for method in ("maml", "order1", "anil", "meta-sgd", "maml++", "pretrained", "reptile", "imaml")
+        if ((data, setting) not in PUBLISHED or method in PUBLISHED[data, setting])
+        and not (data == "images" and method in ("reptile", "imaml"))
+    ]
+    return [*paper, *by_family, *(_row("omniglot", "5w1s", norm) for norm in norms), *others]
+
+
+ROWS = tuple(_rows())
+
+
+def choose(patterns: Sequence[str]) -> list[Row]:
+    """The rows of these names or glob patterns, in the order of `ROWS`.
+
+    Raises:
+      ValueError: if a pattern fits none, with the names that are near.
+    """
+    names = [row.name for row in ROWS]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            near = difflib.get_close_matches(pattern, names, n=4, cutoff=0.5)
+            meant = f"near are {', '.join(near)}" if near else "none is near"
+            raise ValueError(f"rows: none is called {pattern!r}; {meant}. --list prints all of them.")
+    return [row for row in ROWS if any(fnmatch.fnmatch(row.name, pattern) for pattern in patterns)]
+
+
+_OPEN = (*few_shot.PLACES, "tasks_at_once", "test_tasks", "seen", "ensemble", "preset", "steps", "seed")
+"""Options that runs of one row may differ in; the preset is told by ways, shots and net."""
+
+
+@cache
+def _identity(index: int) -> tuple[str, dict[str, Any]]:
+    row = ROWS[index]
+    module = EXPERIMENTS[row.experiment]
+    every = few_shot.every_option(*module.settle(module.Config(**row.options)))
+    # Fine-tuning chooses its rate in validation.
+    chosen = (*_OPEN, "inner_rate") if every["method"] == "pretrained" else _OPEN
+    return row.experiment, {name: value for name, value in every.items() if name not in chosen}
+
+
+def row_of(results: Mapping[str, Any]) -> Row | None:
+    """The row that a `results.json` is of, by every option that its numbers depend on; None if there is none."""
+    experiment = results["experiment"]
+    if experiment not in EXPERIMENTS:
+        return None
+    # An option that is younger than the results had its default.
+    defaults = dataclasses.asdict(EXPERIMENTS[experiment].Config())
+    every = defaults | results["config"] | results["setting"]
+    if every["method"] == "pretrained" and results["config"]["inner_rate"] is not None:
+        return None  # The rows' rate is the best in validation.
+    for index, row in enumerate(ROWS):
+        name, wanted = _identity(index)
+        if name == experiment and all(every[key] == value for key, value in wanted.items()):
+            return row
+    return None

@@ -1,0 +1,1 @@
+"""Tasks over devices and processes, and the choice of implementation by backend."""

@@ -1,0 +1,1 @@
+"""Environments: navigation, locomotion and Gymnasium's."""

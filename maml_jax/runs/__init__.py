@@ -1,0 +1,1 @@
+"""Runs on disk: checkpoints, metrics, logs and model files."""

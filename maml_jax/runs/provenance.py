@@ -1,0 +1,67 @@
+"""What made a result: command, commit, versions and hardware."""
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from maml_jax.runs.files import now
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow", "tensorflow-datasets")
+EXTRAS = ("mujoco", "mujoco-mjx", "gymnasium")
+"""What numbers may depend on where it is installed."""
+
+
+def provenance(devices: str | None = None) -> dict[str, Any]:
+    """The command, commit, versions and hardware of this process; `devices` in words where others than its compute."""
+    module = getattr(sys.modules["__main__"].__spec__, "name", None)
+    program = ["python", "-m", module] if module else ["python", Path(sys.argv[0]).name]
+    devices = devices or f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
+    return {
+        "command": shlex.join([*program, *sys.argv[1:]]),
+        "commit": _commit(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in PACKAGES},
+            **{name: version for name in EXTRAS if (version := _version(name))},
+        },
+        "hardware": f"{devices} ({_processor()}, {os.cpu_count()} cores)",
+        "processes": jax.process_count(),
+        "started": now(),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this package lies in, with '+changes' if it is not clean."""
+    here = Path(__file__)
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(here.parent), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)  # Installed into another project's checkout: not its commit.
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

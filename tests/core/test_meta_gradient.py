@@ -1,0 +1,402 @@
+"""The meta-gradient against closed forms, definitions and float64 directional differences."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers.model_zoo import ZOO, drawn_params, tasks
+
+import maml_jax
+from maml_jax import Task, inner, losses, meta
+from maml_jax.nets import models
+from maml_jax.parallel.task_axis import task_mesh
+from maml_jax.tasks import sinusoid
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def meta_gradient(loss_fn, inner_learner, params, batch, **options):
+    """The gradient that `maml` hands to the outer optimizer, read off a step of gradient descent at rate 1."""
+    learner = maml_jax.maml(loss_fn, inner_learner, optax.sgd(1.0), **options)
+    state = learner.init(params)
+    after, info = jax.jit(learner.step)(state, batch)
+    return jax.tree.map(jnp.subtract, state.params, after.params), info
+
+
+class Quadratic:
+    """Loss `(p - c)^T A (p - c) / 2`: adaptation and its derivative are matrix powers."""
+
+    rate, steps = 0.1, 3
+
+    def __init__(self):
+        random = np.random.default_rng(0)
+        halves = random.standard_normal((2, 4, 5, 5))
+        self.a = np.einsum("...ij,...kj->...ik", halves, halves) / 5 + np.eye(5)
+        self.c = random.standard_normal((2, 4, 5))
+        self.params = random.standard_normal(5)
+        self.tasks = Task((self.a[0], self.c[0]), (self.a[1], self.c[1]))
+
+    @staticmethod
+    def loss(params, batch):
+        a, c = batch
+        return 0.5 * (params - c) @ a @ (params - c), {}
+
+    def expected(self, order):
+        gradients, values = [], []
+        for a, c, a_query, c_query in zip(self.a[0], self.c[0], self.a[1], self.c[1]):
+            shrink = np.linalg.matrix_power(np.eye(5) - self.rate * a, self.steps)
+            adapted = c + shrink @ (self.params - c)
+            at_adapted = a_query @ (adapted - c_query)
+            gradients.append(shrink.T @ at_adapted if order == 2 else at_adapted)
+            values.append(0.5 * (adapted - c_query) @ at_adapted)
+        return np.mean(gradients, 0), np.mean(values)
+
+    def check(self, order):
+        learner = maml_jax.sgd(self.rate, steps=self.steps, order=order)
+        gradient, info = meta_gradient(self.loss, learner, jnp.asarray(self.params), self.tasks)
+        expected, value = self.expected(order)
+        np.testing.assert_allclose(gradient, expected, rtol=1e-12)
+        np.testing.assert_allclose(info.loss, value, rtol=1e-12)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_closed_form_on_a_quadratic(order):
+    Quadratic().check(order)
+
+
+def dropped_stop_gradient(monkeypatch):
+    monkeypatch.setattr(inner.lax, "stop_gradient", lambda tree: tree)
+    return 1
+
+
+def swapped_support_and_query(monkeypatch):
+    right = meta.task_loss
+    swap = lambda *args, **kw: right(*args[:-1], Task(args[-1].query, args[-1].support), **kw)  # noqa: E731
+    monkeypatch.setattr(meta, "task_loss", swap)
+    return 2
+
+
+def detached_inner_step(monkeypatch):
+    right = optax.apply_updates
+    monkeypatch.setattr(inner.optax, "apply_updates", lambda p, u: right(p, jax.lax.stop_gradient(u)))
+    return 2
+
+
+def one_step_too_few(monkeypatch):
+    right = inner.inner_loop
+    monkeypatch.setattr(meta, "inner_loop", lambda i, *args, **kw: right(i._replace(steps=i.steps - 1), *args, **kw))
+    return 2
+
+
+@pytest.mark.parametrize(
+    "fault", [dropped_stop_gradient, swapped_support_and_query, detached_inner_step, one_step_too_few]
+)
+def test_closed_form_notices_faults(fault, monkeypatch):
+    order = fault(monkeypatch)
+    with pytest.raises(AssertionError):
+        Quadratic().check(order)
+
+
+def assert_exact(loss_fn, learner, params, batch):
+    """The jitted, vmapped meta-gradient against central differences of the jitted, vmapped meta-loss, to 1e-6."""
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    loss = jax.jit(lambda p: jax.vmap(lambda t: meta.task_loss(loss_fn, loss_fn, learner, (p, ()), t)[0])(batch).mean())
+    gradient, info = meta_gradient(loss_fn, learner, params, batch)
+    np.testing.assert_allclose(info.loss, loss(params), rtol=1e-12)
+    random = np.random.default_rng(0)
+    for _ in range(2):
+        direction = jax.tree.map(lambda x: random.standard_normal(x.shape), params)
+        slope = sum(np.vdot(g, d) for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction)))
+
+        def moved(by, direction=direction):
+            return loss(jax.tree.map(np.add, params, jax.tree.map(partial(np.multiply, by), direction)))
+
+        differences = [(moved(h) - moved(-h)) / (2 * h) for h in (1e-6, 1e-7, 1e-8, 1e-9)]
+        np.testing.assert_allclose(min(differences, key=lambda d: abs(d - slope)), slope, rtol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("name", ZOO)
+def test_exact_for_every_library(name, steps):
+    loss_fn, params = ZOO[name]()
+    assert_exact(loss_fn, maml_jax.sgd(0.3, steps=steps), params, tasks(3))
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_first_order_is_the_gradient_at_the_adapted_parameters(name):
+    loss_fn, params = ZOO[name]()
+    batch = jax.tree.map(lambda leaf: leaf[0], tasks(1))
+    gradient, _ = meta_gradient(loss_fn, maml_jax.sgd(0.3, steps=3, order=1), params, tasks(1))
+    adapted, _ = maml_jax.adapt(loss_fn, params, batch.support, learning_rate=0.3, steps=3)
+    at_adapted = jax.grad(lambda p: loss_fn(p, batch.query)[0])(adapted)
+    for got, expected in zip(jax.tree.leaves(gradient), jax.tree.leaves(at_adapted)):
+        np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-15)
+
+
+def image_tasks(size, channels, ways=3, shots=2, queries=2, count=2):
+    random = np.random.default_rng(5)
+
+    def batch(per_class):
+        labels = np.tile(np.arange(ways, dtype=np.int32).repeat(per_class), (count, 1))
+        return random.random((count, ways * per_class, size, size, channels)), labels
+
+    return jax.tree.map(jnp.asarray, Task(batch(shots), batch(queries)))
+
+
+SLOW = ("pooled", 1)  # To compile, and five steps say more.
+NETS = {
+    "sinusoid MLP": (models.MLP((40, 40), 1), 0.01),
+    "Omniglot MLP": (models.MLP((32, 16), 3, "batch"), 0.5),
+    "strided": (models.ConvNet(3, 8), 0.5),
+    "pooled": (models.ConvNet(3, 6, pooled=True), 0.1),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"), [(name, steps) for name in NETS for steps in (1, 5) if (name, steps) != SLOW]
+)
+def test_directional_differences_on_the_papers_nets(name, steps):
+    net, rate = NETS[name]
+    if name == "sinusoid MLP":
+        batch = sinusoid.draw_tasks(jax.random.key(3), 3, shots=5, queries=5)
+        loss_fn = losses.mean_squared_error(models.apply_params(net))
+    else:
+        batch = image_tasks(28, 3 if "pooled" in name else 1)
+        loss_fn = losses.cross_entropy(models.apply_params(net))
+    # Not the paper's tiny initial weights, with which the MLP is all but linear.
+    params = drawn_params(net, batch.support[0][0])
+    learner = maml_jax.sgd(rate, steps=steps, trainable=models.all_but_norms)
+    assert_exact(loss_fn, learner, params, batch)
+
+
+def test_offsets_are_meta_learned_but_not_adapted():
+    net = models.ConvNet(3, 4)
+    batch = image_tasks(28, 1)
+    loss_fn = losses.cross_entropy(models.apply_params(net))
+    params = drawn_params(net, batch.support[0][0])
+    learner = maml_jax.sgd(0.5, steps=2, trainable=models.all_but_norms)
+    adapted, _ = inner.inner_loop(learner, loss_fn, params, (), jax.tree.map(lambda leaf: leaf[0], batch.support))
+    assert jnp.array_equal(adapted["Norm_1"]["offset"], params["Norm_1"]["offset"])
+    assert not jnp.array_equal(adapted["Conv_1"]["kernel"], params["Conv_1"]["kernel"])
+    gradient, _ = meta_gradient(loss_fn, learner, params, batch)
+    assert jnp.abs(gradient["Norm_1"]["offset"]).max() > 0
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_learned_rates_start_as_sgd_and_get_the_right_gradient(order):
+    """Meta-SGD: d/d(rates) is minus the inner gradient times the query gradient at the adapted parameters."""
+    loss_fn, params = ZOO["dict"]()
+    batch = tasks(2)
+    learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.3, steps=1, order=order, learn_rates="parameter"), optax.sgd(1.0))
+    state = learner.init(params)
+    after, _ = jax.jit(learner.step)(state, batch)
+    got = jax.tree.map(jnp.subtract, state.rates, after.rates)
+
+    def expected(task):
+        grads = jax.grad(lambda p: loss_fn(p, task.support)[0])(params)
+        adapted = jax.tree.map(lambda p, g: p - 0.3 * g, params, grads)
+        return jax.tree.map(lambda g, q: -g * q, grads, jax.grad(lambda p: loss_fn(p, task.query)[0])(adapted))
+
+    mean = jax.tree.map(lambda leaf: leaf.mean(0), jax.vmap(expected)(batch))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14), got, mean)
+    plain, _ = meta_gradient(loss_fn, maml_jax.sgd(0.3, steps=1, order=order), params, batch)
+    moved = jax.tree.map(jnp.subtract, state.params, after.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14), moved, plain)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [optax.sgd(0.1, momentum=0.9), optax.adam(0.05, eps_root=1e-8), optax.rmsprop(0.05, eps=1e-4, eps_in_sqrt=True)],
+    ids=["momentum", "adam", "rmsprop"],
+)
+def test_any_inner_optimizer_is_differentiated_through(optimizer):
+    loss_fn, params = ZOO["dict"]()
+    assert_exact(loss_fn, maml_jax.unrolled(optimizer, steps=3), params, tasks(2))
+
+
+def test_unrolled_optimizer_equals_a_loop_by_hand():
+    loss_fn, params = ZOO["dict"]()
+    optimizer = optax.adam(0.05, eps_root=1e-8)
+    batch = jax.tree.map(lambda leaf: leaf[0], tasks(1)).support
+    adapted, info = inner.inner_loop(maml_jax.unrolled(optimizer, steps=4), loss_fn, params, (), batch)
+    state, seen = optimizer.init(params), []
+    for _ in range(4):
+        (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
+        seen.append(loss)
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), adapted, params)
+    np.testing.assert_allclose(info.loss, seen, rtol=1e-12)
+
+
+@pytest.mark.parametrize("at_once", [None, "all", 1, 2])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_every_way_through_the_tasks_gives_the_same(at_once, devices):
+    loss_fn, params = ZOO["dict"]()
+    batch = tasks(4)
+    mesh = task_mesh(4) if devices == 2 else None
+    assert devices == 1 or mesh.size == 2
+    learner = maml_jax.sgd(0.3, steps=2)
+    expected, expected_info = meta_gradient(loss_fn, learner, params, batch)
+    got, info = meta_gradient(loss_fn, learner, params, batch, tasks_at_once=at_once, mesh=mesh)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-15), got, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), info, expected_info)
+
+
+def test_several_devices_take_one_all_reduce_a_step():
+    loss_fn, params = ZOO["dict"]()
+    learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.3, steps=2), optax.adam(1e-3), mesh=task_mesh(4))
+    program = jax.jit(learner.step).lower(learner.init(params), tasks(4)).compile().as_text()
+    assert program.count(" all-reduce(") + program.count(" all-reduce-start(") == 1
+    assert "all-gather" not in program and "all-to-all" not in program
+
+
+def test_evaluation_follows_training():
+    """Columns of an evaluation are the losses along the same inner loop that training takes."""
+    loss_fn, params = ZOO["dict"]()
+    batch = tasks(3)
+    learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.3, steps=2), optax.sgd(1.0))
+    state = learner.init(params)
+    evaluation = jax.jit(learner.evaluate, static_argnums=2)(state, batch, 4)
+    assert evaluation.loss.shape == evaluation.support_loss.shape == evaluation.aux["accuracy"].shape == (3, 5)
+    _, info = jax.jit(learner.step)(state, batch)
+    np.testing.assert_allclose(evaluation.loss[:, 2].mean(), info.loss, rtol=1e-12)
+    np.testing.assert_allclose(evaluation.support_loss[:, :2], info.support_loss, rtol=1e-12)
+    np.testing.assert_allclose(jax.jit(learner.evaluate)(state, batch).loss, evaluation.loss[:, :3], rtol=1e-12)
+    last = jax.jit(lambda state, batch: learner.evaluate(state, batch, 4, only_last=True))(state, batch)
+    jax.tree.map(lambda one, all: np.testing.assert_allclose(one, all[:, 4:], rtol=1e-12), last, evaluation)
+    assert learner.evaluate(state, batch, 0).loss.shape == (3, 1)
+    for index in range(3):
+        task = jax.tree.map(lambda leaf, index=index: leaf[index], batch)
+        adapted, info = maml_jax.adapt(loss_fn, params, task.support, learning_rate=0.3, steps=4)
+        np.testing.assert_allclose(loss_fn(adapted, task.query)[0], evaluation.loss[index, -1], rtol=1e-12)
+        np.testing.assert_allclose(info.loss, evaluation.support_loss[index], rtol=1e-12)
+
+
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("at_once", [None, 2])
+def test_evaluation_is_the_same_over_devices(count, at_once):
+    loss_fn, params = ZOO["dict"]()
+    plain, spread = (
+        maml_jax.maml(loss_fn, maml_jax.sgd(0.3, steps=2), optax.sgd(1.0), tasks_at_once=at_once, mesh=mesh)
+        for mesh in (None, jax.make_mesh((2,), ("any",)))
+    )
+    expected, got = (jax.jit(learner.evaluate)(learner.init(params), tasks(count)) for learner in (plain, spread))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), got, expected)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_learned_rates_and_a_mask_for_every_library(name):
+    """ANIL: a mask in the structure of the parameters, with one leaf that is adapted."""
+    loss_fn, params = ZOO[name]()
+    leaves, structure = jax.tree.flatten(params)
+    mask = jax.tree.unflatten(structure, [False] * (len(leaves) - 1) + [True])
+    learner = maml_jax.maml(
+        loss_fn, maml_jax.sgd(0.3, steps=2, learn_rates="parameter", trainable=mask), optax.sgd(1.0), tasks_at_once=1
+    )
+    state = learner.init(params)
+    assert [leaf.shape for leaf in jax.tree.leaves(state.rates)] == [leaves[-1].shape]
+    after, _ = jax.jit(learner.step)(state, tasks(2))
+    assert all(jnp.any(a != b) for a, b in zip(jax.tree.leaves(after.params), leaves))
+    adapted, info = learner.adapt(state, jax.tree.map(lambda leaf: leaf[0], tasks(1)).support, 3)
+    assert info.loss.shape == (3,)
+    changed = [bool(jnp.any(a != b)) for a, b in zip(jax.tree.leaves(adapted), leaves)]
+    assert changed == [False] * (len(leaves) - 1) + [True]
+
+
+@pytest.mark.parametrize("optimizer", [optax.adamw(0.1, eps_root=1e-8), optax.contrib.schedule_free_sgd(0.1)])
+def test_first_order_for_optimizers_that_keep_parameters(optimizer):
+    loss_fn, params = ZOO["dict"]()
+    learner = maml_jax.unrolled(optimizer, steps=3, order=1)
+    gradient, _ = meta_gradient(loss_fn, learner, params, tasks(1))
+    task = jax.tree.map(lambda leaf: leaf[0], tasks(1))
+    adapted, _ = inner.inner_loop(learner, loss_fn, params, (), task.support)
+    at_adapted = jax.grad(lambda p: loss_fn(p, task.query)[0])(adapted)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14), gradient, at_adapted)
+
+
+def test_no_adaptation_stays_where_it_is():
+    loss_fn, params = ZOO["dict"]()
+    learner = maml_jax.maml(loss_fn, maml_jax.no_adaptation(), optax.sgd(1.0))
+    evaluation = jax.jit(learner.evaluate, static_argnums=2)(learner.init(params), tasks(2), 3)
+    np.testing.assert_array_equal(evaluation.loss, np.repeat(evaluation.loss[:, :1], 4, 1))
+
+
+@pytest.mark.parametrize("at_once", [1, 64, "all"])
+def test_many_tasks_in_low_precision_are_summed_in_full(at_once):
+    """A sum of 512 numbers of about 16 in bfloat16 would stop growing at a half of it."""
+    loss_fn = lambda params, batch: ((params * batch).sum(), {})  # noqa: E731
+    learner = maml_jax.maml(loss_fn, maml_jax.sgd(1e-3, steps=1), optax.sgd(1.0), tasks_at_once=at_once)
+    params = jnp.ones(1, jnp.bfloat16)
+    batch = jnp.full((512, 1), 15.75, jnp.bfloat16)
+    state, info = jax.jit(learner.step)(learner.init(params), maml_jax.Task(batch, batch))
+    assert float(state.params[0]) == pytest.approx(1 - 15.75, rel=0.02) and state.params.dtype == jnp.bfloat16
+    assert float(info.grad_norm) == pytest.approx(15.75, rel=0.02) and info.loss.dtype == jnp.bfloat16
+
+
+def test_a_state_may_be_donated_whose_optimizer_keeps_what_it_is_given():
+    loss_fn, params = ZOO["dict"]()
+    learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.3, steps=1), optax.contrib.prodigy())
+    state, _ = jax.jit(learner.step, donate_argnums=0)(learner.init(params), tasks(2))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
+def test_donating_the_state_leaves_the_users_parameters():
+    loss_fn, params = ZOO["dict"]()
+    learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.3, steps=1), optax.sgd(1.0))
+    jax.jit(learner.step, donate_argnums=0)(learner.init(params), tasks(2))
+    jax.tree.map(np.asarray, params)
+
+
+def test_no_adaptation_is_joint_training():
+    loss_fn, params = ZOO["dict"]()
+    batch = tasks(3)
+    gradient, info = meta_gradient(loss_fn, maml_jax.no_adaptation(), params, batch)
+    joint = jax.grad(lambda p: jax.vmap(lambda query: loss_fn(p, query)[0])(batch.query).mean())(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-15), gradient, joint)
+    assert info.support_loss.shape == (3, 0)
+
+
+@pytest.mark.parametrize("inner_learner", [maml_jax.no_adaptation(), maml_jax.sgd(0.3, steps=1)])
+def test_what_tasks_share_gets_one_gradient_in_one_product(inner_learner):
+    """Side by side, no task multiplies by kernels of its own before it has adapted them, nor sums gradients after."""
+    loss_fn, params = ZOO["dict"]()
+    learner = maml_jax.maml(loss_fn, inner_learner, optax.sgd(1.0), tasks_at_once="all")
+    program = str(jax.make_jaxpr(learner.step)(learner.init(params), tasks(3)))
+    own = sum(program.count(f"f64[3,{a},{b}]") for a, b in (k.shape for k in jax.tree.leaves(params) if k.ndim == 2))
+    assert "f64[3," in program and (own > 0) == bool(inner_learner.steps)
+    if inner_learner.steps:  # In a loop all parameters would be each task's own.
+        assert "scan[" not in program
+
+
+def test_query_loss_of_its_own():
+    loss_fn, params = ZOO["dict"]()
+    batch = tasks(2)
+
+    def doubled(params, batch):
+        loss, aux = loss_fn(params, batch)
+        return 2 * loss, aux
+
+    plain, _ = meta_gradient(loss_fn, maml_jax.sgd(0.3, steps=1), params, batch)
+    double, _ = meta_gradient(loss_fn, maml_jax.sgd(0.3, steps=1), params, batch, query_loss_fn=doubled)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(2 * a, b, rtol=1e-12), plain, double)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_step_weights_are_a_weighted_sum_of_meta_losses(order):
+    """The multi-step loss is linear in its weights: each row alone is MAML with that many steps."""
+    loss_fn, params = ZOO["dict"]()
+    weights, batch = (0.2, 0.5, 0.3), tasks(2)
+    inner_learner = maml_jax.sgd(0.3, steps=2, order=order)
+    got, info = meta_gradient(loss_fn, inner_learner, params, batch, step_weights=weights)
+    parts = [
+        meta_gradient(loss_fn, learner, params, batch)
+        for learner in (maml_jax.no_adaptation(), maml_jax.sgd(0.3, steps=1, order=order), inner_learner)
+    ]
+    expected = jax.tree.map(lambda *leaves: sum(w * leaf for w, leaf in zip(weights, leaves)), *(g for g, _ in parts))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-14), got, expected)
+    np.testing.assert_allclose(info.loss, sum(w * i.loss for w, (_, i) in zip(weights, parts)), rtol=1e-12)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), info.aux, parts[2][1].aux)

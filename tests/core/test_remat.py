@@ -1,0 +1,214 @@
+"""Whatever is kept of the inner steps, the meta-gradient is the same; what is kept is as little as promised."""
+
+import functools
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers.model_zoo import ZOO, drawn_params, tasks
+
+import maml_jax
+from maml_jax import losses
+from maml_jax.nets import layers, models
+from maml_jax.nets.convolution import IMPLEMENTATIONS, ImplementationName
+from maml_jax.nets.normalisation import Norm
+from maml_jax.parallel import backend
+from maml_jax.parallel.task_axis import task_mesh
+
+
+def meta_gradient(loss_fn, inner, params, batch, **options):
+    """In parameters and learned rates, read off a step of gradient descent at rate 1."""
+    learner = maml_jax.maml(loss_fn, inner, optax.sgd(1.0), **options)
+    state = learner.init(params)
+    after, info = jax.jit(learner.step)(state, batch)
+    return jax.tree.map(jnp.subtract, (state.params, state.rates), (after.params, after.rates)), info
+
+
+def assert_same(got, expected, rtol=1e-11, atol=1e-14):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), got, expected)
+
+
+def last_leaf(params):
+    leaves, structure = jax.tree.flatten(params)
+    return jax.tree.unflatten(structure, [False] * (len(leaves) - 1) + [True])
+
+
+INNER = {
+    "sgd": lambda keep: maml_jax.sgd(0.3, steps=5, checkpoint=keep),
+    "Meta-SGD": lambda keep: maml_jax.sgd(0.3, steps=3, learn_rates="parameter", checkpoint=keep),
+    "ANIL": lambda keep: maml_jax.sgd(0.3, steps=3, trainable=last_leaf, checkpoint=keep),
+    "Adam": lambda keep: maml_jax.unrolled(optax.adam(0.05, eps_root=1e-8), steps=3, checkpoint=keep),
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("checkpoint", ["step", "mixed"])
+def test_the_meta_gradient_is_the_same(checkpoint, inner):
+    loss_fn, params = ZOO["dict"]()
+    expected = meta_gradient(loss_fn, INNER[inner]("none"), params, tasks(4))
+    for policy in ({}, {"tasks_at_once": 1}, {"tasks_at_once": 2, "mesh": task_mesh(4)}):
+        assert_same(meta_gradient(loss_fn, INNER[inner](checkpoint), params, tasks(4), **policy), expected)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("library", ["linen", "nnx", "equinox"])
+def test_for_every_library(library):
+    loss_fn, params = ZOO[library]()
+    expected = meta_gradient(loss_fn, INNER["sgd"]("none"), params, tasks(2))
+    for checkpoint in ("step", "mixed"):
+        assert_same(meta_gradient(loss_fn, INNER["sgd"](checkpoint), params, tasks(2)), expected)
+
+
+class SmallNet(nn.Module):
+    """Layers of the paper's nets: a first one that normalises its kernel, strided or pooled, and one that does not."""
+
+    pooled: bool
+    implementation: ImplementationName | None = None
+
+    @nn.compact
+    def __call__(self, x, context=None):
+        first = layers.PooledConv if self.pooled else functools.partial(layers.Conv, stride=2)
+        x = nn.relu(first(4, size=2, implementation=self.implementation)(x, Norm("batch")))
+        x = nn.relu(layers.PooledConv(3, size=2, implementation=self.implementation)(x, Norm("batch")))
+        return layers.Dense(2)(x.reshape(len(x), -1))
+
+
+def images_of_two_tasks():
+    random = np.random.default_rng(5)
+
+    def batch():
+        return jnp.asarray(random.random((2, 4, 9, 8, 1))), jnp.tile(jnp.arange(2, dtype=jnp.int32), (2, 2))
+
+    return maml_jax.Task(batch(), batch())
+
+
+def lax_conv(x, kernel, *, stride=1, implementation=None):
+    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+@functools.cache
+def slow_reference(order, pooled):
+    """With JAX's own convolution and its derivatives, outputs normalised as they are, task by task, not compiled."""
+    batch = images_of_two_tasks()
+    net = SmallNet(pooled)
+    params = jax.tree.map(lambda leaf: leaf.astype(float), drawn_params(net, batch.support[0][0]))
+    inner = maml_jax.sgd(0.3, steps=2, order=order)
+    learner = maml_jax.maml(losses.cross_entropy(models.apply_params(net)), inner, optax.sgd(1.0))
+    state = learner.init(params)
+    with pytest.MonkeyPatch.context() as patch, jax.disable_jit():
+        patch.setattr(layers, "conv", lax_conv)
+        patch.setattr(backend, "normalises_kernel", lambda entries, features: False)
+        each = [learner.step(state, jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], batch))[0].params for i in (0, 1)]
+    return params, jax.tree.map(lambda p, a, b: p - (a + b) / 2, params, *each)
+
+
+POLICIES = {"vmap": {"tasks_at_once": "all"}, "scan": {"tasks_at_once": 1}, "devices": {"mesh": task_mesh(2)}}
+ORDERS = [(1, "none"), (2, "none"), (2, "step"), (2, "mixed")]
+NETS = [*((False, name) for name in IMPLEMENTATIONS), (True, None)]
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    "pooled, implementation, policy, order, checkpoint",
+    [
+        # Every net meets every policy and every order, and these meet each other, in a third of all combinations.
+        (*net, list(POLICIES)[(i + j) % len(POLICIES)], *order)
+        for i, net in enumerate(NETS)
+        for j, order in enumerate(ORDERS)
+    ],
+)
+def test_every_path_against_one_slow_reference(pooled, implementation, policy, order, checkpoint, monkeypatch):
+    params, expected = slow_reference(order, pooled)
+    loss_fn = losses.cross_entropy(models.apply_params(SmallNet(pooled, implementation)))
+    inner = maml_jax.sgd(0.3, steps=2, order=order, checkpoint=checkpoint)
+    if pooled:  # As large images are.
+        monkeypatch.setattr(backend, "one_image_at_a_time", lambda images, channels, features: True)
+    (got, _), _ = meta_gradient(loss_fn, inner, params, images_of_two_tasks(), **POLICIES[policy])
+    assert_same(got, expected, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+def test_mixed_differentiates_what_the_loss_closes_over_and_its_batch():
+    """A weight of the loss and the support inputs, from outside: second derivatives mixed with the parameters'."""
+    loss_fn, params = ZOO["dict"]()
+    task = jax.tree.map(lambda leaf: leaf[0], tasks(1))
+
+    def adapted_loss(weight, inputs, checkpoint):
+        def weighted(params, batch):
+            loss, aux = loss_fn(params, batch)
+            return weight * loss + 0.1 * weight**2 * sum(jnp.square(leaf).sum() for leaf in params.values()), aux
+
+        learner = maml_jax.sgd(0.3, steps=3, checkpoint=checkpoint)
+        after, info = maml_jax.inner.inner_loop(learner, weighted, params, (), (inputs, task.support[1]))
+        return loss_fn(after, task.query)[0] + info.loss.sum()
+
+    gradient = jax.jit(jax.grad(adapted_loss, (0, 1)), static_argnums=2)
+    at = (jnp.asarray(0.7), task.support[0])
+    assert all(jnp.abs(leaf).max() > 1e-3 for leaf in gradient(*at, "none"))
+    assert_same(gradient(*at, "mixed"), gradient(*at, "none"))
+
+
+@pytest.mark.usefixtures("x64")
+def test_mixed_takes_what_else_the_loss_closes_over():
+    """Keys, masks and labels, traced, such as those of dropout."""
+    loss_fn, params = ZOO["dict"]()
+    task = jax.tree.map(lambda leaf: leaf[0], tasks(1))
+
+    def adapted_loss(params, key, mask, number, checkpoint):
+        def with_dropout(params, batch):
+            kept = jax.random.bernoulli(key, 0.7, batch[0].shape) | mask
+            loss, aux = loss_fn(params, (jnp.where(kept, batch[0], 0), batch[1]))
+            return loss * number, aux
+
+        learner = maml_jax.sgd(0.3, steps=3, checkpoint=checkpoint)
+        after, _ = maml_jax.inner.inner_loop(learner, with_dropout, params, (), task.support)
+        return with_dropout(after, task.query)[0]
+
+    gradient = jax.jit(jax.grad(adapted_loss), static_argnums=4)
+    at = (params, jax.random.key(3), task.support[0][0] > 0, jnp.int32(2))
+    assert_same(gradient(*at, "mixed"), gradient(*at, "none"))
+
+
+def temporary_memory(checkpoint, steps, order=2):
+    """Bytes that the compiled meta-step needs beside its arguments and results: a net with large activations."""
+    random = np.random.default_rng(0)
+    sizes = (4, 32, 32, 32, 4)
+    params = [jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in itertools.pairwise(sizes)]
+
+    def apply(params, x):
+        for weights in params[:-1]:
+            x = jnp.tanh(x @ weights)
+        return x @ params[-1]
+
+    learner = maml_jax.maml(
+        losses.mean_squared_error(apply),
+        maml_jax.sgd(0.1, steps=steps, order=order, checkpoint=checkpoint),
+        optax.sgd(0.1),
+    )
+    batch = tuple(jnp.zeros((1, 2048, 4)) for _ in range(2))
+    lowered = jax.jit(learner.step).lower(learner.init(params), maml_jax.Task(batch, batch))
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+
+def test_memory():
+    copies = 4 * (4 * 32 + 32 * 32 + 32 * 32 + 32 * 4)  # Bytes of the parameters, kept for every step.
+    assert temporary_memory("none", 32) > 25 * temporary_memory("mixed", 32)
+    for checkpoint in ("step", "mixed"):
+        more = temporary_memory(checkpoint, 32) - temporary_memory(checkpoint, 4)
+        assert more < 1.5 * 28 * copies
+    # Forwards over the gradient: the activations of one step and their tangents.
+    assert temporary_memory("mixed", 32) - 32 * copies < 4 * temporary_memory("none", 32, order=1)
+
+
+@pytest.mark.parametrize("build", [lambda **o: maml_jax.sgd(0.1, steps=1, **o),
+                                   lambda **o: maml_jax.unrolled(optax.sgd(0.1), steps=1, **o)])  # fmt: skip
+def test_options(build):
+    with pytest.raises(ValueError, match="checkpoint must be one of 'none', 'step', 'mixed', but got 'some'"):
+        build(checkpoint="some")
+    with pytest.raises(ValueError, match="checkpoint='mixed' is for order 2"):
+        build(checkpoint="mixed", order=1)

@@ -1,0 +1,284 @@
+"""The training loop: one compilation, the same numbers however it is cut, and a stop at what is not finite."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers.model_zoo import plain_dict, tasks
+from jax.sharding import NamedSharding, PartitionSpec
+
+import maml_jax
+from maml_jax.parallel.task_axis import task_mesh
+from maml_jax.runs import directory
+from maml_jax.runs.directory import RunDirectory
+from maml_jax.runs.progress import Progress
+from maml_jax.statistics import divergence_rate, interval
+from maml_jax.train import train
+from maml_jax.types import Task
+
+train_module = sys.modules[train.__module__]
+
+
+def draw(data, step):
+    return jax.tree.map(lambda leaf: leaf + (step % 3 if leaf.dtype == jnp.float32 else 0), data)
+
+
+def setting(loss_fn=None, rate=0.1):
+    zoo_loss, params = plain_dict()
+    learner = maml_jax.maml(loss_fn or zoo_loss, maml_jax.sgd(rate, steps=1), optax.adam(1e-2))
+    return learner, learner.init(params)
+
+
+def test_a_whole_run_traces_the_step_once():
+    loss_fn, _ = plain_dict()
+    traces = []
+
+    def counted(params, batch):
+        traces.append(None)
+        return loss_fn(params, batch)
+
+    def traced(steps):
+        traces.clear()
+        learner, state = setting(counted)
+        for state, _ in train(learner, state, draw, tasks(4), steps=steps, steps_per_call=5):
+            pass
+        return len(traces)
+
+    assert traced(5) == traced(23) > 0  # Calls of 5 and a last one of 3: no second compilation.
+
+
+@pytest.mark.parametrize("kind", ["NumPy's", "JAX's"])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_whole_run_is_compiled_once(devices, kind, caplog):
+    loss_fn, params = plain_dict()
+    mesh = task_mesh(4) if devices == 2 else None
+    learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.1, steps=1), optax.adam(1e-2), mesh=mesh)
+    data = jax.tree.map(np.asarray, tasks(4)) if kind == "NumPy's" else tasks(4)
+    with jax.log_compiles(True):
+        for state, _ in train(learner, learner.init(params), draw, data, steps=23, steps_per_call=5):
+            pass
+    compiled = [
+        directory.getMessage() for record in caplog.records if "XLA compilation of jit(run)" in directory.getMessage()
+    ]
+    assert len(compiled) == 1, compiled
+
+
+def test_data_is_copied_to_the_devices_once():
+    loss_fn, params = plain_dict()
+    learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.1, steps=1), optax.adam(1e-2), mesh=task_mesh(4))
+    calls = train(learner, learner.init(params), draw, tasks(4), steps=3, steps_per_call=1)
+    next(calls)
+    with jax.transfer_guard_device_to_device("disallow"):
+        assert len(list(calls)) == 2
+
+
+def test_the_device_is_at_the_next_call_when_a_state_is_handed_over(monkeypatch):
+    """A call is dispatched before the metrics of the one before it are fetched, and what was handed over stays."""
+    events = []
+    jit, asarray = jax.jit, np.asarray
+
+    def watched_jit(fn, **options):
+        compiled = jit(fn, **options)
+        return lambda *args: events.append("call") or compiled(*args)
+
+    monkeypatch.setattr(train_module.jax, "jit", watched_jit)
+    monkeypatch.setattr(
+        train_module,
+        "np",
+        SimpleNamespace(isfinite=np.isfinite, asarray=lambda leaf: events.append("fetch") or asarray(leaf)),
+    )
+    learner, state = setting()
+    states = [state for state, _ in train(learner, state, draw, tasks(4), steps=15, steps_per_call=5)]
+    order = [name for name, before in zip(events, [None, *events]) if name != before]
+    assert order == ["call", "fetch", "call", "fetch"] and events[:2] == ["call", "call"]
+    assert [int(state.step) for state in states] == [5, 10, 15]
+    assert len({float(jax.tree.leaves(state.params)[0].sum()) for state in states}) == 3
+
+
+def test_metrics_of_the_loss_do_not_hide_its_own():
+    loss_fn, _ = plain_dict()
+
+    def named(params, batch):
+        loss, aux = loss_fn(params, batch)
+        return loss * jnp.nan, {**aux, "loss": 7.0, "step": 3.0}
+
+    learner, state = setting(named)
+    with pytest.raises(FloatingPointError):
+        list(train(learner, state, draw, tasks(4), steps=4, steps_per_call=2))
+    learner, state = setting(lambda params, batch: (loss_fn(params, batch)[0], {"loss": 7.0, "step": 3.0}))
+    ((_, metrics),) = train(learner, state, draw, tasks(4), steps=2, steps_per_call=2)
+    assert metrics["step"] == 2 and metrics["loss"] != 7 and metrics["aux_loss"] == 7 and metrics["aux_step"] == 3
+
+
+def test_calls_of_any_length_are_the_same_run():
+    results = []
+    for per_call in (1, 4, 10):
+        learner, state = setting()
+        rows = []
+        for state, metrics in train(learner, state, draw, tasks(4), steps=10, steps_per_call=per_call):
+            rows.append(metrics)
+        assert [row["step"] for row in rows] == [*range(per_call, 10, per_call), 10]
+        results.append((state, rows))
+    step, state = jax.jit(setting()[0].step), setting()[1]
+    losses = []
+    for index in range(10):
+        state, info = step(state, draw(tasks(4), index))
+        losses.append(float(info.loss))
+    for trained, rows in results:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), trained, state)
+        assert int(trained.step) == 10
+    np.testing.assert_allclose([row["loss"] for row in results[0][1]], losses, rtol=1e-4)
+    np.testing.assert_allclose(results[2][1][0]["loss"], np.mean(losses), rtol=1e-4)
+    assert 0 <= results[2][1][0]["accuracy"] <= 1
+
+
+def test_goes_on_from_a_state_bit_for_bit():
+    learner, start = setting()
+
+    def run(state, steps):
+        for state, _ in train(learner, state, draw, tasks(4), steps=steps, steps_per_call=5):
+            pass
+        return state
+
+    whole, half = run(start, 20), run(start, 10)
+    jax.tree.map(np.testing.assert_array_equal, whole, run(half, 20))
+    jax.tree.map(np.asarray, start)  # The state given is still there: only those handed over are given up.
+    assert list(train(learner, whole, draw, tasks(4), steps=20, steps_per_call=5)) == []
+
+
+def test_metrics_in_low_precision_are_means_of_long_calls():
+    """A sum in bfloat16 would stop growing at 256."""
+
+    def loss_fn(params, batch):
+        return jnp.square(params).sum() + 1, {"right": jnp.ones([], jnp.bfloat16)}
+
+    learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.1, steps=1), optax.sgd(0.0))
+    batch = (jnp.zeros((1, 1)),) * 2
+    draw = lambda data, step: Task(data, data)  # noqa: E731
+    *_, (_, metrics) = train(learner, learner.init(jnp.zeros(2)), draw, batch, steps=600, steps_per_call=600)
+    assert metrics["right"] == 1 and metrics["loss"] == pytest.approx(1)
+
+
+def test_a_state_that_is_divided_over_devices_stays_so():
+    """As of a model that one device cannot hold; what is whole goes to all of them."""
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    halves = NamedSharding(mesh, PartitionSpec("model"))
+
+    def loss_fn(params, batch):
+        return jnp.square(batch @ params["w"] + params["b"]).mean(), {}
+
+    params = {"w": jnp.arange(4.0), "b": jnp.ones([])}
+    learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.1, steps=1), optax.adam(0.1))
+    data = Task(*np.random.default_rng(0).standard_normal((2, 3, 5, 4)).astype(np.float32))
+    whole = divided = learner.init(params)
+    divided = jax.tree.map(lambda leaf: jax.device_put(leaf, halves) if leaf.shape == (4,) else leaf, divided)
+    of_numpy = jax.tree.map(np.asarray, whole)
+    ends = []
+    for state in (whole, divided, of_numpy):
+        *_, (state, _) = train(learner, state, lambda data, step: data, data, steps=5, steps_per_call=2)
+        ends.append(state)
+    assert ends[1].params["w"].sharding.is_equivalent_to(halves, 1)
+    assert len(ends[1].params["b"].sharding.device_set) == 2 and len(ends[0].params["w"].sharding.device_set) == 1
+    for end in ends[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), end, ends[0])
+
+
+def test_improves():
+    learner, state = setting()
+    rows = [row for _, row in train(learner, state, lambda data, _: data, tasks(4), steps=300, steps_per_call=100)]
+    assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
+
+
+def test_stops_at_what_is_not_finite_and_names_the_step():
+    loss_fn, params = plain_dict()
+
+    def explodes(params, batch):
+        loss, aux = loss_fn(params, batch)
+        return loss * jnp.where(batch[0].mean() > 1.5, jnp.nan, 1.0), aux
+
+    def has_no_derivative(params, batch):
+        loss, aux = loss_fn(params, batch)
+        return loss + jnp.sqrt(jnp.where(batch[0].mean() > 1.5, 0 * loss, loss)), aux
+
+    for query_loss, told in ((explodes, "inner or outer rate"), (has_no_derivative, "The loss itself is finite")):
+        learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.1, steps=1), optax.adam(1e-2), query_loss_fn=query_loss)
+        state, seen = learner.init(params), []
+        with pytest.raises(FloatingPointError, match=f"At meta-step 3 the meta-loss .*{told}") as error:
+            for state, metrics in train(learner, state, draw, tasks(4), steps=10, steps_per_call=2):
+                seen.append(metrics["step"])
+        assert seen == [2] and error.value.step == 3
+
+
+@pytest.mark.parametrize("option", ["steps", "steps_per_call"])
+def test_bad_options_are_refused_at_once(option):
+    learner, state = setting()
+    with pytest.raises(ValueError, match=f"{option} must be an integer of at least 1, but got 0"):
+        train(learner, state, draw, tasks(4), **{"steps": 10, "steps_per_call": 5, option: 0})
+
+
+def test_run_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = RunDirectory(None, "it")
+    run.log(step=1, loss=np.float32(0.5), bad=float("nan"))
+    path = run.write_results({"accuracy": np.array([1.0, np.inf]), "where": tmp_path})
+    assert json.loads((run.path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 0.5, "bad": None}
+    results = json.loads(path.read_text())
+    assert results["accuracy"] == [1.0, None] and results["where"] == str(tmp_path)
+    assert {"command", "commit", "versions", "hardware", "finished"} <= set(results["made_by"])
+    run.write_params({"w": jnp.arange(3.0)})
+    from flax import serialization
+
+    restored = serialization.from_bytes({"w": jnp.zeros(3)}, (run.path / "params.msgpack").read_bytes())
+    np.testing.assert_array_equal(restored["w"], [0, 1, 2])
+    assert sorted(p.name for p in run.path.iterdir()) == [
+        ".lock", "events", "metrics.jsonl", "params.msgpack", "results.json", "run.json",
+    ]  # fmt: skip
+    assert RunDirectory(None, "it").path.name == "it-2"
+    run.close()
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        RunDirectory(run.path, "it")
+
+
+def test_two_runs_that_begin_at_the_same_time_have_a_directory_each(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    locked = directory._locked
+
+    def just_after_another(path):
+        if path.name == "it" and not path.exists():
+            others.append(locked(path)[1])
+        return locked(path)
+
+    others = []
+    monkeypatch.setattr(directory, "_locked", just_after_another)
+    run = RunDirectory(None, "it", {})
+    assert others and run.path.name == "it-2"
+    run.close()
+    others[0].close()
+
+
+def test_plain_progress_tells_rate_and_time_left(capsys, monkeypatch):
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False)
+    progress = Progress(1000, "run", every=15)
+    for step in (100, 200, 300, 400, 1000):
+        progress.update(step, loss=0.25)
+    lines = capsys.readouterr().out.splitlines()
+    # The call that compiles may be the second, where the first handed over what was restored.
+    assert lines[0] == "run: 200/1,000 steps, 0.0 a second, rate not known yet, loss 0.25"
+    assert lines[1] == "run: 400/1,000 steps, 10.0 a second, 0:01:00 left, loss 0.25"
+    assert lines[-1].startswith("run: 1,000/1,000 steps")
+
+
+def test_statistics():
+    values = np.array([[0.0, 1.0], [1.0, 1.0], [1.0, 1.0], [0.0, 1.0]])
+    mean, half_width = interval(values)
+    np.testing.assert_allclose(mean, [0.5, 1.0])
+    np.testing.assert_allclose(half_width, [1.96 * 0.5 / 2, 0.0])
+    losses = np.array([[1.0, 0.5, 2.0], [1.0, np.nan, np.inf], [1.0, 1.0, 0.1], [1.0, 0.9, 0.8]])
+    np.testing.assert_allclose(divergence_rate(losses), [0, 0.25, 0.5])

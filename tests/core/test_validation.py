@@ -1,0 +1,200 @@
+"""Bad input gets one clear error, that says what was given and what to do, before anything is compiled."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers.model_zoo import plain_dict, tasks
+
+import maml_jax
+from maml_jax import Task, losses
+from maml_jax.algorithms import heads
+from maml_jax.parallel import task_axis
+
+
+@pytest.mark.parametrize("rate", [0, -0.1, float("nan"), float("inf"), "fast", None])
+def test_rates(rate):
+    with pytest.raises(ValueError, match="learning_rate must be"):
+        maml_jax.sgd(rate, steps=1)
+
+
+def test_traced_rates_pass():
+    loss_fn, params = plain_dict()
+    batch = jax.tree.map(lambda leaf: leaf[0], tasks(1)).support
+
+    @jax.jit
+    def final(rate):
+        return maml_jax.adapt(loss_fn, params, batch, learning_rate=rate, steps=2)[1].loss[-1]
+
+    assert final(0.3) < final(0.01)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1.5, True, None])
+def test_steps(steps):
+    with pytest.raises(ValueError, match=f"steps must be an integer of at least 1, but got {steps}"):
+        maml_jax.sgd(0.1, steps=steps)
+
+
+@pytest.mark.parametrize("order", [0, 3, True, "second"])
+def test_order(order):
+    with pytest.raises(ValueError, match="order must be one of 1, 2, but got"):
+        maml_jax.sgd(0.1, steps=1, order=order)
+
+
+def learner(loss_fn, **options):
+    return maml_jax.maml(loss_fn, maml_jax.sgd(0.1, steps=1), optax.sgd(0.1), **options)
+
+
+def test_what_is_not_an_inner_learner():
+    with pytest.raises(TypeError, match=r"maml_jax\.sgd"):
+        maml_jax.maml(plain_dict()[0], optax.sgd(0.1), optax.sgd(0.1))
+    with pytest.raises(TypeError, match="optax transformation"):
+        maml_jax.unrolled(0.1, steps=1)
+
+
+@pytest.mark.parametrize("weights", [(1.0,), (0, 0), (1, -1), (1, float("nan")), "ab", 1.0])
+def test_step_weights(weights):
+    with pytest.raises(ValueError, match="step_weights must be 2 "):
+        learner(plain_dict()[0], step_weights=weights)
+
+
+def test_step_weights_that_a_function_gives():
+    weighted = learner(plain_dict()[0], step_weights=lambda step: jnp.ones(4) / 4)
+    with pytest.raises(ValueError, match=r"step_weights must be 2 weights.*but has the shape \(4,\)"):
+        jax.jit(weighted.step)(weighted.init(plain_dict()[1]), tasks(1))
+
+
+def vector_loss(params, batch):
+    return jnp.ones(3), {}
+
+
+def no_aux(params, batch):
+    return jnp.float32(1)
+
+
+def aux_first(params, batch):
+    return {}, jnp.float32(1)
+
+
+def integer_loss(params, batch):
+    return jnp.int32(1), {}
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "error", "words"),
+    [
+        (vector_loss, ValueError, ("vector_loss", "shape (3,)", "loss.mean()")),
+        (no_aux, TypeError, ("no_aux", "pair (scalar loss, aux)", "return loss, {}")),
+        (aux_first, TypeError, ("aux_first", "first")),
+        (integer_loss, ValueError, ("integer_loss", "int32")),
+    ],
+)
+def test_losses(loss_fn, error, words):
+    params = plain_dict()[1]
+    for call in (
+        lambda: learner(loss_fn).step(learner(loss_fn).init(params), tasks(2)),
+        lambda: learner(loss_fn).evaluate(learner(loss_fn).init(params), tasks(2)),
+        lambda: maml_jax.adapt(loss_fn, params, tasks(2).support, learning_rate=0.1, steps=1),
+    ):
+        with pytest.raises(error) as caught:
+            call()
+        assert all(word in str(caught.value) for word in words)
+
+
+def test_tasks_that_disagree_in_their_leading_axis():
+    loss_fn, params = plain_dict()
+    state = learner(loss_fn).init(params)
+    good = tasks(4)
+    bad = Task(good.support, (good.query[0], good.query[1][:3]))
+    for call in (learner(loss_fn).step, learner(loss_fn).evaluate, jax.jit(learner(loss_fn).step)):
+        with pytest.raises(ValueError, match=r"tasks\.support\[0\].*\(4, 6, 3\).*tasks\.query\[1\].*\(3, 5\)"):
+            call(state, bad)
+    with pytest.raises(ValueError, match=r"tasks\.query is a scalar"):
+        learner(loss_fn).step(state, Task(good.support, 1.0))
+    with pytest.raises(ValueError, match="at least one task"):
+        learner(loss_fn).step(state, jax.tree.map(lambda leaf: leaf[:0], good))
+    with pytest.raises(TypeError, match="Task"):
+        learner(loss_fn).step(state, good.support)
+
+
+def test_params():
+    loss_fn, _ = plain_dict()
+    with pytest.raises(TypeError, match=r"params\['count'\].*int32"):
+        learner(loss_fn).init({"w": jnp.ones(3), "count": jnp.zeros(2, jnp.int32)})
+    with pytest.raises(ValueError, match="no arrays"):
+        learner(loss_fn).init({})
+    with pytest.raises(TypeError, match=r"params\['w'\] is a Python number: give jnp\.asarray\(0\.5\)"):
+        learner(loss_fn).init({"w": 0.5})
+    with pytest.raises(ValueError, match=r"head is to be at 'head' in the parameters, but they have the names 'w1', "):
+        maml_jax.inner.inner_loop(
+            maml_jax.sgd(0.1, steps=1, start=heads.shared()), loss_fn, plain_dict()[1], (), tasks(1).support
+        )
+
+
+def test_meshes():
+    with pytest.raises(TypeError, match=r"mesh must be a jax\.sharding\.Mesh, such as .*, but got \["):
+        learner(plain_dict()[0], mesh=jax.devices())
+    with pytest.raises(ValueError, match="tasks must be an integer of at least 1, but got 0"):
+        task_axis.task_mesh(0)
+
+
+def test_targets_that_do_not_fit_are_told():
+    apply = lambda params, x: x * params  # noqa: E731
+    squares, classes = losses.mean_squared_error(apply), losses.cross_entropy(apply)
+    with pytest.raises(ValueError, match=r"have the shape of the outputs, \(4, 1\), but have \(4,\)"):
+        squares(1.0, (jnp.ones((4, 1)), jnp.ones(4)))
+    for labels, told in (
+        (jnp.zeros((4, 1), int), r"int.* of shape \(4, 1\)"),
+        (jnp.zeros(4), r"float.* of shape \(4,\)"),
+    ):
+        for loss_fn in (classes, losses.log_probabilities(apply)):
+            with pytest.raises(ValueError, match=rf"labels must be integers of shape \(4,\), .*but are {told}"):
+                loss_fn(1.0, (jnp.ones((4, 3)), labels))
+
+
+def test_masks():
+    loss_fn, params = plain_dict()
+    for mask, message in (
+        (lambda p: jax.tree.map(lambda _: False, p), "nothing to adapt"),
+        ({"w1": True}, "structure of the parameters"),
+    ):
+        inner = maml_jax.sgd(0.1, steps=1, trainable=mask)
+        with pytest.raises(ValueError, match=message):
+            maml_jax.maml(loss_fn, inner, optax.sgd(0.1)).init(params)
+    rest = {"b1": True, "w2": True, "b2": True}
+    for mask, message in (
+        ("w2", r"at \['b1'\] it has 'w2'"),
+        ({"w1": "frozen", **rest}, r"at \['w1'\] it has 'frozen'"),
+        ({"w1": 0.0, **rest}, r"at \['w1'\] it has 0\.0"),
+        ({"w1": np.zeros((2, 2), bool), **rest}, r"True or False for each array .*at \['w1'\]"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            maml_jax.maml(loss_fn, maml_jax.sgd(0.1, steps=1, trainable=mask), optax.sgd(0.1)).init(params)
+    mask = {"w1": np.bool_(False), **rest, "b2": jnp.array(True)}
+    adapted = maml_jax.maml(loss_fn, maml_jax.sgd(0.1, steps=1, trainable=mask), optax.sgd(0.1))
+    batch = jax.tree.map(lambda leaf: leaf[0], tasks(1).support)
+    moved, _ = adapted.adapt(adapted.init(params), batch)
+    assert (moved["w1"] == params["w1"]).all() and (moved["w2"] != params["w2"]).any()
+
+
+def test_groups_of_tasks():
+    loss_fn, params = plain_dict()
+    with pytest.raises(ValueError, match="tasks_at_once must be an integer of at least 1, but got 0"):
+        learner(loss_fn, tasks_at_once=0)
+    grouped = learner(loss_fn, tasks_at_once=3)
+    with pytest.raises(ValueError, match="4 tasks cannot be divided"):
+        grouped.step(grouped.init(params), tasks(4))
+
+
+def test_what_is_not_an_optimizer():
+    with pytest.raises(TypeError, match=r"outer must be an optax transformation.*0.001"):
+        maml_jax.maml(plain_dict()[0], maml_jax.sgd(0.1, steps=1), 1e-3)
+
+
+def test_evaluation_steps():
+    loss_fn, params = plain_dict()
+    with pytest.raises(ValueError, match="steps must be an integer of at least 0, but got -1"):
+        learner(loss_fn).evaluate(learner(loss_fn).init(params), tasks(2), -1)
+    with pytest.raises(ValueError, match="static_argnums"):
+        jax.jit(learner(loss_fn).evaluate)(learner(loss_fn).init(params), tasks(2), 3)

@@ -1,0 +1,149 @@
+"""A folder of pictures is classified by a saved model; what is wrong with it is told before."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import adapt, miniimagenet
+from experiments.few_shot import classifier
+from experiments.few_shot import options as few_shot
+from maml_jax.nets import models
+from maml_jax.runs import model_file
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (20, 40, 210)}
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    """A net that was never trained, with features that tell colours apart, as prototypes see."""
+    monkeypatch.setattr(classifier, "network", lambda s, kind, image, out: models.MLP((32,), out, kind))
+    config, setting = miniimagenet.settle(
+        miniimagenet.Config(method="prototypes", normalisation="layer", size=8, inner_rate=0.01)
+    )
+    net = models.MLP((32,), setting.ways, "layer")
+    params = net.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    about = {name: value for name, value in vars(config).items() if name not in few_shot.PLACES}
+    description = {"experiment": "miniimagenet", "config": about, "setting": vars(setting), "step": 1}
+    return model_file.save(tmp_path / "model.msgpack", params, (), description)
+
+
+def paint(path, colour, seed):
+    noise = np.random.default_rng(seed).integers(-20, 20, (12, 10, 3))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, colour in COLOURS.items():
+        for number in range(2):
+            paint(tmp_path / "pictures" / name / f"{number}.png", colour, number)
+        paint(tmp_path / "pictures" / f"a {name} one.png", colour, 9)
+    return tmp_path / "pictures"
+
+
+def test_pictures_are_classified_and_shown(model, folder, tmp_path, capsys):
+    output = tmp_path / "found.json"
+    adapt.main(adapt.prepare(adapt.Config(model, folder, steps=3, output=output)))
+    found = json.loads(output.read_text())
+    assert {each["picture"]: each["class"] for each in found} == {f"a {name} one.png": name for name in COLOURS}
+    for each in found:
+        assert each["confidence"] == max(each["probabilities"].values()) > 1 / 3
+        assert sum(each["probabilities"].values()) == pytest.approx(1)
+    assert "a red one.png: red (" in capsys.readouterr().out
+    with Image.open(output.with_suffix(".png")) as picture:
+        assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 100
+
+
+def test_a_picture_is_classified_as_if_it_were_alone(folder, tmp_path, monkeypatch):
+    """Also by a model that in training normalised a batch by itself, as most do."""
+    monkeypatch.setattr(classifier, "network", lambda s, kind, image, out: models.MLP((32,), out, kind))
+    config, setting = miniimagenet.settle(miniimagenet.Config(method="prototypes", size=8, inner_rate=0.01))
+    params = models.MLP((32,), setting.ways, "batch").init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    about = {name: value for name, value in vars(config).items() if name not in few_shot.PLACES}
+    description = {"experiment": "miniimagenet", "config": about, "setting": vars(setting), "step": 1}
+    path = model_file.save(tmp_path / "model.msgpack", params, (), description)
+    options = {"steps": 3, "output": tmp_path / "found.json"}
+    together = adapt.main(adapt.prepare(adapt.Config(path, folder, **options)))
+    assert all(f"a {each['class']} one.png" == each["picture"] for each in together)
+    for each in together[1:]:
+        (folder / each["picture"]).unlink()
+    (alone,) = adapt.main(adapt.prepare(adapt.Config(path, folder, **options)))
+    assert alone["class"] == together[0]["class"]
+    np.testing.assert_allclose(alone["confidence"], together[0]["confidence"], rtol=1e-4)
+
+
+def test_pictures_are_resized_as_in_training(model, folder, monkeypatch):
+    content = model_file.load(model)
+    about = content.description["config"] | {"resampling": "box"}
+    model_file.save(model, content.params, (), content.description | {"config": about})
+    used, pictures = [], adapt.images.pictures
+
+    def watched(*args, **options):
+        used.append(options["resampling"])
+        return pictures(*args, **options)
+
+    monkeypatch.setattr(adapt.images, "pictures", watched)
+    adapt.prepare(adapt.Config(model, folder))
+    assert used == ["box"]
+
+
+def test_inner_steps_are_those_that_the_model_was_selected_after(model, folder):
+    assert adapt.prepare(adapt.Config(model, folder)).steps == 10  # Where it does not say.
+    content = model_file.load(model)
+    model_file.save(model, content.params, (), content.description | {"selected_after": 3})
+    assert adapt.prepare(adapt.Config(model, folder)).steps == 3
+    assert adapt.prepare(adapt.Config(model, folder, steps=0)).steps == 0
+
+
+def test_what_is_wrong_with_the_folder_is_told(model, folder, tmp_path):
+    def refused(message, **options):
+        with pytest.raises(ValueError, match=message):
+            adapt.prepare(adapt.Config(**{"model": model, "folder": folder, **options}))
+
+    refused("output must be in a directory that exists", output=tmp_path / "nowhere" / "out.json")
+    refused("output must be a file for JSON, beside which its picture", output=tmp_path / "out.png")
+    paint(folder / "red" / "deeper" / "x.png", (0, 0, 0), 0)
+    refused("lies too deep")
+    (folder / "red" / "deeper" / "x.png").unlink()
+    for number in range(3):
+        paint(folder / f"more {number}" / "x.png", (0, 0, 0), 0)
+    refused("must hold 2 to 5 folders of labelled pictures, but has 6: blue, green")
+    for path in folder.glob("*.png"):
+        path.unlink()
+    for number in range(3):
+        (folder / f"more {number}" / "x.png").unlink()
+    refused("There is nothing to classify")
+
+
+def test_drawings_are_seen_as_in_training(tmp_path):
+    """For a model of characters ink is 1 and paper 0, whatever the colour mode of the file."""
+    net = models.ConvNet(5)
+    prepared = adapt.Prepared(
+        adapt.Config(tmp_path, tmp_path),
+        None,
+        None,
+        {"a": [np.full((28, 28), 255, np.uint8)], "b": [np.zeros((28, 28), np.uint8)]},
+        {"x": np.full((28, 28), 255, np.uint8)},
+        steps=2,
+    )
+    seen = []
+
+    class Recorder:
+        def predictor(self, state, steps):
+            assert steps == 2
+
+            def predict(tasks):
+                seen.append(tasks)
+                return jnp.zeros((1, steps + 1, 1, net.ways)), None
+
+            return predict
+
+    adapt.predict(prepared._replace(model=Recorder()))
+    images, labels = seen[0].support
+    assert images.shape == (1, 2, 28, 28, 1) and images[0, 0].max() == 0 and images[0, 1].min() == 1
+    assert labels.tolist() == [[0, 1]]

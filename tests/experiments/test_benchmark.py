@@ -1,0 +1,244 @@
+"""What the benchmark counts, what it compares, and that it runs from its command line."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.commands import launch
+
+from experiments import benchmark
+from experiments.benchmarks import breakdown, flops, measure, workloads
+from maml_jax.nets.convolution import conv
+from maml_jax.parallel.backend import cores
+
+
+def counted(fn, *args):
+    return flops.count(jax.make_jaxpr(fn)(*args).jaxpr)
+
+
+def test_products_and_loops_are_counted():
+    a, b = jnp.ones((3, 4, 5)), jnp.ones((3, 5, 6))
+    assert counted(jnp.matmul, a, b) == 2 * 3 * 4 * 5 * 6
+    looped = lambda a: jax.lax.scan(lambda x, _: (x @ x, None), a, length=7)[0]  # noqa: E731
+    assert counted(looped, jnp.ones((4, 4))) == 7 * 2 * 4**3
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_a_convolution_and_both_of_its_gradients_count_the_same(tasks):
+    x, kernel = jnp.ones((tasks, 2, 8, 6, 3)), jnp.ones((tasks, 3, 3, 3, 5))
+    forward = 2 * tasks * 2 * (4 * 3) * 9 * 3 * 5
+
+    def total(x, kernel):
+        return jax.vmap(lambda x, kernel: conv(x, kernel, stride=2))(x, kernel).sum()
+
+    assert counted(total, x, kernel) == forward
+    assert counted(jax.grad(total, (0, 1)), x, kernel) == 3 * forward
+    library = lambda x, k: jax.lax.conv_general_dilated(  # noqa: E731
+        x, k, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    assert counted(library, x[0], kernel[0]) == forward // tasks
+
+
+def test_combinations_that_differ_in_nothing_are_measured_once():
+    config = benchmark.Config(("sinusoid",), checkpoints=("none", "mixed"), implementations=("patches", "lax"))
+    assert [(v.order, v.checkpoint, v.implementation) for v in config.variants()] == [
+        (2, "none", None), (2, "mixed", None), (1, "none", None),
+    ]  # fmt: skip
+
+
+def test_a_row_is_the_median_of_its_rounds():
+    ours = {"tasks": 4, "compile_s": 9.0, "memory_compiled": 1, "memory_measured": 2, "gflop": 2.0, "devices_used": 1}
+    rounds = [ours | {"ms": [10.0, 10.0, 99.0], "limit_gflops": 400.0}, ours | {"ms": [8.0], "limit_gflops": 500.0}]
+    row = benchmark.summary({"kind": "ours", "rounds": [*rounds, rounds[0]]})
+    assert (row["ms"], row["ms_least"], row["ms_most"]) == (10.0, 8.0, 10.0)
+    assert (row["share_of_limit"], row["tasks_per_second"], row["limit_gflops"]) == (0.5, 400.0, 400.0)
+    peer = benchmark.summary({"kind": "peer", "rounds": [{"ms": [3.0], "version": "2.9"}]})
+    assert (peer["ms"], peer["version"]) == (3.0, "2.9")
+
+
+def test_the_peers_have_our_settings():
+    """Read, not imported: that needs PyTorch."""
+    tree = ast.parse(Path(benchmark.__file__).with_name("torch_peers.py").read_text())
+    (table,) = [ast.literal_eval(node.value) for node in tree.body
+                if isinstance(node, ast.Assign) and node.targets[0].id == "IMAGES"]  # fmt: skip
+    assert table == {name: tuple(images) for name, images in workloads.IMAGES.items()}
+
+
+def test_where_something_could_not_be_measured_it_ends_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(benchmark, "one_round", lambda *_: {"error": "ValueError: no such device"})
+    monkeypatch.setattr(benchmark, "where", lambda: ("cpu", "1 x a device"))
+    config = benchmark.Config(("sinusoid",), rounds=1, workdir=tmp_path / "run")
+    with pytest.raises(SystemExit) as end:
+        benchmark.main(config)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert end.value.code == 1 and "no such device" in capsys.readouterr().out
+    assert all(row["error"] for row in results["rows"]) and results["device"] == "1 x a device"
+    assert results["made_by"]["hardware"].startswith("1 x a device (")
+
+
+def test_ratios_compare_like_with_like():
+    ours = {"kind": "ours", "workload": "w", "inner_steps": None, "checkpoint": "none", "tasks_at_once": None,
+            "implementation": None, "dtype": "float32", "devices": 1}  # fmt: skip
+    second = {**ours, "order": 2, "ms": 6.0, "gflop": 4.0, "memory_compiled": 10}
+    first = {**ours, "order": 1, "ms": 2.0, "gflop": 2.0, "memory_compiled": 5}
+    other = {**first, "dtype": "bfloat16", "ms": 1.0}
+    peers = [{"kind": "peer", "peer": peer, "workload": "w", "order": 2, "inner_steps": None, "ms": ms}
+             for peer, ms in (("loop", 30.0), ("func", 18.0), ("higher", 40.0))]  # fmt: skip
+    low = {**second, "dtype": "bfloat16"}
+    of_second, of_first, _, of_low = benchmark.ratios([second, *peers, first, other, low])
+    assert "best_peer" not in of_low and of_low["second_over_first"]["time"] == 6.0
+    assert of_second["second_over_first"] == {"time": 3.0, "operations": 2.0, "memory": 2.0}
+    assert (of_second["best_peer"], of_second["best_peer_over_ours"]) == ("func", 3.0)
+    assert "best_peer" not in of_first and "second_over_first" not in of_first
+
+
+@pytest.mark.parametrize("name", workloads.WORKLOADS)
+def test_every_workload_has_a_finite_loss(name):
+    work = workloads.build(name)
+    support = jax.tree.map(lambda leaf: leaf[0], work.tasks.support)
+    shape = jax.eval_shape(lambda: work.loss_fn(work.init(), support))[0]
+    assert shape.shape == () and shape.dtype == jnp.float32
+    if name in ("sinusoid", "transformer"):
+        assert np.isfinite(work.loss_fn(work.init(), support)[0])
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_peers_take_the_same_step(order):
+    """All three ways to write it in PyTorch give the same meta-gradient (where PyTorch is installed)."""
+    pytest.importorskip("torch")
+    pytest.importorskip("higher")
+    given = {"workload": "omniglot-5w1s", "order": order, "gradient": True, "inner_steps": 2}
+    sums = []
+    for peer in benchmark.PEERS:
+        done = launch("experiments.benchmarks.torch_peers", json.dumps({**given, "peer": peer}))
+        sums.append(json.loads(done.stdout))
+    np.testing.assert_allclose(sums[1:], [sums[0], sums[0]], rtol=1e-3)
+
+
+def test_from_beginning_to_end(tmp_path):
+    options = ("--workloads", "sinusoid", "--inner-steps", "2", "--checkpoints", "none", "mixed")
+    done = launch(
+        "experiments.benchmark", *options, "--rounds", "1", "--seconds", "0.1", "--workdir", "run", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    rows = results["rows"]
+    assert len(rows) == 3 and all(row["ms"] > 0 and 0 < row["share_of_limit"] < 1 for row in rows)
+    assert [r["second_over_first"]["operations"] > 1 for r in results["ratios"] if r["order"] == 2] == [True] * 2
+    assert (tmp_path / "run" / "benchmark.png").stat().st_size > 10_000
+    assert "second over first order: time" in done.stdout
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="The peak is read where Linux tells it.")
+def test_peak_memory_is_what_a_call_needs():
+    """An array of 256 MB, and next to nothing."""
+    size = 1 << 26
+    large = jax.jit(lambda x: x + jnp.arange(size, dtype=jnp.float32)).lower(1.0).compile()
+    result, peak = measure.with_peak_memory(lambda: large(1.0))
+    assert result[-1] == size and 0.95 * 4 * size < peak < 1.5 * 4 * size
+    assert measure.with_peak_memory(lambda: 1)[1] < size
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--rounds", "0"], "rounds must be an integer of at least 1, but got 0"),
+        (["--inner-steps", "0"], "inner_steps must be an integer of at least 1, but got 0"),
+        (["--peer-python", "python"], "add --against torch"),
+        (["--against", "torch", "--peer-python", "nowhere/python"], "has no PyTorch"),
+        (["--seconds", "nan"], "seconds must be positive and finite"),
+    ],
+)
+def test_bad_input(options, message):
+    done = launch("experiments.benchmark", *options)
+    assert done.returncode == 2 and message in done.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="Only Linux names the threads of a process.")
+def test_small_nets_get_one_thread_of_one_device():
+    code = (
+        "import os; from pathlib import Path; from experiments import command_line; command_line.use_cores(small={})\n"
+        "import jax, jax.numpy as jnp; (jnp.ones((300, 300)) @ jnp.ones((300, 300))).block_until_ready()\n"
+        "names = [path.read_text() for path in Path('/proc/self/task').glob('*/comm')]\n"
+        "print(jax.device_count(), sum('XLAEigen' in name for name in names))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC")}
+    found = [
+        subprocess.check_output([sys.executable, "-c", code.format(small)], env=environment, text=True).split()
+        for small in (True, False)
+    ]
+    count = str(cores())
+    assert found == [["1", "1"], [count, count]]
+
+
+def test_a_breakdown_has_all_of_the_time_once(tmp_path):
+    results = breakdown.main(breakdown.prepare(breakdown.Config(("sinusoid",), (2,), tmp_path / "run")))
+    (row,) = results["rows"]
+    assert row == json.loads((tmp_path / "run" / "results.json").read_text())["rows"][0]
+    assert sum(row["shares"].values()) == pytest.approx(1)
+    assert 0 < row["shares"][breakdown.PRODUCTS] < 1 and 0 < row["products_of_limit"]
+    assert 0 < sum(row["largest_ms"].values()) <= row["ms_in_operations"]
+    assert (tmp_path / "run" / "shares.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("dot_general", breakdown.PRODUCTS),
+        ("ynn_fusion", breakdown.PRODUCTS),
+        ("convolution", breakdown.PRODUCTS),
+        ("convert_power_fusion", breakdown.ELEMENTWISE),
+        ("concatenate_bitcast_fusion", "windows put together"),
+        ("bitcast_dynamic-update-slice_fusion", "stacks over inner steps"),
+        ("pad_slice_fusion", "slices, pads and their transposes"),
+        ("transpose_copy_fusion", "copies and transposes"),
+        ("multiply_reduce_fusion", "sums"),
+    ],
+)
+def test_kinds_of_operations(name, kind):
+    assert breakdown.kind(name) == kind
+
+
+def test_loops_are_not_counted_beside_what_is_in_them():
+    event = lambda **stats: SimpleNamespace(name="kernel", duration_ns=1e6, stats=list(stats.items()))  # noqa: E731
+    events = [event(hlo_op=name) for name in ("while.3", "dot.1", "dot.2")]
+    line = SimpleNamespace(events=[*events, event(line=3)])
+    assert breakdown.durations(SimpleNamespace(planes=[SimpleNamespace(lines=[line])])) == {"dot": 2}
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """Nothing is started; what would be is kept."""
+    kept = []
+
+    def run(command, **_):
+        kept.append(command)
+        return SimpleNamespace(returncode=0, stdout='{"ms": [1.0]}')
+
+    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    return kept
+
+
+@pytest.mark.parametrize("backend, device", [("cpu", "cpu"), ("gpu", "cuda")])
+def test_peers_run_where_we_do(backend, device, commands):
+    row = {"kind": "peer", "peer": "func", "workload": "sinusoid", "order": 2, "inner_steps": None}
+    assert benchmark.one_round(benchmark.Config(), row, "unused", backend) == {"ms": [1.0]}
+    assert json.loads(commands[0][-1])["device"] == device
+
+
+def test_against_torch_on_accelerators(commands, monkeypatch):
+    config = benchmark.Config(against="torch")
+    for backend, devices in (("cpu", ()), ("gpu", (1,))):
+        monkeypatch.setattr(benchmark, "where", lambda backend=backend: (backend, ""))
+        assert benchmark.prepare(config).devices == devices
+    monkeypatch.setattr(benchmark, "where", lambda: ("tpu", ""))
+    with pytest.raises(ValueError, match="on CPUs and GPUs, but JAX has a tpu here"):
+        benchmark.prepare(config)

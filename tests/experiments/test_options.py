@@ -1,0 +1,257 @@
+"""Hypothesis looks for an option that is wrong and gets through, or is right and does not.
+
+What is allowed is said here once more, apart from the code that checks it.
+"""
+
+import collections
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import pytest
+import tyro
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from experiments import locomotion, miniimagenet, navigation, omniglot, sinusoid
+from experiments.few_shot import options as few_shot
+from experiments.reinforcement import options as reinforcement
+
+MOST_STEPS, MOST_SEED = 2**31 - 1, 2**32 - 1
+JUNK = ["", "many", "1.5.2", "None!", "0x", "-"]
+
+
+def whole(least, most=math.inf):
+    def allowed(text):
+        try:
+            return least <= int(text) <= most
+        except ValueError:
+            return False
+
+    numbers = st.integers(min_value=-3, max_value=40) | st.integers()
+    edges = [least - 1, least, *([most, most + 1] if most < math.inf else [])]
+    return SimpleNamespace(values=(numbers | st.sampled_from(edges)).map(str), allowed=allowed)
+
+
+def rate():
+    def allowed(text):
+        try:
+            return 0 < float(text) < math.inf
+        except ValueError:
+            return False
+
+    return SimpleNamespace(values=st.floats().map(repr) | st.sampled_from(["0", "-0.0", "1e-400"]), allowed=allowed)
+
+
+def choice(*names):
+    others = st.sampled_from([name.upper() + "x" for name in names])
+    return SimpleNamespace(values=st.sampled_from(names) | others, allowed=lambda text: text in names)
+
+
+def optional(field):
+    return SimpleNamespace(values=field.values, allowed=lambda text: text == "None" or field.allowed(text))
+
+
+COUNT, RATE = whole(1), rate()
+FEW_SHOT = {
+    "ways": optional(whole(2)), "shots": optional(COUNT), "net": optional(choice("conv", "mlp")),
+    "method": choice("maml", "anil", "boil", "meta-sgd", "meta-curvature", "maml++", "shared-head", "prototypes",
+                     "reptile", "imaml", "pretrained"),
+    "order": choice("1", "2"),
+    "normalisation": choice("batch", "support", "instance", "tasknorm", "layer", "group", "running"),
+    "steps": whole(1, MOST_STEPS), "tasks": optional(COUNT), "queries": optional(COUNT),
+    "inner_rate": optional(RATE), "inner_steps": optional(COUNT), "outer_rate": optional(RATE),
+    "tasks_at_once": optional(COUNT), "test_tasks": COUNT, "seed": whole(0, MOST_SEED),
+}  # fmt: skip
+RL = {
+    "steps": optional(whole(1, MOST_STEPS)), "tasks": optional(COUNT), "episodes": optional(COUNT),
+    "inner_rate": optional(RATE), "inner_steps": COUNT, "inner_loss": choice("logp", "lvc", "dice"),
+    "outer": choice("trpo", "policy_gradient", "promp"), "kl_limit": optional(RATE),
+    "curvature_tasks": optional(COUNT), "outer_rate": optional(RATE), "test_tasks": whole(2),
+    "test_episodes": optional(COUNT), "seeds": whole(0, MOST_SEED),
+    "methods": choice("maml", "first_order", "pretrained", "random", "oracle"),
+}  # fmt: skip
+FIELDS = {
+    "sinusoid": {
+        "steps": whole(1, MOST_STEPS), "tasks": COUNT, "shots": COUNT, "queries": COUNT, "inner_rate": RATE,
+        "inner_steps": COUNT, "outer_rate": RATE, "test_tasks": whole(2), "seeds": whole(0, MOST_SEED),
+        "methods": choice("maml", "first_order", "pretrained", "oracle", "steady"),
+    },
+    "omniglot": FEW_SHOT | {
+        "preset": optional(choice("5w1s", "5w5s", "20w1s", "20w5s", "5w1s-mlp", "5w5s-mlp")),
+        "split": choice("paper", "vinyals"), "rotations": choice("random", "classes", "none"),
+    },
+    "miniimagenet": FEW_SHOT | {
+        "expect": optional(choice("miniimagenet", "cifar-fs", "fc100")), "size": COUNT,
+        "division": choice("random", "none"),
+    },
+    "navigation": RL,
+    "locomotion": RL | {"preset": choice("half-cheetah-velocity", "half-cheetah-direction", "ant-velocity",
+                                         "ant-direction")},
+}  # fmt: skip
+
+
+def contradicts(name, given):
+    """Whether options that are allowed one by one do not go together."""
+    if name == "sinusoid":
+        own = {"tasks", "shots", "queries", "inner_rate", "inner_steps", "outer_rate"} & given.keys()
+        changed = {field for field in own if float(given[field]) != getattr(sinusoid.Config, field)}
+        return given.get("methods") == "steady" and bool(changed)
+    if name in ("navigation", "locomotion"):
+        outer = given.get("outer", "trpo")
+        presets = {None: 40, "None": 40}
+        tasks = 20 if name == "navigation" else presets.get(given.get("preset"), 40)
+        tasks = tasks if given.get("tasks", "None") == "None" else int(given["tasks"])
+        curvature = given.get("curvature_tasks", "None")
+        method = given.get("methods", "maml")
+        return (
+            (given.get("inner_rate", "None") != "None" and method not in ("maml", "first_order"))
+            or (given.get("inner_loss", "logp") != "logp" and method == "oracle")
+            or (given.get("kl_limit", "None") != "None" and outer != "trpo")
+            or (given.get("outer_rate", "None") != "None" and outer == "trpo")
+            or (curvature != "None" and (outer != "trpo" or int(curvature) > tasks))
+        )
+    get = {field: None if given.get(field, "None") == "None" else given[field] for field in FIELDS[name]}
+    preset = get.get("preset")
+    if preset and any(get[field] is not None for field in ("ways", "shots", "net")):
+        return True
+    ways, shots = (int(get[field] or default) for field, default in (("ways", 5), ("shots", 1)))
+    net = get["net"] or "conv"
+    if preset:
+        ways, shots = int(preset.split("w")[0]), int(preset.split("w")[1][0])
+        net = "mlp" if preset.endswith("mlp") else "conv"
+    method, normalisation = get["method"] or "maml", get["normalisation"] or "batch"
+    recipe_queries, recipe_tasks = (shots, 16 if ways >= 20 else 32) if name == "omniglot" else (15, 4)
+    queries, tasks = int(get["queries"] or recipe_queries), int(get["tasks"] or recipe_tasks)
+    share = tasks // (2 if tasks % 2 == 0 else 1)  # Tests have two devices.
+    return (
+        (net == "mlp" and normalisation in ("instance", "tasknorm"))
+        or (method in ("pretrained", "reptile") and normalisation == "running")
+        or (get["order"] == "1" and method in ("reptile", "imaml", "pretrained"))
+        or (get["inner_steps"] is not None and method == "pretrained")
+        or (get["tasks_at_once"] is not None and share % int(get["tasks_at_once"]) != 0)
+        or (name == "omniglot" and shots + queries > 20)
+    )
+
+
+def settle(name, config):
+    """What an experiment checks before it reads data."""
+    if name == "sinusoid":
+        config.check()
+    elif name == "navigation":
+        config.resolve(navigation.problem())
+    elif name == "locomotion":
+        config.resolve(locomotion.problem(config.preset))
+    else:
+        {"omniglot": omniglot, "miniimagenet": miniimagenet}[name].settle(config)
+
+
+CONFIGS = {
+    "sinusoid": sinusoid.Config, "omniglot": omniglot.Config, "miniimagenet": miniimagenet.Config,
+    "navigation": reinforcement.Config, "locomotion": locomotion.Config,
+}  # fmt: skip
+
+
+@st.composite
+def options(draw, name):
+    """One to three options, most of them right."""
+    fields = FIELDS[name]
+    chosen = draw(st.lists(st.sampled_from(sorted(fields)), min_size=1, max_size=3, unique=True))
+    return {field: draw(fields[field].values | st.sampled_from(JUNK)) for field in chosen}
+
+
+def judge(name, chosen, capsys):
+    """Gives options to an experiment; returns what they are: 'wrong', 'contradicting' or 'right'."""
+    arguments = [part for field, text in chosen.items() for part in (f"--{field.replace('_', '-')}", text)]
+    wrong = [field for field, text in chosen.items() if not FIELDS[name][field].allowed(text)]
+    kind = "wrong" if wrong else "contradicting" if contradicts(name, chosen) else "right"
+    message = None
+    try:
+        config = tyro.cli(CONFIGS[name], args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
+    except SystemExit as end:
+        assert end.code == 2
+        message = "".join(capsys.readouterr())
+    else:
+        try:
+            settle(name, config)
+        except ValueError as error:
+            message = str(error)
+    capsys.readouterr()
+    if kind == "right":
+        assert message is None, (chosen, message)
+        return kind
+    assert message is not None, f"{chosen} got through"
+    # One that is wrong may stand beside two that contradict, and either may be told first.
+    told = [field for field in chosen if field in message or field.replace("_", "-") in message]
+    assert any(_shown(chosen[field], message) for field in told), (chosen, message)
+    return kind
+
+
+@pytest.mark.parametrize("name", sorted(FIELDS))
+def test_what_is_wrong_is_told_and_what_is_right_goes_on(name, capsys):
+    found = collections.Counter()
+
+    @settings(max_examples=200, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @given(options(name))
+    def check(chosen):
+        found[judge(name, chosen, capsys)] += 1
+
+    check()
+    assert found["wrong"] > 20 and found["right"] > 20, found
+
+
+PAIRS = [
+    ("sinusoid", {"methods": "steady", "inner_rate": "0.1"}),
+    ("navigation", {"outer": "promp", "kl_limit": "0.02"}),
+    ("navigation", {"outer": "trpo", "outer_rate": "0.02"}),
+    ("navigation", {"outer": "promp", "curvature_tasks": "2"}),
+    ("locomotion", {"tasks": "2", "curvature_tasks": "3"}),
+    ("navigation", {"methods": "random", "inner_rate": "0.2"}),
+    ("locomotion", {"methods": "oracle", "inner_loss": "lvc"}),
+    ("omniglot", {"preset": "5w1s", "net": "conv"}),
+    ("omniglot", {"shots": "10", "queries": "11"}),
+    ("omniglot", {"tasks": "6", "tasks_at_once": "2"}),
+    ("miniimagenet", {"net": "mlp", "normalisation": "instance"}),
+    ("miniimagenet", {"method": "pretrained", "normalisation": "running"}),
+    ("miniimagenet", {"method": "imaml", "order": "1"}),
+    ("omniglot", {"method": "reptile", "normalisation": "running"}),
+    ("miniimagenet", {"method": "pretrained", "inner_steps": "3"}),
+]
+
+
+@pytest.mark.parametrize("name, chosen", PAIRS)
+def test_each_pair_that_contradicts_is_told(name, chosen, capsys):
+    assert judge(name, chosen, capsys) == "contradicting"
+    for field, text in chosen.items():  # Each alone is right, or is so with what the other is by default.
+        assert judge(name, {field: text}, capsys) == "right" or field in ("outer_rate", "curvature_tasks")
+
+
+def test_fewer_steps_than_are_done_are_told_before_anything_is_written(tmp_path):
+    done = tmp_path / "checkpoints" / "maml-0" / "7"
+    done.mkdir(parents=True)
+    options = {"steps": 5, "workdir": tmp_path}
+    for prepare in (
+        lambda: sinusoid.prepare(sinusoid.Config(**options)),
+        lambda: reinforcement.prepare(reinforcement.Config(**options), navigation.problem()),
+        lambda: few_shot.check_workdir(*omniglot.settle(omniglot.Config(**options))),
+    ):
+        with pytest.raises(OSError, match="maml-0 has 7 meta-steps behind it, more than the 5"):
+            prepare()
+    assert not (tmp_path / "run.json").exists() and [*done.parent.iterdir()] == [done]
+
+
+def _shown(text, message):
+    """Whether the message says what was given, be it as a number or as it was typed."""
+    if text.strip() in message:
+        return True
+    try:
+        return f"{float(text):g}" in message
+    except ValueError:
+        return False
+
+
+def test_every_number_of_the_options_is_looked_at():
+    """A new option has to be said here, too."""
+    for name, config in CONFIGS.items():
+        numbers = {field.name for field in dataclasses.fields(config) if "int" in str(field.type) or "float" in str(field.type)}  # fmt: skip # noqa: E501
+        assert numbers - {"test_rates"} <= FIELDS[name].keys(), name

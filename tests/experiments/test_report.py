@@ -1,0 +1,165 @@
+"""The page of a run holds what the run recorded, needs nothing else, and says what is not there."""
+
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from helpers.commands import launch
+
+from experiments import report
+from maml_jax.runs.directory import RunDirectory
+from maml_jax.runs.files import WorkdirError
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two runs of different lengths, of two seeds each, with a picture."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, steps in (("short", 200), ("long", 400)):
+        run = RunDirectory(folder / name, name, {"steps": steps, "seeds": [0, 1]})
+        for seed in (0, 1):
+            for step in range(50, steps + 1, 50):
+                run.log(method="maml", seed=seed, step=step, loss=(1 + seed) / step)
+        run.write_results({"rows": []})
+        report.plots.training(run.path / "curves.png", {"loss": {"a": ([1, 2], [2.0, 1.0])}})
+        run.close()
+    return folder
+
+
+def test_from_beginning_to_end(runs):
+    done = launch("experiments.report", "short", "long", "--output", "page.html", cwd=runs)
+    assert done.returncode == 0, done.stderr
+    page = (runs / "page.html").read_text()
+    assert not re.search(r"(src|href)=.(?!data:)", page)  # Opens with no network.
+    assert re.search(r"<td>steps</td><td><code>200</code></td><td><code>400</code></td>", page)
+    assert "<td>seeds</td>" not in page.split("Training")[0]  # In which they do not differ.
+    for name in ("short", "long"):
+        assert page.count(f"<h2>{name}</h2>") == 1
+    assert len(re.findall("data:image/png;base64,", page)) == 1 + 2 * len(list((runs / "short").glob("*.png")))
+
+
+ASKED = """<script>addEventListener("load", () => {
+  document.title = JSON.stringify([...document.images].map(image => [image.complete, image.naturalWidth]));
+});</script>"""
+
+
+def test_a_browser_shows_all_plots_and_complains_of_nothing(runs, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("There is no chromium to open the page with.")
+    html = report.html([report.read(runs / name) for name in ("short", "long")])
+    page = tmp_path / "page.html"
+    page.write_text(html.replace("</body>", f"{ASKED}</body>"))
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND",
+               f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=5000",
+               "--dump-dom", page.as_uri()]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert ":CONSOLE" not in done.stderr, done.stderr
+    shown = json.loads(re.search("<title>(.*)</title>", done.stdout)[1])
+    assert len(shown) == html.count("<img ") == 3
+    assert all(complete and width > 100 for complete, width in shown)
+
+
+def test_curves_are_the_metrics(runs):
+    (run,) = [report.read(runs / "short")]
+    curves = report.training_curves([run])
+    rows = [json.loads(line) for line in (runs / "short" / "metrics.jsonl").read_text().splitlines()]
+    for seed in (0, 1):
+        expected = [(row["step"], row["loss"]) for row in rows if row["seed"] == seed]
+        (line,) = [line for name, line in curves["loss"].items() if name.endswith(f"seed {seed}")]
+        np.testing.assert_array_equal(np.transpose(line), expected)
+    # With a second run, whose each line is.
+    both = report.training_curves([run, report.read(runs / "long")])
+    assert {name.split(",")[0] for name in both["loss"]} == {"short", "long"}
+
+
+def test_the_picture_shows_every_line(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plt, "close", lambda figure: drawn.append(figure))
+    lines = {"first": ([1, 2, 3], [3.0, 2.0, 1.0]), "second": ([1, 2], [5.0, 4.0])}
+    report.plots.training(io.BytesIO(), {"loss": lines, "accuracy": {"second": ([2], [0.5])}})
+    loss, accuracy = drawn[0].axes
+    assert [list(line.get_ydata()) for line in loss.lines] == [[3, 2, 1], [5, 4]]
+    assert accuracy.lines[0].get_color() == loss.lines[1].get_color()
+    monkeypatch.undo()
+    plt.close("all")
+
+
+def test_a_run_that_is_at_work(runs, tmp_path, capsys):
+    """No results yet, and a last line that is half written."""
+    for name in ("run.json", "metrics.jsonl"):
+        (tmp_path / name).write_bytes((runs / "short" / name).read_bytes())
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 10')
+    run = report.read(tmp_path)
+    assert run.results is None and len(run.rows) == len(report.read(runs / "short").rows)
+    assert "not whole yet" in capsys.readouterr().out
+    assert "Not finished." in report.html([run])
+
+
+def test_accuracy_over_inner_steps_and_cost(tmp_path):
+    made_by = {
+        "started": "2026-01-01T10:00:00Z",
+        "finished": "2026-01-01T13:00:00Z",
+        "hardware": "abacus",
+        "commit": "c",
+    }
+    made_by["earlier_starts"] = [{"started": "2026-01-01T08:00:00Z", "until": "2026-01-01T09:30:00Z"}]
+    summary = {"accuracy": [20.0, 90.0], "half_width": [1.0, 2.0]}
+    content = {"made_by": made_by, "config": {"ways": 5}, "test": {"queries together": summary}}
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    run = report.read(tmp_path)
+    assert report.cost(run) == ["Finished. 4.50 hours, in 2 starts.", "On abacus, commit c."]
+    page = report.html([run, run._replace(config={"shots": None, "workdir": "elsewhere"})])
+    assert "Accuracy over inner steps" in page
+    assert "<td>ways</td><td><code>5</code></td><td><code></code></td>" in page
+    assert "<td>shots</td><td><code></code></td><td><code>null</code></td>" in page
+    assert "<td>workdir</td>" not in page.split("<h2>Accuracy")[0]
+
+
+def test_names_and_options_are_text(tmp_path):
+    """Neither HTML nor formulas; two runs of one name are told apart, and lines that are no training left out."""
+    paths = [tmp_path / folder / "<b>$x$" for folder in ("first", "second")]
+    for number, path in enumerate(paths):
+        path.mkdir(parents=True)
+        (path / "run.json").write_text(
+            json.dumps({"name": "x", "config": {"<i>": f"<script>{number}"}, "starts": [{}]})
+        )
+        (path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": null, "loss": 3.0}\n{"round": 1}\n')
+    runs = report.read_all(paths)
+    assert report.training_curves(runs)["loss"] == {str(path): ([1], [2.0]) for path in paths}
+    page = report.html(runs)
+    assert not {"<b>", "<i>", "<script>"} & set(re.findall("<[^>]*>", page.split("<body>")[1]))
+    (paths[0] / "metrics.jsonl").write_text("[]\n")
+    with pytest.raises(WorkdirError, match="a line of it is no JSON object"):
+        report.read_all(paths)
+
+
+def test_a_finished_run_that_is_at_work_again():
+    run = report.Run(
+        Path("x"), "x", {}, [{"started": "2026-01-01T08:00:00Z", "until": "2026-01-01T09:00:00Z"}], [], None
+    )
+    run = run._replace(results={"made_by": {"finished": "2026-01-01T09:00:00Z"}})
+    assert report.cost(run) == ["Finished. 1.00 hours."]
+    again = run._replace(starts=[*run.starts, {"started": "2026-01-02T08:00:00Z"}])
+    assert report.cost(again)[0].startswith("At work again, with more to do") and "1.00 hours" in report.cost(again)[0]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [(None, "holds no run: there is neither a run.json nor a results.json"), ("{", "run.json cannot be read")],
+)
+def test_what_is_no_run(content, message, tmp_path):
+    if content is not None:
+        (tmp_path / "run.json").write_text(content)
+    done = launch("experiments.report", str(tmp_path))
+    assert done.returncode == 2 and message in done.stderr and str(tmp_path) in done.stderr
+    assert not (tmp_path / "report.html").exists()

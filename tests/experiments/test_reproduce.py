@@ -1,0 +1,171 @@
+"""The processes that run the table's rows: what is finished, fails, is over its budget or ended by a signal."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers.made_up_runs import ROOT, made_up, start
+
+from experiments import reproduce
+from experiments.table import rows
+
+STUB = """
+import json, pathlib, signal, sys, time
+workdir, behaviour, results = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+workdir.mkdir(exist_ok=True)
+(workdir / "metrics.jsonl").write_text('{"step": 40}\\n')
+with open(workdir.parent / "order", "a") as file:
+    file.write(workdir.name + "\\n")
+def stop(*_):
+    (workdir / "saved").touch()
+    sys.exit(143)
+if behaviour == "fails":
+    sys.exit("one\\nerror: the loss is nan")
+if behaviour in ("hangs", "stubborn"):
+    signal.signal(signal.SIGTERM, stop if behaviour == "hangs" else signal.SIG_IGN)
+    (workdir / "ready").touch()
+    time.sleep(60)
+(workdir / "results.json").write_text(pathlib.Path(results).read_text())
+"""
+
+
+@pytest.fixture
+def stub(tmp_path, monkeypatch):
+    """Runs a small program in place of the experiments; gives a function that sets what each row does."""
+    program, behaviours = tmp_path / "stub.py", {}
+    program.write_text(STUB)
+
+    def command(config, row, seed):
+        name = f"{row.name}-seed{seed}"
+        if not (tmp_path / "made" / name).exists():
+            made_up(tmp_path / "made" / name, row.name, seed, config.steps or row.steps, queries_one_by_one=0.8)
+        results = tmp_path / "made" / name / "results.json"
+        return [
+            sys.executable,
+            str(program),
+            str(config.workdir / name),
+            behaviours.get(row.name, "ends"),
+            str(results),
+        ]
+
+    monkeypatch.setattr(reproduce, "command", command)
+    return behaviours.update
+
+
+def test_a_row_that_fails_stops_no_other_and_what_is_finished_is_skipped(stub, tmp_path, capfd):
+    chosen = ("omniglot-5w1s", "omniglot-5w1s-order1")
+    stub({"omniglot-5w1s": "fails"})
+    with pytest.raises(SystemExit) as end:
+        start(tmp_path, rows=chosen, steps=100, seeds=(0, 1))
+    assert end.value.code == 1
+    told = capfd.readouterr().out
+    assert "omniglot-5w1s-seed1: failed with status 1:\n  one\n  error: the loss is nan\n" in told
+    assert "omniglot-5w1s-order1-seed1: finished\n" in told
+    order = tmp_path / "work" / "order"
+    expected = [
+        "omniglot-5w1s-seed0",
+        "omniglot-5w1s-order1-seed0",
+        "omniglot-5w1s-seed1",
+        "omniglot-5w1s-order1-seed1",
+    ]
+    assert order.read_text().split() == expected
+    text = (tmp_path / "work" / "index.html").read_text()
+    assert "100 of 60,000 meta-steps" in text and "in training, 40 of 60,000" in text
+
+    order.unlink()
+    stub({"omniglot-5w1s": "ends"})
+    start(tmp_path, rows=chosen, steps=100, seeds=(0, 1))
+    assert order.read_text().split() == ["omniglot-5w1s-seed0", "omniglot-5w1s-seed1"]
+    assert "omniglot-5w1s-order1-seed0: finished before" in capfd.readouterr().out
+    order.unlink()
+    start(tmp_path, rows=chosen[:1], steps=200)  # A longer schedule is not finished yet.
+    assert order.read_text().split() == ["omniglot-5w1s-seed0"]
+
+
+def test_any_images_are_finished_only_where_they_are_the_same(tmp_path):
+    made_up(tmp_path / "images-5w1s-seed0", "images-5w1s", steps=100)
+    places = {"rows": ("images-5w1s",), "steps": 100, "workdir": tmp_path}
+    same = rows.EXPERIMENTS["miniimagenet"].Config().data_dir
+    for images, seen, finished in (
+        (same, "together", True),
+        (tmp_path, "together", False),
+        (same, "both", False),  # The evaluation of the queries one by one is missing.
+    ):
+        _, (job,) = reproduce.prepare(reproduce.Config(image_dir=images, seen=seen, list=True, **places))
+        assert job.finished == finished and ("--seen together" in str(job)) == (seen == "together")
+
+
+def test_at_the_end_of_the_budget_the_run_saves_and_the_rest_is_left(stub, tmp_path, capfd):
+    stub({"omniglot-5w1s-order1": "hangs"})
+    begun = time.monotonic()
+    start(tmp_path, rows=("omniglot-5w?s-order1",), hours=3 / 3600)
+    assert 3 <= time.monotonic() - begun < 20
+    told = capfd.readouterr().out
+    assert "omniglot-5w1s-order1-seed0: stopped after 40 of 60,000 meta-steps: the budget is over" in told
+    assert "; with --rows omniglot-5w1s-order1 --seeds 0 --steps 40 it ends there and is evaluated, if nothing" in told
+    assert "omniglot-5w5s-order1-seed0: not run: the budget is over" in told
+    assert (tmp_path / "work" / "omniglot-5w1s-order1-seed0" / "saved").exists()
+    assert not (tmp_path / "work" / "omniglot-5w5s-order1-seed0").exists()
+
+
+def test_a_run_that_ignores_the_signal_is_killed(stub, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(reproduce, "GRACE", 0.3)
+    stub({"omniglot-5w1s": "stubborn"})
+    with pytest.raises(SystemExit) as end:
+        start(tmp_path, rows=("omniglot-5w1s",), hours=3 / 3600)
+    assert end.value.code == 1 and "did not end within 0.3 s" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_and_then_the_program(number, tmp_path):
+    """A real process: its run is saved by one SIGTERM, the page is rendered, and the status is 128 + the signal."""
+    work = tmp_path / "work"
+    (tmp_path / "stub.py").write_text(STUB)
+    program = (
+        "import sys; from experiments import command_line, reproduce\n"
+        "def stub(config, row, seed):\n"
+        f"    return [sys.executable, {str(tmp_path / 'stub.py')!r}, str(config.workdir / row.name), 'hangs', '-']\n"
+        "reproduce.command = stub\n"
+        "command_line.run(reproduce.Config, reproduce.prepare, reproduce.main)"
+    )
+    options = ["--rows", "omniglot-5w1s", "omniglot-5w5s", "--data-dir", tmp_path, "--workdir", work]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *map(str, options)], env=environment, cwd=tmp_path, text=True,
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    until = time.monotonic() + 60
+    while not (work / "omniglot-5w1s" / "ready").exists():
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    os.killpg(process.pid, number)  # As Ctrl-C does.
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "Traceback" not in told
+    assert (work / "omniglot-5w1s" / "saved").exists() and not (work / "omniglot-5w5s").exists()
+    assert (work / "index.html").exists()
+
+
+BAD = [
+    ({"rows": ("omniglot-5w1z",)}, "none is called 'omniglot-5w1z'; near are omniglot-5w1s, omniglot-5w5s"),
+    ({"rows": ()}, "at least one row"),
+    ({"steps": 0}, "steps must be an integer of at least 1, but got 0"),
+    ({"hours": float("nan")}, "hours must be positive and finite"),
+    ({"seeds": (1, 1)}, r"must be different from each other, but got 1, 1"),
+    ({"seeds": (-1,)}, "seeds must be an integer of at least 0, but got -1"),
+    ({"rows": ("images-*",), "image_dir": Path("nowhere")}, "image_dir: nowhere does not exist, and images-5w1s needs"),
+    ({"results": (Path("nowhere"),)}, "there is no folder nowhere"),
+    ({"readme": ROOT / "README.md"}, "give a folder of runs"),
+    ({"readme": ROOT / "setup.cfg", "results": (ROOT / "results",)}, "once each, in this order"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD)
+def test_bad_options_end_before_anything_starts(options, message, tmp_path):
+    config = reproduce.Config(**{"data_dir": tmp_path, "workdir": tmp_path / "work", **options})
+    with pytest.raises(ValueError, match=message):
+        reproduce.prepare(config)
+    assert not (tmp_path / "work").exists()

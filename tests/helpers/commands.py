@@ -1,0 +1,54 @@
+"""Starts commands as processes, as a user does."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import maml_jax
+
+ROOT = Path(maml_jax.__file__).parents[1]
+
+
+def start(stack, compiled, processes, devices, *command, folders=None):
+    """The same command in several processes with so many devices each, and working directories of their own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
+        "JAX_COMPILATION_CACHE_DIR": str(compiled),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    started = []
+    for number in range(processes):
+        arguments = [str(part).format(port=port, processes=processes, process=number) for part in command]
+        child = subprocess.Popen(
+            [sys.executable, "-u", *arguments],
+            cwd=folders and folders[number],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        started.append(stack.enter_context(child))
+        stack.callback(child.kill)
+    return started
+
+
+def ended(processes):
+    """What each wrote to standard error, and their statuses."""
+    told = [child.communicate(timeout=120)[1] for child in processes]
+    return told, [child.returncode for child in processes]
+
+
+def launch(*args, cwd=None, timeout=300):
+    """Runs `python -m experiments...` from the root of the checkout, as the README does."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # As many devices as the experiment itself sees fit.
+    environment["XLA_FLAGS"] = environment["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=2", "")
+    command = [sys.executable, "-m", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd or ROOT, env=environment, timeout=timeout)

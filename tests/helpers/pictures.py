@@ -1,0 +1,63 @@
+"""Small image collections in files."""
+
+import io
+import zipfile
+
+import numpy as np
+from PIL import Image
+
+from maml_jax.tasks import image_sources
+
+CLASSES = {"train": ("ant", "bee"), "val": ("cat",), "test": ("dog", "elk")}
+
+
+SIZES = {"ant": 3, "bee": 2, "cat": 2, "dog": 4, "elk": 2}
+
+
+def png(seed, mode="RGB", size=(9, 7)):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(file, "TIFF" if mode == "CMYK" else "PNG")
+    return file.getvalue()
+
+
+def write(root, files):
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return root
+
+
+def small(inside="images/{label}/{label}{number}.png", listed="{label}/{label}{number}.png", lists="splits/"):
+    """A data set with CSVs: from file name to content."""
+    files = {}
+    for split, labels in CLASSES.items():
+        rows = ["filename,label"]
+        for label in reversed(labels):
+            for number in reversed(range(SIZES[label])):
+                files[inside.format(label=label, number=number)] = png(100 * len(label) + 10 * ord(label[0]) + number)
+                rows.append(listed.format(label=label, number=number) + f",{label}")
+        files[f"{lists}{split}.csv"] = "\n".join(rows) + "\n"
+    return files
+
+
+def class_folders():
+    of = {label: split for split, labels in CLASSES.items() for label in labels}
+    files = small("{label}/{label}{number}.png")
+    return {f"{of[name.split('/')[0]]}/{name}": content for name, content in files.items() if name.endswith("png")}
+
+
+def zipped(path, files, **options):
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+def same(first, second):
+    assert first.names == second.names and first.sha256 == second.sha256
+    for split in image_sources.SPLITS:
+        a, b = getattr(first, split), getattr(second, split)
+        assert a.counts == b.counts
+        np.testing.assert_array_equal(a.images, b.images)

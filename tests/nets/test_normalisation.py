@@ -1,0 +1,138 @@
+"""Each normalisation takes its statistics from what its name says, and nothing else reaches an example."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers.model_zoo import drawn_params
+
+import maml_jax
+from maml_jax import Task, losses
+from maml_jax.algorithms import per_step, running_statistics
+from maml_jax.nets import models
+from maml_jax.nets.normalisation import NEEDS_CONTEXT, Norm
+
+X = np.random.default_rng(0).standard_normal((6, 5, 4, 32)) * 3 + 1
+SUPPORT = 4  # Of the six.
+
+
+def normalised(kind, x=X, support=None, **params):
+    variables = {"params": {"offset": jnp.arange(32.0), **params}}
+    return Norm(kind).apply(variables, x, support) - jnp.arange(32.0)
+
+
+def by(mean, variance):
+    return (X - mean) / np.sqrt(variance + 1e-3)
+
+
+def over(axes, x=X):
+    return x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
+
+
+GROUPS = X.reshape(6, 5, 4, 2, 16)
+EXPECTED = {
+    "batch": by(*over((0, 1, 2))),
+    "support": by(*over((0, 1, 2), X[:SUPPORT])),
+    "instance": by(*over((1, 2))),
+    "layer": by(*over((1, 2, 3))),
+    "group": by(*(leaf.repeat(16, -1).reshape(6, 1, 1, 32) for leaf in over((1, 2, 4), GROUPS))),
+}
+
+
+@pytest.mark.parametrize("kind", EXPECTED)
+def test_statistics_are_what_the_name_says(kind, x64):
+    np.testing.assert_allclose(normalised(kind, support=SUPPORT), EXPECTED[kind], rtol=1e-9, atol=1e-12)
+    params = Norm(kind).init(jax.random.key(0), X)["params"]
+    assert jax.tree.map(jnp.shape, params) == {"offset": (32,)}
+
+
+def test_tasknorm_mixes_support_and_example_in_a_learned_share(x64):
+    """Bronskill et al. 2020, equation 7, and its limits."""
+    scale, shift = 0.3, -0.7
+    share = 1 / (1 + np.exp(-(scale * SUPPORT + shift)))
+    (mean_s, var_s), (mean_e, var_e) = over((0, 1, 2), X[:SUPPORT]), over((1, 2))
+    mean = share * mean_s + (1 - share) * mean_e
+    variance = share * (var_s + (mean_s - mean) ** 2) + (1 - share) * (var_e + (mean_e - mean) ** 2)
+    got = normalised("tasknorm", support=SUPPORT, share_scale=scale, share_shift=shift)
+    np.testing.assert_allclose(got, by(mean, variance), rtol=1e-9, atol=1e-12)
+    for shift, kind in ((40.0, "support"), (-40.0, "instance")):
+        got = normalised("tasknorm", support=SUPPORT, share_scale=0.0, share_shift=shift)
+        np.testing.assert_allclose(got, EXPECTED[kind], rtol=1e-9, atol=1e-12)
+
+
+NETS = {
+    "strided": lambda kind: (models.ConvNet(3, 16, normalisation=kind), (12, 12, 1)),
+    "pooled": lambda kind: (models.ConvNet(3, 16, True, kind), (16, 16, 2)),
+    "no convolutions": lambda kind: (models.MLP((16, 16), 3, kind), (6,)),
+}
+
+
+@pytest.mark.parametrize(
+    ("net", "kind"),
+    [("strided", "batch"), ("strided", "layer"), ("strided", "tasknorm"), ("pooled", "tasknorm"), ("pooled", "batch"),
+     ("no convolutions", "support")],
+)  # fmt: skip
+def test_queries_see_each_other_only_in_the_batch_at_hand(net, kind, x64):
+    net, shape = NETS[net](kind)
+    random = np.random.default_rng(1)
+    support, queries = random.standard_normal((3, *shape)), random.standard_normal((4, *shape))
+    params = drawn_params(net, queries[:1])
+    apply = jax.jit(models.apply_params(net))
+    together = apply(params, queries, support)
+    alone = jnp.concatenate([apply(params, query[None], support) for query in queries])
+    assert np.allclose(together, alone, rtol=1e-9) == (kind != "batch")
+    # And the support set is seen where it is to be.
+    other = apply(params, queries, support + random.standard_normal(support.shape))
+    assert np.allclose(together, other, rtol=1e-9) == (kind not in NEEDS_CONTEXT)
+    # The support set itself is normalised as in the inner loop, by what it is.
+    np.testing.assert_allclose(apply(params, support, support), apply(params, support), rtol=1e-9)
+
+
+def test_queries_in_context_reach_the_net(x64):
+    net, shape = NETS["no convolutions"]("support")
+    random = np.random.default_rng(2)
+    task = Task(
+        (random.standard_normal((3, *shape)), jnp.arange(3)),
+        (random.standard_normal((4, *shape)), jnp.array([0, 1, 2, 0])),
+    )
+    params = drawn_params(net, task.query[0])
+    apply = models.apply_params(net)
+    logits = apply(params, task.query[0], task.support[0])
+    query = losses.in_context(task).query
+    for loss_fn in (losses.cross_entropy(apply), losses.cross_entropy(losses.one_by_one(apply))):
+        loss = jax.jit(loss_fn)(params, query)[0]
+        np.testing.assert_allclose(loss, -jax.nn.log_softmax(logits)[jnp.arange(4), task.query[1]].mean(), rtol=1e-9)
+    assert abs(losses.cross_entropy(apply)(params, task.query)[0] - loss) > 1e-6
+
+
+def test_running_statistics_of_one_task_are_those_of_its_own_batch(x64):
+    """After each inner step; and with them queries are independent of each other."""
+    shape, random = (6,), np.random.default_rng(3)
+    task = Task(
+        (random.standard_normal((1, 3, *shape)), jnp.arange(3)[None]),
+        (random.standard_normal((1, 4, *shape)), jnp.array([[0, 1, 2, 0]])),
+    )
+    trained, judged = models.MLP((8, 8), 3, "batch"), models.MLP((8, 8), 3, "running")
+    params = drawn_params(trained, task.query[0][0])
+    loss_fn, judge = (losses.cross_entropy(models.apply_params(net)) for net in (trained, judged))
+    inner = maml_jax.sgd(0.5, steps=2, trainable=models.all_but_norms)
+    expected = maml_jax.maml(loss_fn, inner, optax.identity())
+    batch = jax.jit(expected.evaluate)(expected.init(params), task)
+
+    gather = jax.jit(lambda task: running_statistics.gather(trained, inner, loss_fn, params, (), task, steps=2))
+    gathered = gather(task)
+    per_step_inner = inner._replace(at_step=per_step.choose(models.norms_only))
+
+    def evaluated(judge):
+        learner = maml_jax.maml(loss_fn, per_step_inner, optax.identity(), query_loss_fn=judge)
+        return jax.jit(learner.evaluate)(learner.init(gathered), task)
+
+    same = evaluated(judge)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), same, batch)
+    alone = evaluated(losses.cross_entropy(losses.one_by_one(models.apply_params(judged))))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), alone, same)
+    # With statistics of two tasks it is neither's.
+    both = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf[:, ::-1] ** 2]), task)
+    gathered = gather(both)
+    assert np.abs(evaluated(judge).loss - batch.loss).max() > 1e-3

@@ -1,0 +1,113 @@
+"""An environment of Gymnasium, adapted, is the same family as the one written in JAX."""
+
+from functools import partial
+
+import gymnasium
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers.rl_cases import POLICY, compiled, perturbed
+
+import maml_jax
+from maml_jax.parallel.task_axis import task_mesh
+from maml_jax.rl.envs.gymnasium import from_gymnasium
+from maml_jax.rl.envs.navigation import NEAR, STRIDE, check_goals, navigation
+from maml_jax.rl.meta_rl import draw_trials, maml_rl
+from maml_jax.rl.outer import policy_gradient
+
+HORIZON, RANGE = 6, 0.5
+
+
+class Walk(gymnasium.Env):
+    """2D navigation, with actions in other units, as a simulator that keeps its state."""
+
+    made = 0
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+    action_space = gymnasium.spaces.Box(np.array([-2.0, 0.0]), np.array([2.0, 1.0]), dtype=np.float64)
+
+    def __init__(self, near=NEAR):
+        Walk.made += 1
+        self.goal, self.near = None, near
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.position = np.zeros(2)
+        return self.position, {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        self.position = self.position + STRIDE * np.array([action[0] / 2, 2 * action[1] - 1])
+        away = self.position - self.goal
+        return self.position, -np.sqrt((away**2).sum()), bool((np.abs(away) < self.near).all()), False, {}
+
+
+def set_goal(env, goal):
+    env.goal = np.asarray(goal)
+
+
+def adapted(make=Walk, horizon=HORIZON, **options):
+    return from_gymnasium(make, set_goal, navigation().sample_tasks, horizon=horizon, **options)
+
+
+@pytest.mark.parametrize("mesh", [None, task_mesh(4)], ids=["one device", "two devices"])
+def test_a_meta_iteration_is_that_of_the_environment_in_jax(mesh, x64_everywhere):
+    found, made = [], Walk.made
+    for environment in (navigation(HORIZON), adapted(check_tasks=check_goals)):
+        learner = maml_rl(
+            environment, POLICY, maml_jax.sgd(0.1, steps=2), policy_gradient(optax.sgd(0.1)), episodes=3, mesh=mesh
+        )
+        state = learner.init(perturbed(POLICY))
+        step = compiled(learner.step)
+        for key in (1, 2):
+            state, info = step(state, draw_trials(environment, jax.random.key(key), 4))
+        found.append((state.params, info.loss, info.aux))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9), *found)
+    assert Walk.made - made == 4 * 3  # One for each episode at a time, used again by each inner step.
+
+
+def test_an_episode_that_ends_is_over(x64_everywhere):
+    """Near is wide here: episodes end by their goal, each at its time, and nothing of what follows counts."""
+    wide = adapted(partial(Walk, near=0.2), horizon=20)
+    learner = maml_rl(wide, POLICY, maml_jax.no_adaptation(), policy_gradient(optax.identity()), episodes=5)
+    evaluate = compiled(lambda state, key: learner.evaluate(state, draw_trials(wide, key, 6)))
+    summary = evaluate(learner.init(perturbed(POLICY)), jax.random.key(0)).aux
+    assert not summary.broken.any() and np.isfinite(summary.total).all()
+    assert (summary.length < 20).any()
+
+
+def test_the_simulator_of_a_broken_episode_is_used_again(x64_everywhere):
+    class Breaks(Walk):
+        def step(self, action):
+            position, *rest = super().step(action)
+            return np.where(position[0] > 0, np.nan, position), *rest
+
+    environment, made = adapted(Breaks), Walk.made
+    learner = maml_rl(environment, POLICY, maml_jax.no_adaptation(), policy_gradient(optax.identity()), episodes=6)
+    evaluate = compiled(lambda state, key: learner.evaluate(state, draw_trials(environment, key, 2)))
+    broken = [evaluate(learner.init(perturbed(POLICY)), jax.random.key(key)).aux.broken.sum() for key in range(4)]
+    assert min(broken) > 0 and Walk.made - made == 2 * 6 - 1  # One was made to be looked at.
+
+
+def test_errors():
+    for change, message in (
+        ({"action_space": gymnasium.spaces.Discrete(3)}, "action_space must be a Box, but got Discrete"),
+        ({"observation_space": gymnasium.spaces.Discrete(3)}, "observation_space must be a Box"),
+        ({"action_space": gymnasium.spaces.Box(-np.inf, 1, (2,))}, "action_space must have bounds"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            adapted(type("Other", (Walk,), change))
+    with pytest.raises(ValueError, match="horizon must be an integer of at least 1, but got 0"):
+        adapted(horizon=0)
+
+
+def test_an_error_of_a_simulator_is_told():
+    class Broken(Walk):
+        def step(self, action):
+            raise RuntimeError("a joint broke")
+
+    environment = adapted(Broken)
+    state = environment.reset(jax.random.key(0), jnp.zeros(2))
+    with pytest.raises(Exception, match="a joint broke"):
+        jax.block_until_ready(environment.step(state, jnp.zeros(2), jnp.zeros(2)))
