@@ -2,7 +2,7 @@
 
     python -m experiments.benchmark
     python -m experiments.benchmark --workloads omniglot-5w1s --against torch
-    python -m experiments.benchmark --workloads transformer --checkpoints none step mixed --inner-steps 1 4 16 32
+    python -m experiments.benchmark --workloads transformer --remat none full mixflow --inner-steps 1 4 16 32
 
 Every variant is measured in a process of its own, the variants in turn, and that several times over, so
 that what the machine does meanwhile falls on all of them. Writes a table, results.json and benchmark.png.
@@ -27,7 +27,7 @@ from experiments.benchmarks.measure import Variant
 from experiments.benchmarks.workloads import WORKLOADS, WorkloadName
 from experiments.shared import command_line, plots
 from maml_jax import validation
-from maml_jax.inner import Checkpoint
+from maml_jax.inner import Remat
 from maml_jax.nets.convolution import ImplementationName
 from maml_jax.parallel.backend import cores
 from maml_jax.runs.directory import RunDirectory
@@ -46,9 +46,9 @@ class Config:
     """Second and first order."""
     inner_steps: tuple[int, ...] = ()
     """Inner steps; default: the paper's for each workload."""
-    checkpoints: tuple[Checkpoint, ...] = ("none",)
+    remat: tuple[Remat, ...] = ("none",)
     """What of the inner steps is kept, for second order."""
-    tasks_at_once: tuple[int, ...] = ()
+    task_batch_size: tuple[int, ...] = ()
     """Tasks computed together on a device, 0 for all; default: what suits the backend and the model."""
     implementations: tuple[ImplementationName, ...] = ()
     """Implementations of the convolution; default: what suits the backend and the shapes."""
@@ -73,8 +73,8 @@ class Config:
             self.workloads,
             self.orders,
             self.inner_steps or (None,),
-            self.checkpoints,
-            [count or "all" for count in self.tasks_at_once] or (None,),
+            self.remat,
+            [count or "all" for count in self.task_batch_size] or (None,),
             self.implementations or (None,),
             self.dtypes,
             self.devices or (None,),
@@ -83,7 +83,7 @@ class Config:
         for values in product:
             variant = Variant(*values)
             if variant.order == 1:  # Keeps nothing of the inner steps.
-                variant = dataclasses.replace(variant, checkpoint="none")
+                variant = dataclasses.replace(variant, remat="none")
             if variant.workload not in workloads.IMAGES:
                 variant = dataclasses.replace(variant, implementation=None)
             found[variant] = None
@@ -91,13 +91,13 @@ class Config:
 
     def check(self) -> None:
         """Raises ValueError, naming the option, what was given and what is allowed."""
-        for name in ("workloads", "orders", "checkpoints", "dtypes"):
+        for name in ("workloads", "orders", "remat", "dtypes"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must name at least one, but got none.")
         for steps in self.inner_steps:
             validation.at_least("inner_steps", steps, 1)
-        for count in self.tasks_at_once:
-            validation.at_least("tasks_at_once", count, 0)
+        for count in self.task_batch_size:
+            validation.at_least("task_batch_size", count, 0)
         for count in self.devices:
             validation.at_least("devices", count, 1)
         validation.at_least("rounds", self.rounds, 1)
@@ -232,9 +232,9 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Second over first order in time, memory and operations, and the best peer over ours."""
     found = []
     for row in (row for row in rows if row["kind"] == "ours" and "ms" in row):
-        ratio: dict[str, Any] = {key: row[key] for key in ("workload", "order", "inner_steps", "checkpoint")}
-        ratio |= {key: row[key] for key in ("tasks_at_once", "implementation", "dtype", "devices")}
-        same = ("workload", "inner_steps", "tasks_at_once", "implementation", "dtype", "devices")
+        ratio: dict[str, Any] = {key: row[key] for key in ("workload", "order", "inner_steps", "remat")}
+        ratio |= {key: row[key] for key in ("task_batch_size", "implementation", "dtype", "devices")}
+        same = ("workload", "inner_steps", "task_batch_size", "implementation", "dtype", "devices")
         first = [o for o in rows if o["kind"] == "ours" and o["order"] == 1 and "ms" in o
                  and all(o[key] == row[key] for key in same)]  # fmt: skip
         if row["order"] == 2 and first:
@@ -258,8 +258,8 @@ def title(row: dict[str, Any]) -> str:
     parts += [f"{row['inner_steps']} inner steps"] if row["inner_steps"] else []
     if row["kind"] == "peer":
         return ", ".join([*parts, PEER_NAMES[row["peer"]]])
-    parts += [f"checkpoint {row['checkpoint']}"] if row["checkpoint"] != "none" else []
-    parts += [f"{row['tasks_at_once']} at once"] if row["tasks_at_once"] else []
+    parts += [f"remat {row['remat']}"] if row["remat"] != "none" else []
+    parts += [f"{row['task_batch_size']} at once"] if row["task_batch_size"] else []
     parts += [row["implementation"]] if row["implementation"] else []
     parts += [row["dtype"]] if row["dtype"] != "float32" else []
     parts += [f"{row['devices']} devices"] if row["devices"] else []

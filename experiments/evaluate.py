@@ -18,7 +18,7 @@ import tyro
 from experiments.few_shot import classifier
 from experiments.few_shot import options as few_shot
 from experiments.few_shot.classifier import Classifier
-from experiments.few_shot.options import Prepared, QueriesSeen, Split
+from experiments.few_shot.options import Prepared, QueryMode, Split
 from experiments.shared import command_line, plots
 from experiments.table.rows import EXPERIMENTS
 from maml_jax import evaluation, validation
@@ -51,7 +51,7 @@ class Config:
     """Query examples per class."""
     steps: int = few_shot.TEST_STEPS
     """Inner steps, of which all from 0 are shown."""
-    at_step: int | None = None
+    compare_step: int | None = None
     """Inner step at which models are compared; default: that after which the first was the best, or the last."""
     inner_rate: float | None = None
     """Inner step size for the mean cross-entropy; without effect on learned rates, and refused there."""
@@ -96,8 +96,8 @@ def prepare(config: Config) -> tuple[Config, list[Model]]:
         validation.seed("seed", config.seed)
     if config.output is not None:
         command_line.check_output(config.output)
-    if config.at_step is not None and not 0 <= config.at_step <= config.steps:
-        raise ValueError(f"at_step must be from 0 to steps, {config.steps}, but got {config.at_step}.")
+    if config.compare_step is not None and not 0 <= config.compare_step <= config.steps:
+        raise ValueError(f"compare_step must be from 0 to steps, {config.steps}, but got {config.compare_step}.")
     prepared: dict[str, Prepared] = {}
     models = [load(path, config, prepared) for path in config.models]
     first = models[0]
@@ -118,7 +118,7 @@ def prepare(config: Config) -> tuple[Config, list[Model]]:
 
 def told(config: Config, model: Model) -> evaluation.Protocol:
     """What an evaluation says of how the model learns."""
-    learned = bool(jax.tree.leaves(model.state.rates))
+    learned = bool(jax.tree.leaves(model.state.inner_params))
     return protocol(config, model)._replace(inner_rate=None if learned else model.prepared.setting.inner_rate)
 
 
@@ -132,7 +132,7 @@ def load(path: Path, config: Config, known: dict[str, Prepared]) -> Model:
     about = content.description
     if about.get("experiment") not in EXPERIMENTS:
         raise ValueError(f"{path} is not a few-shot classifier: it says of itself {about.get('experiment')!r}.")
-    if config.inner_rate is not None and jax.tree.leaves(content.rates):
+    if config.inner_rate is not None and jax.tree.leaves(content.inner_params):
         raise ValueError(f"inner_rate cannot be given for {path}: its rates are learned.")
     trained_with = about["config"]["normalisation"]
     wanted = config.normalisation or trained_with
@@ -166,8 +166,8 @@ def main(prepared: tuple[Config, list[Model]]) -> dict[str, Any]:
     config, models = prepared
     made_by = provenance()  # Now: the checkout may have moved on by the end.
     groups = [models] if config.ensemble else [[model] for model in models]
-    seen: tuple[QueriesSeen, ...] = ("together", "one by one") if config.seen == "both" else (config.seen,)
-    step = min(config.steps, models[0].selected_after) if config.at_step is None else config.at_step
+    seen: tuple[QueryMode, ...] = ("together", "one by one") if config.seen == "both" else (config.seen,)
+    step = min(config.steps, models[0].selected_after) if config.compare_step is None else config.compare_step
     rows: dict[str, Any] = {}
     first: dict[str, evaluation.Results] = {}
     for group in groups:
@@ -193,7 +193,7 @@ def protocol(config: Config, model: Model) -> evaluation.Protocol:
     return classifier.protocol(model.prepared, config.split, config.tasks, model.prepared.config.seed)
 
 
-def evaluate(config: Config, models: list[Model], seen: QueriesSeen) -> evaluation.Results:
+def evaluate(config: Config, models: list[Model], seen: QueryMode) -> evaluation.Results:
     """Of one model, or of the ensemble of several."""
     first = models[0]
     keys = dict(zip(("init", "train", "val", "test"), jax.random.split(jax.random.key(first.prepared.config.seed), 4)))

@@ -18,7 +18,7 @@ import optax
 
 import maml_jax
 from experiments.shared import command_line, plots
-from experiments.shared.command_line import LOOKS
+from experiments.shared.command_line import RUN_OPTIONS
 from maml_jax import losses, validation
 from maml_jax.nets import models
 from maml_jax.parallel import processes
@@ -45,7 +45,7 @@ MethodName = Literal["maml", "first_order", "pretrained", "oracle", "steady"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(command_line.Looks):
+class Config(command_line.RunOptions):
     """MAML on sine curves, by the paper's recipe."""
 
     steps: int = 70_000
@@ -161,7 +161,7 @@ def meta_train(config: Config, run: RunDirectory, name: MethodName, seed: int) -
     """Trains one net, or goes on where that stopped; logs and saves to `run`."""
     method = methods(config)[name]
     # One device is faster with so little to do; several processes are only for whom wants to see that they work.
-    mesh = task_mesh(method.tasks) if processes.several() else None
+    mesh = task_mesh(method.tasks) if processes.multiple() else None
     learner = maml_jax.maml(loss_fn, method.training, method.outer, step_weights=method.step_weights, mesh=mesh)
     init_key, task_key = jax.random.split(jax.random.key(seed))
     state = learner.init(net.init(init_key, jnp.zeros((1, 3 if method.told else 1)))["params"])
@@ -208,13 +208,13 @@ def evaluate(config: Config, method: Method, state: maml_jax.MetaState, shots: i
     }
 
 
-def harmless(config: Config) -> set[str]:
+def mutable_fields(config: Config) -> set[str]:
     """Options that may be others when a run goes on."""
     # Only the schedule of 'steady' depends on the number of steps.
-    return {"test_tasks", *LOOKS} | ({"steps"} if "steady" not in config.methods else set())
+    return {"test_tasks", *RUN_OPTIONS} | ({"steps"} if "steady" not in config.methods else set())
 
 
-GROWING = ("methods", "seeds")
+APPENDABLE_FIELDS = ("methods", "seeds")
 """Options that may get further entries when a run goes on: each is a training of its own."""
 
 
@@ -222,8 +222,8 @@ def run_of(config: Config) -> dict[str, Any]:
     """What a run directory is to know of the run."""
     return {
         "config": dataclasses.asdict(config),
-        "harmless": harmless(config),
-        "growing": GROWING,
+        "mutable_fields": mutable_fields(config),
+        "appendable_fields": APPENDABLE_FIELDS,
         "wandb": config.wandb,
     }
 
@@ -235,7 +235,7 @@ def prepare(config: Config) -> Config:
       ValueError, OSError: saying what is wrong and what to do.
     """
     config.check()
-    for name in config.methods if processes.several() else ():
+    for name in config.methods if processes.multiple() else ():
         task_mesh(methods(config)[name].tasks)  # Raises if they cannot be divided.
     RunDirectory.check(config.workdir, **run_of(config))
     check_steps(config.workdir, config.steps)
@@ -253,10 +253,10 @@ def main(config: Config) -> dict:
         for name in config.methods:
             method = methods(config)[name]
             states[name] = meta_train(config, run, name, seed)
-            for shots in TEST_SHOTS if processes.leads() else ():
+            for shots in TEST_SHOTS if processes.is_leader() else ():
                 result = evaluate(config, method, states[name], shots, jax.random.fold_in(test_key, shots))
                 rows.append({"method": name, "seed": seed, "shots": shots, **result})
-    if not processes.leads():
+    if not processes.is_leader():
         return {}
     results = {
         "config": dataclasses.asdict(config),

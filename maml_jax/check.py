@@ -15,7 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from maml_jax import validation
-from maml_jax.autodiff.finite_differences import Judge, cast, coarsest_type, judge_of, listed, norm, relative_difference
+from maml_jax.autodiff.finite_differences import (
+    GradientChecker,
+    cast,
+    coarsest_type,
+    gradient_checker,
+    listed,
+    norm,
+    relative_difference,
+)
 from maml_jax.inner import InnerLearner, adapted_part
 from maml_jax.meta import StepWeights, task_loss
 from maml_jax.types import LossFn, Params, Task
@@ -136,17 +144,17 @@ def check_meta_gradient(
             return MetaGradientReport((finite,))
         value, gradient = problem.value_and_grad(problem.start)
         coarsest = coarsest_type(jax.make_jaxpr(problem.meta_loss)(problem.start).jaxpr)
-        judge = judge_of(tolerance, coarsest, directions, seed)
+        checker = gradient_checker(tolerance, coarsest, directions, seed)
         findings = [
             finite,
-            _loss_gradient(judge, problem),
-            _value(judge, problem, value),
-            _meta_gradient(judge, problem, gradient),
+            _loss_gradient(checker, problem),
+            _value(checker, problem, value),
+            _meta_gradient(checker, problem, gradient),
         ]
         if np.isfinite(norm(gradient)):  # Else there is nothing to compare any more.
             findings += [
-                _jit(judge, problem, gradient),
-                _vmap(judge, problem, gradient),
+                _jit(checker, problem, gradient),
+                _vmap(checker, problem, gradient),
                 _order(problem, gradient),
                 _precision(problem, single, gradient, coarsest),
             ]
@@ -166,7 +174,7 @@ class _Problem:
     ):
         self.parts = (support_loss, objective, inner, params, tasks)
         self.inner, self.tasks = inner, tasks
-        self.start = (params, inner.init_rates(adapted_part(inner, params)))
+        self.start = (params, inner.init_inner_params(adapted_part(inner, params)))
 
         def of_task(meta_params: Any, task: Task) -> jax.Array:
             return objective(inner, meta_params, task)[0]
@@ -231,7 +239,7 @@ def _not_finite(tree: Any) -> str:
     return listed([path for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if not np.isfinite(leaf).all()])
 
 
-def _loss_gradient(judge: Judge, problem: _Problem) -> Finding:
+def _loss_gradient(checker: GradientChecker, problem: _Problem) -> Finding:
     """The inner gradient by itself, so that a fault in the loss is told from one in its second derivative."""
     params = problem.start[0]
     for task in _each_task(problem.tasks):  # The first that has a gradient: in one task a hinge may be at rest.
@@ -244,23 +252,23 @@ def _loss_gradient(judge: Judge, problem: _Problem) -> Finding:
             "The gradient of the support loss is zero along all parameters, so that the inner loop learns nothing. "
             "Look for stop_gradient, rounding or argmax, and whether the loss takes the parameters that it is given."
         )
-        return Finding("loss gradient", float("inf"), judge.tolerance, meaning)
-    error = judge.error(loss, params, gradient)
-    if error <= judge.tolerance:
+        return Finding("loss gradient", float("inf"), checker.tolerance, meaning)
+    error = checker.error(loss, params, gradient)
+    if error <= checker.tolerance:
         meaning = "jax.grad of the support loss is its derivative."
     else:
-        where = judge.culprits(loss, params, gradient)
+        where = checker.failing_leaves(loss, params, gradient)
         meaning = (
             f"jax.grad of the support loss is not its derivative{where}. Look for stop_gradient, rounding or a custom "
             "derivative in the loss and the model."
         )
-    return Finding("loss gradient", error, judge.tolerance, meaning)
+    return Finding("loss gradient", error, checker.tolerance, meaning)
 
 
-def _value(judge: Judge, problem: _Problem, value: jax.Array) -> Finding:
+def _value(checker: GradientChecker, problem: _Problem, value: jax.Array) -> Finding:
     alone = problem.loss(problem.start)
     error = float(abs(value - alone) / jnp.maximum(abs(alone), jnp.finfo(alone.dtype).tiny))
-    if error <= judge.tolerance:
+    if error <= checker.tolerance:
         meaning = "The meta-loss is the same with and without its gradient."
     else:
         meaning = (
@@ -268,21 +276,21 @@ def _value(judge: Judge, problem: _Problem, value: jax.Array) -> Finding:
             "with itself. The derivative of a maximum reduction is the usual cause; for max-pooling take "
             "maml_jax.nets.layers.max_pool."
         )
-    return Finding("value", error, judge.tolerance, meaning)
+    return Finding("value", error, checker.tolerance, meaning)
 
 
-def _meta_gradient(judge: Judge, problem: _Problem, gradient: Any) -> Finding:
+def _meta_gradient(checker: GradientChecker, problem: _Problem, gradient: Any) -> Finding:
     if norm(gradient) == 0:
         meaning = (
             "It is zero along all parameters, so that nothing is meta-learned. Look for stop_gradient, rounding or "
             "argmax in the query loss, and whether it takes the parameters that it is given."
         )
-        return Finding("meta-gradient", float("inf"), judge.tolerance, meaning)
-    error = judge.error(problem.loss, problem.start, gradient)
+        return Finding("meta-gradient", float("inf"), checker.tolerance, meaning)
+    error = checker.error(problem.loss, problem.start, gradient)
     if problem.inner.order == 1:
         meaning = "The inner learner is first order (order=1), an approximation: its slope is off by this much here."
-    elif error <= judge.tolerance:
-        meaning = f"It agrees with differences of the meta-loss along {judge.directions} random directions."
+    elif error <= checker.tolerance:
+        meaning = f"It agrees with differences of the meta-loss along {checker.directions} random directions."
         still = [path for path, leaf in jax.tree_util.tree_leaves_with_path(gradient) if not np.any(leaf)]
         if still:
             meaning += f" Along {listed(still)} it is zero, so that these are not meta-learned."
@@ -292,32 +300,32 @@ def _meta_gradient(judge: Judge, problem: _Problem, gradient: Any) -> Finding:
             "sqrt, log or norm needs care at zero."
         )
     else:
-        where = judge.culprits(problem.loss, problem.start, gradient)
+        where = checker.failing_leaves(problem.loss, problem.start, gradient)
         meaning = (
             f"It is not the derivative of the meta-loss{where}. If 'loss gradient' agrees, look for an operation whose "
             "second derivative is wrong, or a stop_gradient in the query loss or the inner optimizer."
         )
-    return Finding("meta-gradient", error, judge.tolerance, meaning)
+    return Finding("meta-gradient", error, checker.tolerance, meaning)
 
 
-def _jit(judge: Judge, problem: _Problem, gradient: Any) -> Finding:
+def _jit(checker: GradientChecker, problem: _Problem, gradient: Any) -> Finding:
     with jax.disable_jit():
         error = relative_difference(gradient, jax.grad(problem.meta_loss)(problem.start))
-    if error <= judge.tolerance:
+    if error <= checker.tolerance:
         meaning = "Compiled and not compiled it is the same."
     else:
         meaning = "Compiling changes it: a fault of the compiler, see 'value', or a loss with effects."
-    return Finding("jit", error, judge.tolerance, meaning)
+    return Finding("jit", error, checker.tolerance, meaning)
 
 
-def _vmap(judge: Judge, problem: _Problem, gradient: Any) -> Finding:
+def _vmap(checker: GradientChecker, problem: _Problem, gradient: Any) -> Finding:
     each = [problem.task_gradient(problem.start, task) for task in _each_task(problem.tasks)]
     error = relative_difference(gradient, jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *each))
-    if error <= judge.tolerance:
+    if error <= checker.tolerance:
         meaning = "Mapped over tasks it is the same as in a Python loop over them."
     else:
         meaning = "Mapped over tasks it differs from a Python loop over them: something in the loss changes under vmap."
-    return Finding("vmap", error, judge.tolerance, meaning)
+    return Finding("vmap", error, checker.tolerance, meaning)
 
 
 def _each_task(tasks: Task) -> list[Task]:

@@ -37,7 +37,7 @@ class Protocol(NamedTuple):
     """Step size for the mean loss; None where rates are learned or nothing is adapted."""
     normalisation: str
     """Of the net, see `normalisation.Normalisation`; 'none'."""
-    queries_seen: str
+    query_mode: str
     """'together' in one batch, or 'one by one'."""
     models: int = 1
     """How many are averaged, in their predicted probabilities."""
@@ -51,7 +51,7 @@ class Protocol(NamedTuple):
             f"{self.data}, {self.split} split ({self.classes} classes, sha256 {self.split_sha256[:12]}): {self.tasks} "
             f"tasks (seed {self.seed}) of {self.ways} ways, {self.shots} shots, {self.queries} queries per class, "
             f"rotations {self.rotations}; method {self.method}, 0 to {self.inner_steps} inner steps{rate}; "
-            f"normalisation {self.normalisation}, queries {self.queries_seen}{models}"
+            f"normalisation {self.normalisation}, queries {self.query_mode}{models}"
         )
 
     def same_tasks(self, other: "Protocol") -> bool:

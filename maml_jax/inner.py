@@ -15,21 +15,21 @@ import optax
 from jax import lax
 
 from maml_jax import validation
-from maml_jax.autodiff.forward_over_reverse import mixed_value_and_grad
-from maml_jax.autodiff.hoist import hoisted
+from maml_jax.autodiff.forward_over_reverse import forward_over_reverse
+from maml_jax.autodiff.hoist import hoist
 from maml_jax.autodiff.trees import Mask, combine, partition
-from maml_jax.types import AdaptInfo, Batch, LossFn, Params, Rates
+from maml_jax.types import AdaptInfo, Batch, InnerParams, LossFn, Params
 
-Checkpoint = Literal["none", "step", "mixed"]
-"""What is kept of each inner step for the second-order meta-gradient. 'none': all that it computed. 'step':
-where it began, and it is computed again. 'mixed': where it began, and its derivative is taken forwards
+Remat = Literal["none", "full", "mixflow"]
+"""What is kept of each inner step for the second-order meta-gradient. 'none': all that it computed. 'full':
+where it began, and it is computed again. 'mixflow': where it began, and its derivative is taken forwards
 over the gradient, not backwards (MixFlow-MG, Kemaev et al. 2025)."""
 
 
 Start = Callable[[Params, Batch], Params]
 """`(params, support) -> params` of the same structure and shapes, such as a head made from prototypes (`heads`)."""
 
-AtStep = Callable[[Params, jax.Array], Params]
+ParamsAtStep = Callable[[Params, jax.Array], Params]
 """`(params, step) -> params` as the loss takes them, such as one of several copies (`per_step`)."""
 
 LearnRates = Literal["parameter", "layer", "layer_step"]
@@ -41,21 +41,21 @@ class InnerLearner(NamedTuple):
     """How one task is learned, as a value. Build it with `sgd`, `unrolled`, `curvature.meta_curvature` or
     `no_adaptation`."""
 
-    optimizer: Callable[[Rates], optax.GradientTransformation]
+    optimizer: Callable[[InnerParams], optax.GradientTransformation]
     """The optimizer of the inner loop, given the meta-learned rates."""
-    init_rates: Callable[[Params], Rates]
-    """The rates before meta-training, from the adapted part of the parameters; `()` when none is learned."""
+    init_inner_params: Callable[[Params], InnerParams]
+    """The inner_params before meta-training, from the adapted part of the parameters; `()` when none is learned."""
     steps: int
     """Inner steps in meta-training; evaluation may take another number."""
     order: Literal[1, 2]
     """2 differentiates through the inner gradients; 1 treats them as constants."""
     trainable: Mask | None = None
     """Which parameters the inner loop adapts; None means all."""
-    checkpoint: Checkpoint = "none"
+    remat: Remat = "none"
     """What of the inner steps is kept for the meta-gradient."""
     start: Start | None = None
     """Where a task starts from, given the parameters and its support set; None: from the parameters as they are."""
-    at_step: AtStep | None = None
+    params_at_step: ParamsAtStep | None = None
     """What the loss is given of the parameters after so many steps; None: all, as they are."""
 
 
@@ -66,9 +66,9 @@ def sgd(
     order: Literal[1, 2] = 2,
     learn_rates: LearnRates | None = None,
     trainable: Mask | None = None,
-    checkpoint: Checkpoint = "none",
+    remat: Remat = "none",
     start: Start | None = None,
-    at_step: AtStep | None = None,
+    params_at_step: ParamsAtStep | None = None,
 ) -> InnerLearner:
     """Gradient descent, the inner update of MAML (Finn et al. 2017, section 2.2).
 
@@ -78,50 +78,50 @@ def sgd(
       steps: inner steps in meta-training, at least 1.
       order: 2 for the exact meta-gradient, 1 for the first-order approximation (FOMAML), which drops
         the derivative of the inner gradients.
-      learn_rates: meta-learn rates, starting from `learning_rate`, one for every 'parameter' (Meta-SGD),
+      learn_rates: meta-learn inner_params, starting from `learning_rate`, one for every 'parameter' (Meta-SGD),
         'layer', or 'layer_step' (MAML++; steps beyond those of training take the last step's).
       trainable: which parameters are adapted, as a pytree of bools or a function from the parameters
         to one. The others stay as they are in the inner loop, and are still meta-learned
         (ANIL, Raghu et al. 2020, adapts only the head).
-      checkpoint: what of the inner steps is kept for the second-order meta-gradient, which is the same:
-        'none' keeps everything; 'step' only where each step began, and computes the step again; 'mixed'
+      remat: what of the inner steps is kept for the second-order meta-gradient, which is the same:
+        'none' keeps everything; 'full' only where each step began, and computes the step again; 'mixflow'
         as little, and takes the derivative of the inner gradient forwards (MixFlow-MG, Kemaev et al.
-        2025), with the memory of one step and a copy of the parameters for each. With 'mixed' nothing is
+        2025), with the memory of one step and a copy of the parameters for each. With 'mixflow' nothing is
         differentiated through the aux of the support loss. What `step_weights` of `maml` add is kept in any case.
       start: where a task starts from, given parameters and support set, such as `heads.shared`.
-      at_step: what the loss is given of the parameters at each inner step, such as `per_step.choose`.
+      params_at_step: what the loss is given of the parameters at each inner step, such as `per_step.select_step`.
 
     Raises:
       ValueError: for a rate that is not positive and finite, fewer than 1 step, another order, and for
-        a checkpoint with order 1, which keeps nothing of the inner steps anyway. A mask is checked where it meets
+        a remat with order 1, which keeps nothing of the inner steps anyway. A mask is checked where it meets
         the parameters.
     """
     validation.positive("learning_rate", learning_rate)
     options: dict[str, Any] = {
         "order": order,
         "trainable": trainable,
-        "checkpoint": checkpoint,
+        "remat": remat,
         "start": start,
-        "at_step": at_step,
+        "params_at_step": params_at_step,
     }
     if not learn_rates:
         return unrolled(optax.sgd(learning_rate), steps=steps, **options)
     validation.one_of("learn_rates", learn_rates, get_args(LearnRates))
 
-    def init_rates(adapted: Params) -> Rates:
+    def init_inner_params(adapted: Params) -> InnerParams:
         shape = {"parameter": None, "layer": (), "layer_step": (steps,)}[learn_rates]
         return jax.tree.map(lambda leaf: jnp.full_like(leaf, learning_rate, shape=shape), adapted)
 
-    def scaled_by(rates: Rates) -> optax.GradientTransformation:
+    def scaled_by(inner_params: InnerParams) -> optax.GradientTransformation:
         def update(grads, step, params=None):
-            now = rates
+            now = inner_params
             if learn_rates == "layer_step":
-                now = jax.tree.map(lambda rate: rate[jnp.minimum(step, len(rate) - 1)], rates)
+                now = jax.tree.map(lambda rate: rate[jnp.minimum(step, len(rate) - 1)], inner_params)
             return jax.tree.map(lambda rate, g: -rate * g, now, grads), step + 1
 
         return optax.GradientTransformation(lambda params: jnp.zeros([], jnp.int32), update)
 
-    return inner_learner(scaled_by, init_rates, steps=steps, **options)
+    return inner_learner(scaled_by, init_inner_params, steps=steps, **options)
 
 
 def unrolled(optimizer: optax.GradientTransformation, *, steps: int, **options: Any) -> InnerLearner:
@@ -137,38 +137,38 @@ def unrolled(optimizer: optax.GradientTransformation, *, steps: int, **options: 
 
     Raises:
       TypeError: if `optimizer` is not an optax transformation.
-      ValueError: for fewer than 1 step, another order, and a checkpoint with order 1.
+      ValueError: for fewer than 1 step, another order, and a remat with order 1.
     """
     validation.transformation("optimizer", optimizer)
     return inner_learner(lambda _: optimizer, lambda _: (), steps=steps, **options)
 
 
 def inner_learner(
-    optimizer: Callable[[Rates], optax.GradientTransformation],
-    init_rates: Callable[[Params], Rates],
+    optimizer: Callable[[InnerParams], optax.GradientTransformation],
+    init_inner_params: Callable[[Params], InnerParams],
     *,
     steps: int,
     order: Literal[1, 2] = 2,
     trainable: Mask | None = None,
-    checkpoint: Checkpoint = "none",
+    remat: Remat = "none",
     start: Start | None = None,
-    at_step: AtStep | None = None,
+    params_at_step: ParamsAtStep | None = None,
 ) -> InnerLearner:
     """An `InnerLearner` of an optimizer that is itself meta-learned: the general form of `sgd` and `unrolled`.
 
     Args:
       optimizer: the optax transformation, given the meta-learned rates.
-      init_rates: the rates before meta-training, given the adapted part of the parameters.
+      init_inner_params: the inner_params before meta-training, given the adapted part of the parameters.
       others: as in `sgd`.
     """
     validation.at_least("steps", steps, 1)
     validation.one_of("order", order, (1, 2))
-    validation.one_of("checkpoint", checkpoint, get_args(Checkpoint))
-    if order == 1 and checkpoint != "none":
+    validation.one_of("remat", remat, get_args(Remat))
+    if order == 1 and remat != "none":
         raise ValueError(
-            f"checkpoint={checkpoint!r} is for order 2: with order 1 nothing of the inner steps is kept. Leave it out."
+            f"remat={remat!r} is for order 2: with order 1 nothing of the inner steps is kept. Leave it out."
         )
-    return InnerLearner(optimizer, init_rates, steps, order, trainable, checkpoint, start, at_step)
+    return InnerLearner(optimizer, init_inner_params, steps, order, trainable, remat, start, params_at_step)
 
 
 def no_adaptation() -> InnerLearner:
@@ -183,7 +183,7 @@ def inner_loop(
     inner: InnerLearner,
     loss_fn: LossFn,
     params: Params,
-    rates: Rates,
+    inner_params: InnerParams,
     batch: Batch,
     *,
     steps: int | None = None,
@@ -196,7 +196,7 @@ def inner_loop(
       inner: what to do in each step.
       loss_fn: the support loss.
       params: where to start.
-      rates: learned parameters of the update, from `inner.init_rates`.
+      inner_params: learned parameters of the update, from `inner.init_inner_params`.
       batch: the support set of one task, with no task axis.
       steps: number of steps, 0 or more; None takes `inner.steps`.
       probe: called with the parameters before the first step and after each one, for evaluation.
@@ -210,26 +210,26 @@ def inner_loop(
     if inner.start is not None:
         params = _started(inner.start, params, batch)
     adapted, fixed = partition(params, inner.trainable)
-    optimizer = inner.optimizer(rates)
+    optimizer = inner.optimizer(inner_params)
     observe = probe or (lambda _: None)
 
-    def seen(adapted: Params, fixed: Params, index: Any) -> Params:
+    def effective_params(adapted: Params, fixed: Params, index: Any) -> Params:
         params = combine(adapted, fixed)
-        return params if inner.at_step is None else inner.at_step(params, index)
+        return params if inner.params_at_step is None else inner.params_at_step(params, index)
 
     def support_loss(adapted: Params, others: Any) -> tuple[jax.Array, Any]:
         fixed, batch, index = others
-        return loss_fn(seen(adapted, fixed, index), batch)
+        return loss_fn(effective_params(adapted, fixed, index), batch)
 
     value_and_grad = jax.value_and_grad(support_loss, has_aux=True)
-    if inner.checkpoint == "mixed" and inner.order == 2:
-        value_and_grad = mixed_value_and_grad(support_loss)
+    if inner.remat == "mixflow" and inner.order == 2:
+        value_and_grad = forward_over_reverse(support_loss)
 
-    def step(carry, of_step):
-        index, own_batch = of_step
+    def step(carry, scan_inputs):
+        index, step_batch = scan_inputs
         adapted, opt_state = carry
-        probed = observe(seen(adapted, fixed, index))
-        (loss, aux), grads = value_and_grad(adapted, (fixed, own_batch if batch_per_step else batch, index))
+        probed = observe(effective_params(adapted, fixed, index))
+        (loss, aux), grads = value_and_grad(adapted, (fixed, step_batch if batch_per_step else batch, index))
         at, value = adapted, loss
         if inner.order == 1:
             # The update becomes a constant shift, so that the meta-gradient is the gradient at the
@@ -240,21 +240,21 @@ def inner_loop(
 
     start = lax.stop_gradient(adapted) if inner.order == 1 else adapted
     carry = (adapted, optimizer.init(start))
-    of_steps = (None if inner.at_step is None else jnp.arange(steps), batch if batch_per_step else None)
+    scan_inputs = (None if inner.params_at_step is None else jnp.arange(steps), batch if batch_per_step else None)
     if steps > 1 and not jax.config.jax_disable_jit:  # type: ignore[attr-defined]
-        row = jax.tree.map(lambda leaf: leaf[0], of_steps)
+        row = jax.tree.map(lambda leaf: leaf[0], scan_inputs)
         carry = _strongly_typed(carry, jax.eval_shape(step, carry, row)[0])
-        step = hoisted(step, carry, row)
-    if inner.checkpoint == "step":
+        step = hoist(step, carry, row)
+    if inner.remat == "full":
         step = jax.checkpoint(step, prevent_cse=steps == 1)
     if steps == 1:
         # Without a loop, in which each task's parameters would be its own from the start: under `vmap` the
         # products of all tasks with the parameters they share are one product.
-        (adapted, _), row = step(carry, jax.tree.map(lambda leaf: leaf[0], of_steps))
+        (adapted, _), row = step(carry, jax.tree.map(lambda leaf: leaf[0], scan_inputs))
         loss, aux, probes = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], row)
     else:  # Rolled up, so that compile time does not grow with the steps.
-        (adapted, _), (loss, aux, probes) = lax.scan(step, carry, of_steps, length=steps)
-    params = seen(adapted, fixed, steps)
+        (adapted, _), (loss, aux, probes) = lax.scan(step, carry, scan_inputs, length=steps)
+    params = effective_params(adapted, fixed, steps)
     probes = _append(probes, observe(params))
     return params, AdaptInfo(loss, aux, probes)
 

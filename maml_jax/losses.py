@@ -15,10 +15,10 @@ import optax
 from maml_jax.types import Batch, LossFn, Params, Task
 
 Apply = Callable[..., jax.Array]
-"""`(params, inputs) -> outputs`, or `(params, inputs, context) -> outputs` for batches that are `InContext`."""
+"""`(params, inputs) -> outputs`, or `(params, inputs, context) -> outputs` for batches that are `QueryWithSupport`."""
 
 
-class InContext(NamedTuple):
+class QueryWithSupport(NamedTuple):
     """A batch that is seen beside another, as queries beside the support set: what some normalisations need."""
 
     inputs: jax.Array
@@ -29,10 +29,10 @@ class InContext(NamedTuple):
     """`[B', ...]`: the inputs of the other."""
 
 
-def in_context(tasks: Task) -> Task:
+def query_with_support(tasks: Task) -> Task:
     """A task, or a batch of tasks, whose queries are seen beside the support set."""
     inputs, targets = tasks.query
-    return tasks._replace(query=InContext(inputs, targets, tasks.support[0]))
+    return tasks._replace(query=QueryWithSupport(inputs, targets, tasks.support[0]))
 
 
 def mean_squared_error(apply: Apply) -> LossFn:
@@ -95,7 +95,7 @@ def _mean_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-def one_by_one(apply: Apply) -> Apply:
+def inductive(apply: Apply) -> Apply:
     """The same model, given each of its inputs alone, or alone beside the context.
 
     Where a model normalises with the statistics of the batch at hand, examples of one batch see each

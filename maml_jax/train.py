@@ -114,14 +114,14 @@ def _train(learner, state, draw, data, steps, steps_per_call, stop):
     steps_of = many_steps(learner, draw)
 
     @jax.jit
-    def run(state, data, count, wishes):
+    def run(state, data, count, stop_requests):
         # With each call goes whether this process wants to stop, and from it comes whether any one wants to. That is
         # found after the steps: XLA's CPU runs what is independent in any order, and processes must communicate in one.
         state, metrics = steps_of(state, data, count)
-        return state, metrics, (wishes & (state.step > 0)).any()
+        return state, metrics, (stop_requests & (state.step > 0)).any()
 
     def call(state, data, count):
-        return run(state, data, count, processes.wishes(stop(), sharding))
+        return run(state, data, count, processes.stop_requests(stop(), sharding))
 
     with contextlib.closing(_data_of_calls(data, starts, sharding)) as data_of_calls:
         yield from _calls(call, state, data_of_calls, starts, stop)
@@ -143,7 +143,7 @@ def _calls(call, state, data_of_calls, starts, stop):
             raise _not_finite(call, before, data, count, metrics)
         before, data, done = state, coming, done + count
         yield state, {"step": done, **metrics}
-        if bool(wanted) if processes.several() else stop():
+        if bool(wanted) if processes.multiple() else stop():
             return
 
 

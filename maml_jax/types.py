@@ -13,7 +13,7 @@ import jax
 Params: TypeAlias = Any
 """Any pytree of floating-point arrays: a linen dict, an `nnx.State`, an equinox partition, a plain dict."""
 
-Rates: TypeAlias = Any
+InnerParams: TypeAlias = Any
 """Meta-learned parameters of the inner update itself (Meta-SGD's rates); `()` when nothing of it is learned."""
 
 Batch: TypeAlias = Any
@@ -53,10 +53,10 @@ class MetaState(NamedTuple):
     """Meta-steps taken so far, an int32 scalar."""
     params: Params
     """The meta-parameters: the initialisation from which every task starts."""
-    rates: Rates
+    inner_params: InnerParams
     """Learned parameters of the inner update, or `()`."""
     opt_state: Any
-    """State of the outer optimizer, which acts on the pair `(params, rates)`."""
+    """State of the outer optimizer, which acts on the pair `(params, inner_params)`."""
 
 
 class MetaInfo(NamedTuple):

@@ -31,13 +31,13 @@ params = jax.tree.map(lambda leaf: leaf * 20, params)
 # %% [markdown]
 # ## Time and memory
 #
-# `order` is all that differs, and for second order `checkpoint`: what is kept of the inner steps. Outer gradient
+# `order` is all that differs, and for second order `remat`: what is kept of the inner steps. Outer gradient
 # descent at rate 1 lets the meta-gradient be read off as the difference of the parameters.
 
 
 # %%
-def measured(steps, order, checkpoint="none"):
-    inner = maml_jax.sgd(0.01, steps=steps, order=order, checkpoint=checkpoint)
+def measured(steps, order, remat="none"):
+    inner = maml_jax.sgd(0.01, steps=steps, order=order, remat=remat)
     learner = maml_jax.maml(loss_fn, inner, optax.sgd(1.0))
     state = learner.init(params)
     step = jax.jit(learner.step).lower(state, tasks).compile()
@@ -58,8 +58,8 @@ def measured(steps, order, checkpoint="none"):
 ways = {
     "first order": {"order": 1},
     "second order": {"order": 2},
-    "second order, 'step'": {"order": 2, "checkpoint": "step"},
-    "second order, 'mixed'": {"order": 2, "checkpoint": "mixed"},
+    "second order, 'full'": {"order": 2, "remat": "full"},
+    "second order, 'mixflow'": {"order": 2, "remat": "mixflow"},
 }
 inner_steps = (1, 4, 16)
 found = {name: [measured(steps, **way) for steps in inner_steps] for name, way in ways.items()}

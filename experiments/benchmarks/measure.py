@@ -23,8 +23,8 @@ import optax
 import maml_jax
 from experiments.benchmarks import flops, workloads
 from experiments.shared.command_line import use_cores
-from maml_jax.inner import Checkpoint
-from maml_jax.parallel.task_axis import AtOnce, task_mesh
+from maml_jax.inner import Remat
+from maml_jax.parallel.task_axis import TaskBatchSize, task_mesh
 from maml_jax.types import MetaState, Task
 
 PRODUCT, ACCELERATOR_PRODUCT = 1024, 8192
@@ -38,8 +38,8 @@ class Variant:
     workload: str
     order: int = 2
     inner_steps: int | None = None
-    checkpoint: Checkpoint = "none"
-    tasks_at_once: AtOnce = None
+    remat: Remat = "none"
+    task_batch_size: TaskBatchSize = None
     implementation: Any = None
     dtype: str = "float32"
     devices: int | None = None
@@ -67,8 +67,8 @@ def program(variant: Variant) -> Program:
     if variant.devices is not None and variant.devices > 1:
         mesh = jax.sharding.Mesh(np.array(jax.devices()[: variant.devices]), ("tasks",))
     options: dict[str, Any] = {"steps": variant.inner_steps or work.inner_steps, "order": variant.order}
-    inner = maml_jax.sgd(work.inner_rate, trainable=work.trainable, checkpoint=variant.checkpoint, **options)
-    learner = maml_jax.maml(work.loss_fn, inner, optax.adam(1e-3), tasks_at_once=variant.tasks_at_once, mesh=mesh)
+    inner = maml_jax.sgd(work.inner_rate, trainable=work.trainable, remat=variant.remat, **options)
+    learner = maml_jax.maml(work.loss_fn, inner, optax.adam(1e-3), task_batch_size=variant.task_batch_size, mesh=mesh)
     return Program(learner.step, learner.init(work.init()), work.tasks, mesh)
 
 

@@ -25,7 +25,7 @@ from experiments.shared import command_line, plots
 from maml_jax import validation
 from maml_jax.parallel import backend
 from maml_jax.parallel.task_axis import task_axis, task_mesh
-from maml_jax.rl.meta_rl import Trials, draw_trials, maml_rl
+from maml_jax.rl.meta_rl import TaskBatch, draw_task_batch, maml_rl
 from maml_jax.rl.outer import Outer, policy_gradient
 from maml_jax.rl.policy import gaussian_mlp
 from maml_jax.rl.rollout import rollout
@@ -84,7 +84,7 @@ def parts(config: Config, recipe: reinforcement.Problem) -> tuple[dict[str, Call
     tasks, episodes = config.tasks or recipe.tasks, config.episodes or recipe.episodes
     policy = gaussian_mlp(environment.observation_size, environment.action_size)
     inner = maml_jax.sgd(recipe.inner_rate, steps=1)
-    trials = draw_trials(environment, jax.random.key(0), tasks)
+    trials = draw_task_batch(environment, jax.random.key(0), tasks)
     mesh = task_mesh(tasks)
     over_tasks = task_axis("all", mesh)
 
@@ -95,8 +95,8 @@ def parts(config: Config, recipe: reinforcement.Problem) -> tuple[dict[str, Call
         return lambda: jax.block_until_ready(step(state, trials))
 
     @jax.jit
-    def sample(params: Any, trials: Trials) -> Any:
-        def of_task(params: Any, trial: Trials) -> Any:
+    def sample(params: Any, trials: TaskBatch) -> Any:
+        def of_task(params: Any, trial: TaskBatch) -> Any:
             return rollout(environment, policy, params, trial.key, trial.task, episodes)
 
         return over_tasks.map(of_task, params, trials)
@@ -143,7 +143,7 @@ def main(prepared: tuple[Config, list[reinforcement.Problem]]) -> dict[str, Any]
 def row(
     name: ProblemName, steps: int, processor: dict[str, list[float]], wall: dict[str, list[float]]
 ) -> dict[str, Any]:
-    """Rates from the medians of seconds; a meta-iteration samples its episodes before and after the inner step."""
+    """Speeds from the medians of seconds; a meta-iteration samples its episodes before and after the inner step."""
     seconds = {part: float(np.median(times)) for part, times in processor.items()}
     sampling = 2 * seconds["episodes"]
     spent = np.diff([0, sampling, seconds["gradient"], seconds["whole"]]) / seconds["whole"]
@@ -160,7 +160,7 @@ def row(
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Rates, and shares of a meta-iteration."""
+    """Speeds, and shares of a meta-iteration."""
     width = max(len(name) for name in get_args(ProblemName) for name in (get_args(name) or (name,)))
     lines = [f"{'':{width}}   steps/cpu-s   iterations/cpu-s   iterations/s   where the time goes"]
     for row in rows:

@@ -13,7 +13,7 @@ import optax
 import maml_jax
 from experiments.few_shot import methods
 from experiments.few_shot.methods import Training
-from experiments.few_shot.options import Config, Prepared, QueriesSeen, Setting, Split
+from experiments.few_shot.options import Config, Prepared, QueryMode, Setting, Split
 from maml_jax import evaluation, losses
 from maml_jax.algorithms import per_step, running_statistics
 from maml_jax.evaluation import Predictor, Protocol, Results
@@ -24,7 +24,7 @@ from maml_jax.parallel.task_axis import local_mesh, task_axis, task_mesh
 from maml_jax.runs import model_file
 from maml_jax.tasks import episodes, host_memory
 from maml_jax.tasks.episodes import EpisodeShape, ImageClasses
-from maml_jax.types import MetaState, Params, Rates, Task
+from maml_jax.types import InnerParams, MetaState, Params, Task
 
 
 class Classifier(NamedTuple):
@@ -35,7 +35,7 @@ class Classifier(NamedTuple):
     trained: nn.Module
     """As it is in training."""
     method: methods.Method
-    in_context: bool
+    query_with_support: bool
     """Whether queries are to see the support set."""
     gathers: bool
     """Whether queries are normalised by statistics that are gathered after training."""
@@ -44,7 +44,7 @@ class Classifier(NamedTuple):
 
     def tasks(self, tasks: Task) -> Task:
         """Tasks in the form that the net needs."""
-        return losses.in_context(tasks) if self.in_context else tasks
+        return losses.query_with_support(tasks) if self.query_with_support else tasks
 
     def finished(self, state: MetaState, tasks: Callable[[], Iterable[Task]], steps: int) -> MetaState:
         """From the state of training to that from which tasks are learned.
@@ -57,11 +57,11 @@ class Classifier(NamedTuple):
         params = self.method.finish(state.params)
         if self.gathers:
             gather = _gather_of(self, steps)
-            parts = [gather(params, state.rates, group) for group in tasks()]  # Groups of one size.
+            parts = [gather(params, state.inner_params, group) for group in tasks()]  # Groups of one size.
             params = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *parts)
         return state._replace(params=params)
 
-    def predictor(self, state: MetaState, steps: int, seen: QueriesSeen = "together") -> Predictor:
+    def predictor(self, state: MetaState, steps: int, seen: QueryMode = "together") -> Predictor:
         """What the state predicts after 0 to `steps` inner steps."""
         evaluate = _evaluation_of(self, seen, only_last=False)
 
@@ -81,24 +81,24 @@ class Classifier(NamedTuple):
 
 
 @functools.cache  # Compiled once, for all validations.
-def _gather_of(model: Classifier, steps: int) -> Callable[[Params, Rates, Task], Params]:
+def _gather_of(model: Classifier, steps: int) -> Callable[[Params, InnerParams, Task], Params]:
     loss_fn = losses.cross_entropy(models.apply_params(model.trained))
     return jax.jit(
-        lambda params, rates, tasks: running_statistics.gather(
-            model.trained, model.method.inner, loss_fn, params, rates, tasks, steps=steps
+        lambda params, inner_params, tasks: running_statistics.gather(
+            model.trained, model.method.inner, loss_fn, params, inner_params, tasks, steps=steps
         )
     )
 
 
 @functools.cache
 def _evaluation_of(
-    model: Classifier, seen: QueriesSeen, only_last: bool
+    model: Classifier, seen: QueryMode, only_last: bool
 ) -> Callable[[MetaState, Task, int], maml_jax.Evaluation]:
     apply, inner = models.apply_params(model.net), model.method.inner
-    judged = losses.log_probabilities(losses.one_by_one(apply) if seen == "one by one" else apply)
+    judged = losses.log_probabilities(losses.inductive(apply) if seen == "one by one" else apply)
     if model.gathers:
         apply = models.apply_params(model.trained)
-        inner = inner._replace(at_step=per_step.choose(models.norms_only))
+        inner = inner._replace(params_at_step=per_step.select_step(models.norms_only))
     mesh = local_mesh()
     learner = maml_jax.maml(losses.cross_entropy(apply), inner, optax.identity(), query_loss_fn=judged, mesh=mesh)
     evaluate = jax.jit(functools.partial(learner.evaluate, only_last=only_last), static_argnums=2)
@@ -164,7 +164,7 @@ def fixed_tasks(key: jax.Array, data: ImageClasses, count: int, shape: EpisodeSh
     def groups() -> Iterator[Task]:
         for first in range(0, count, group):
             some = jax.tree.map(lambda leaf, first=first: leaf[first : first + group], choice)
-            yield episodes.put_together(data.images[some.images], some, shape)
+            yield episodes.assemble_episodes(data.images[some.images], some, shape)
 
     return groups
 
@@ -183,7 +183,7 @@ def evaluate(
     told: Protocol,
     *,
     steps: int,
-    seen: QueriesSeen = "together",
+    seen: QueryMode = "together",
 ) -> Results:
     """Accuracy of one model, or of several averaged, after 0 to `steps` inner steps.
 
@@ -195,11 +195,11 @@ def evaluate(
       steps: inner steps.
       seen: whether the queries of a task are one batch.
     """
-    learned = bool(jax.tree.leaves(models[0][1].rates))
+    learned = bool(jax.tree.leaves(models[0][1].inner_params))
     told = told._replace(
         inner_steps=steps,
         inner_rate=None if learned else prepared.setting.inner_rate,
-        queries_seen=seen,
+        query_mode=seen,
         models=len(models),
     )
     return evaluation.evaluate([model.predictor(state, steps, seen) for model, state in models], groups, told)
@@ -231,18 +231,21 @@ def protocol(prepared: Prepared, split: Split, tasks: int, seed: int) -> Protoco
         inner_steps=0,
         inner_rate=None,
         normalisation=prepared.config.normalisation,
-        queries_seen="together",
+        query_mode="together",
     )
 
 
 def load_state(content: model_file.Saved, like: MetaState) -> MetaState:
-    """A saved state; its rates in the structure of those of another."""
-    params, rates = jax.tree.map(jnp.asarray, content.params), model_file.restore(like.rates, content.rates)
-    return like._replace(step=jnp.int32(content.description["step"]), params=params, rates=rates)
+    """A saved state; its inner_params in the structure of those of another."""
+    params, inner_params = (
+        jax.tree.map(jnp.asarray, content.params),
+        model_file.restore(like.inner_params, content.inner_params),
+    )
+    return like._replace(step=jnp.int32(content.description["step"]), params=params, inner_params=inner_params)
 
 
 def load_trained(content: model_file.Saved, model: Classifier) -> MetaState:
     """A saved state, without one of the same model at hand."""
     inner = model.method.inner
-    rates = jax.eval_shape(lambda params: inner.init_rates(adapted_part(inner, params)), content.params)
-    return load_state(content, MetaState(jnp.int32(0), (), rates, ()))
+    inner_params = jax.eval_shape(lambda params: inner.init_inner_params(adapted_part(inner, params)), content.params)
+    return load_state(content, MetaState(jnp.int32(0), (), inner_params, ()))

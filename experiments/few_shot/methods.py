@@ -10,7 +10,7 @@ import optax
 import maml_jax
 from maml_jax import losses
 from maml_jax.algorithms import heads, per_step, schedules
-from maml_jax.algorithms.imaml import imaml, regularised
+from maml_jax.algorithms.imaml import imaml, with_proximal_term
 from maml_jax.algorithms.meta_curvature import meta_curvature
 from maml_jax.algorithms.reptile import one_of_each_class, reptile
 from maml_jax.evaluation import Predictor
@@ -39,7 +39,7 @@ FIXED_ORDER = ("reptile", "imaml", "pretrained")
 ANNEALED = ("maml++", "reptile")
 """Those with an outer rate that falls over all meta-steps, whatever is asked for."""
 
-STRENGTH, CG_STEPS = 0.5, 5  # Of iMAML. The iterations are the paper's, the strength is chosen here.
+PROXIMAL_WEIGHT, CG_STEPS = 0.5, 5  # Of iMAML. The iterations are the paper's, the proximal_weight is chosen here.
 
 
 class Training(NamedTuple):
@@ -79,7 +79,7 @@ def inner_steps_of(method: MethodName, recipe: int) -> int:
 
 def inner_rate_of(method: MethodName, recipe: float) -> float:
     """The inner step size where none is given: the paper's recipe, unless the method cannot do with so large a one."""
-    # Beside the loss iMAML minimises a parabola of curvature `STRENGTH`, in many steps: large ones run away.
+    # Beside the loss iMAML minimises a parabola of curvature `PROXIMAL_WEIGHT`, in many steps: large ones run away.
     return min(recipe, 0.2) if method == "imaml" else recipe
 
 
@@ -131,9 +131,9 @@ def build(training: Training, net_apply: Apply, features: Apply, ways: int) -> M
         inner = maml_jax.sgd(rate, **options)
 
         def implicit(**others: Any) -> maml_jax.MetaLearner:
-            return imaml(loss_fn, inner, outer, strength=STRENGTH, cg_steps=CG_STEPS, **others)
+            return imaml(loss_fn, inner, outer, proximal_weight=PROXIMAL_WEIGHT, cg_steps=CG_STEPS, **others)
 
-        return Method(regularised(inner, STRENGTH), implicit)
+        return Method(with_proximal_term(inner, PROXIMAL_WEIGHT), implicit)
     if name == "pretrained":
 
         def joint(**others: Any) -> maml_jax.MetaLearner:
@@ -151,7 +151,7 @@ def _maml_plus_plus(
     of five models `experiments.evaluate --ensemble`."""
     steps = training.inner_steps
     inner = maml_jax.sgd(
-        training.inner_rate, learn_rates="layer_step", at_step=per_step.choose(models.norms_only), **options
+        training.inner_rate, learn_rates="layer_step", params_at_step=per_step.select_step(models.norms_only), **options
     )
 
     def learner(**others: Any) -> maml_jax.MetaLearner:
@@ -160,9 +160,9 @@ def _maml_plus_plus(
             maml_jax.maml(loss_fn, inner._replace(order=order), outer, step_weights=weights, **others)
             for order in (1, training.order)
         ]
-        return schedules.in_turn(*both, after=max(1, training.steps // 2)) if training.order == 2 else both[0]
+        return schedules.switch_learner(*both, after=max(1, training.steps // 2)) if training.order == 2 else both[0]
 
-    return Method(inner, learner, lambda params: per_step.copies(params, models.norms_only(params), steps))
+    return Method(inner, learner, lambda params: per_step.replicate_per_step(params, models.norms_only(params), steps))
 
 
 def outer_rate(training: Training) -> float | Callable[[Any], Any]:

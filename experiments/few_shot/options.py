@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from experiments.few_shot import methods
 from experiments.few_shot.methods import METHODS, MethodName
 from experiments.shared import command_line
-from experiments.shared.command_line import LOOKS
+from experiments.shared.command_line import RUN_OPTIONS
 from maml_jax import validation
 from maml_jax.nets.normalisation import NORMALISATIONS, Normalisation
 from maml_jax.parallel import processes
@@ -20,13 +20,13 @@ from maml_jax.tasks.episodes import EpisodeShape, ImageClasses
 
 Net = Literal["conv", "mlp"]
 Split = Literal["train", "val", "test"]
-QueriesSeen = Literal["together", "one by one"]
+QueryMode = Literal["together", "one by one"]
 
 TEST_STEPS = 10  # Inner steps shown at test, 0 to 10.
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(command_line.Looks):
+class Config(command_line.RunOptions):
     """Options of every experiment of few-shot classification. What is not given follows the paper's recipe."""
 
     ways: int | None = None
@@ -56,7 +56,7 @@ class Config(command_line.Looks):
     """Adam's rate in the outer loop, or the fraction of the way that Reptile goes at first; default: .001, and .5."""
     anneal: bool = False
     """Let the outer rate fall along a cosine over all meta-steps, to a hundredth, as MAML++'s does anyway."""
-    tasks_at_once: int | None = None
+    task_batch_size: int | None = None
     """Tasks computed together on a device, the rest after them. Default: what suits the backend and the net."""
     test_tasks: int = 600
     """Tasks to evaluate on."""
@@ -70,7 +70,7 @@ class Config(command_line.Looks):
     """Where resized images are kept; default: maml_jax in the user's cache directory."""
 
 
-PLACES = ("data_dir", "cache_dir", "download", *LOOKS)
+PLACES = ("data_dir", "cache_dir", "download", *RUN_OPTIONS)
 """Options that change no number: the images' content is known wherever they are."""
 
 
@@ -164,15 +164,15 @@ def resolve(config: Config, recipe: Callable[[int, int], Recipe]) -> Setting:
     validation.seed("seed", config.seed)
     validation.positive("inner_rate", setting.inner_rate)
     validation.positive("outer_rate", setting.outer_rate)
-    if processes.several():
+    if processes.multiple():
         task_mesh(setting.tasks)  # Raises if they cannot be divided.
-    if config.tasks_at_once is not None:
-        validation.at_least("tasks_at_once", config.tasks_at_once, 1)
+    if config.task_batch_size is not None:
+        validation.at_least("task_batch_size", config.task_batch_size, 1)
         mesh = task_mesh(setting.tasks)
         share = setting.tasks // (mesh.size if mesh else 1)
-        if share % config.tasks_at_once:
+        if share % config.task_batch_size:
             raise ValueError(
-                f"tasks_at_once must divide the tasks of one device, {share}, but got {config.tasks_at_once}."
+                f"task_batch_size must divide the tasks of one device, {share}, but got {config.task_batch_size}."
             )
     return setting
 
@@ -234,7 +234,7 @@ def describe(prepared: Prepared) -> dict[str, Any]:
     options = dataclasses.asdict(prepared.config)
     return {
         "experiment": prepared.experiment,
-        "config": {name: value for name, value in options.items() if name not in (*PLACES, "tasks_at_once")},
+        "config": {name: value for name, value in options.items() if name not in (*PLACES, "task_batch_size")},
         "setting": dataclasses.asdict(prepared.setting),
         "data_sha256": prepared.data.sha256,
     }
@@ -266,10 +266,10 @@ YOUNGER = {"anneal": False, "ensemble": False}
 """Options that there have not always been, and what they are where they are not taken."""
 
 
-def harmless(config: Config) -> tuple[str, ...]:
+def mutable_fields(config: Config) -> tuple[str, ...]:
     """Options that may be others when a run goes on."""
     annealed = config.anneal or config.method in methods.ANNEALED  # Over all meta-steps: another number is another run.
-    return (*PLACES, "expect", "test_tasks", "seen", "ensemble", "tasks_at_once", *(() if annealed else ("steps",)))
+    return (*PLACES, "expect", "test_tasks", "seen", "ensemble", "task_batch_size", *(() if annealed else ("steps",)))
 
 
 def check_workdir(config: Config, setting: Setting) -> None:
@@ -277,7 +277,7 @@ def check_workdir(config: Config, setting: Setting) -> None:
     RunDirectory.check(
         config.workdir,
         recorded(config, setting),
-        harmless=(*harmless(config), "data_sha256", "selected_after"),
+        mutable_fields=(*mutable_fields(config), "data_sha256", "selected_after"),
         wandb=config.wandb,
     )
     check_steps(config.workdir, config.steps)
@@ -286,7 +286,7 @@ def check_workdir(config: Config, setting: Setting) -> None:
 def check_data(prepared: Prepared) -> None:
     """Raises WorkdirError if the work directory holds a run on other data."""
     config = prepared.config
-    RunDirectory.check(config.workdir, recorded_with_data(prepared), harmless=harmless(config))
+    RunDirectory.check(config.workdir, recorded_with_data(prepared), mutable_fields=mutable_fields(config))
 
 
 def recorded_with_data(prepared: Prepared) -> dict[str, Any]:

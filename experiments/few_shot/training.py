@@ -23,10 +23,10 @@ from experiments.few_shot.classifier import (
 from experiments.few_shot.options import (
     TEST_STEPS,
     Prepared,
-    QueriesSeen,
+    QueryMode,
     describe,
-    harmless,
     image_shape,
+    mutable_fields,
     recorded_with_data,
 )
 from experiments.shared import plots
@@ -50,7 +50,7 @@ def main(prepared: Prepared) -> dict:
     """
     config, setting, data, shape = prepared.config, prepared.setting, prepared.data, prepared.shape
     model = classifier(config, setting, image_shape(data), len(data.train.counts))
-    learner = model.method.learner(tasks_at_once=config.tasks_at_once, mesh=task_mesh(setting.tasks))
+    learner = model.method.learner(task_batch_size=config.task_batch_size, mesh=task_mesh(setting.tasks))
     init_key, train_key, val_key, test_key = jax.random.split(jax.random.key(config.seed), 4)
     params = model.trained.init(init_key, jnp.zeros((1, *image_shape(data))))["params"]
     state = learner.init(model.method.start(params))
@@ -61,12 +61,12 @@ def main(prepared: Prepared) -> dict:
 
     name = run_name(prepared)
     run = RunDirectory(
-        config.workdir, name, recorded_with_data(prepared), harmless=harmless(config), wandb=config.wandb
+        config.workdir, name, recorded_with_data(prepared), mutable_fields=mutable_fields(config), wandb=config.wandb
     )
     print(f"{config.method}, order {config.order}: {setting}\nWriting to {run.path}", flush=True)
     description = describe(prepared) | {"selected_after": prepared.reported_steps}
     best = Best(run.path / "best", description)
-    if config.method == "pretrained" and processes.leads():
+    if config.method == "pretrained" and processes.is_leader():
         best.describe(description)  # As those to come: of a run that goes on they have the rate that was tuned before.
 
     def validated(state: MetaState) -> dict[str, float]:
@@ -92,7 +92,7 @@ def main(prepared: Prepared) -> dict:
         profile=config.profile,
     ):
         progress.update(row["step"], loss=row["loss"], accuracy=row["accuracy"])
-    if not processes.leads():
+    if not processes.is_leader():
         return {}
 
     if not best.paths():  # A run that was stopped before its first validation, and is now to end there.
@@ -108,7 +108,7 @@ def main(prepared: Prepared) -> dict:
     test_protocol, found = protocol(prepared, "test", config.test_tasks, config.seed), {}
     # With other normalisations the queries of a task are independent of each other.
     both = config.seen == "both" and config.normalisation == "batch"
-    for seen in get_args(QueriesSeen) if both else ("together",):
+    for seen in get_args(QueryMode) if both else ("together",):
         found[f"queries {seen}"] = evaluate(
             prepared, [(model, selected)], test_tasks, test_protocol, steps=TEST_STEPS, seen=seen
         )
@@ -211,7 +211,9 @@ class Best:
         """Keeps the state if it is among the best."""
         step = int(state.step)
         path = self.folder / f"step-{step:07d}.msgpack"
-        model_file.save(path, state.params, state.rates, self._description | {"step": step, "val_accuracy": accuracy})
+        model_file.save(
+            path, state.params, state.inner_params, self._description | {"step": step, "val_accuracy": accuracy}
+        )
         self._accuracy[path] = accuracy
         for worse in self.paths()[BEST:]:
             worse.unlink()
@@ -223,7 +225,7 @@ class Best:
         for path in self._accuracy:
             content = model_file.load(path)
             own = {name: content.description[name] for name in ("step", "val_accuracy")}
-            model_file.save(path, content.params, content.rates, description | own)
+            model_file.save(path, content.params, content.inner_params, description | own)
 
     def paths(self) -> list[Path]:
         """From best to worst; of equals the later first."""

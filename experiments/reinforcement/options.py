@@ -36,7 +36,7 @@ class Problem(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(command_line.Looks):
+class Config(command_line.RunOptions):
     """MAML for policies. What is not given follows the problem's recipe."""
 
     methods: tuple[MethodName, ...] = ("maml",)
@@ -155,10 +155,10 @@ class Prepared(NamedTuple):
     setting: Setting
 
 
-HARMLESS = ("steps", "test_rates", "test_tasks", "test_episodes", "render", *command_line.LOOKS)
+MUTABLE_FIELDS = ("steps", "test_rates", "test_tasks", "test_episodes", "render", *command_line.RUN_OPTIONS)
 """Options that may be others when a run goes on."""
 
-GROWING = ("methods", "seeds")
+APPENDABLE_FIELDS = ("methods", "seeds")
 """Options that may get further entries: each is a training of its own."""
 
 
@@ -171,8 +171,8 @@ def run_of(config: Config, setting: Setting) -> dict[str, Any]:
     """What a run directory is to know of the run."""
     return {
         "config": recorded(config, setting),
-        "harmless": HARMLESS,
-        "growing": GROWING,
+        "mutable_fields": MUTABLE_FIELDS,
+        "appendable_fields": APPENDABLE_FIELDS,
         "wandb": config.wandb,
     }
 
@@ -185,7 +185,7 @@ def adam_rate(config: Config) -> float:
 def prepare(config: Config, problem: Problem) -> Prepared:
     """Checks the options. Raises ValueError or OSError, saying what is wrong and what to do."""
     setting = config.resolve(problem)
-    if processes.several():
+    if processes.multiple():
         task_mesh(setting.tasks)  # Raises if they cannot be divided.
     RunDirectory.check(config.workdir, **run_of(config, setting))
     check_steps(config.workdir, setting.steps)

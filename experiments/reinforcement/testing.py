@@ -20,7 +20,7 @@ from maml_jax.parallel.task_axis import local_mesh, task_axis
 from maml_jax.rl.advantage import Summary
 from maml_jax.rl.environment import Environment
 from maml_jax.rl.losses import InnerLossName
-from maml_jax.rl.meta_rl import Trials, draw_trials, maml_rl
+from maml_jax.rl.meta_rl import TaskBatch, draw_task_batch, maml_rl
 from maml_jax.rl.outer import policy_gradient
 from maml_jax.rl.policy import Policy
 from maml_jax.statistics import interval
@@ -69,7 +69,7 @@ def evaluate(prepared: Prepared, method: MethodName, trained: Trained) -> dict[s
     @jax.jit
     def test(state: maml_jax.MetaState, rates: tuple[float, float], key: jax.Array) -> tuple[jax.Array, Summary]:
         """The tasks, and what came of them."""
-        trials = draw_trials(trained.environment, key, config.test_tasks)
+        trials = draw_task_batch(trained.environment, key, config.test_tasks)
         return trials.task, tester(trained, rates, setting.test_episodes).evaluate(state, trials, steps).aux
 
     def tuned(rates: tuple[float, float]) -> float:
@@ -133,7 +133,7 @@ def draw_tasks(path: Path, methods: Mapping[str, Sequence[dict[str, Any]]], orac
 
 def show(trained: Trained, rates: tuple[float, float], episodes: int, tasks: Any) -> tuple[np.ndarray, np.ndarray]:
     """Observations `[T, S + 1, E, H, O]` and mask of episodes before and after each step at the test tasks."""
-    trials = Trials(jax.random.split(jax.random.key(TEST_SEED + 1), len(tasks)), jnp.asarray(tasks))
+    trials = TaskBatch(jax.random.split(jax.random.key(TEST_SEED + 1), len(tasks)), jnp.asarray(tasks))
     learner = tester(trained, rates, episodes)
     _, info = jax.jit(jax.vmap(lambda trial: learner.adapt(trained.state, trial)))(trials)
     seen = info.aux[1].episodes

@@ -13,7 +13,7 @@ from experiments.reinforcement.testing import TEST_STEPS, Trained, evaluate, tab
 from maml_jax.parallel import processes
 from maml_jax.parallel.task_axis import task_mesh
 from maml_jax.rl.environment import told
-from maml_jax.rl.meta_rl import draw_trials, maml_rl
+from maml_jax.rl.meta_rl import draw_task_batch, maml_rl
 from maml_jax.rl.outer import Outer, policy_gradient, promp
 from maml_jax.rl.policy import gaussian_mlp
 from maml_jax.rl.trust_region import trpo
@@ -55,7 +55,7 @@ def meta_train(prepared: Prepared, run: RunDirectory, method: MethodName, seed: 
         return Trained(environment, policy, processes.local(state), config.inner_loss)
 
     def draw(key: jax.Array, step: jax.Array) -> Any:
-        return draw_trials(environment, jax.random.fold_in(key, step), setting.tasks)
+        return draw_task_batch(environment, jax.random.fold_in(key, step), setting.tasks)
 
     progress = Progress(setting.steps, f"{method} (seed {seed})")
     cpu_seconds, begun, handed_over = None, None, 0
@@ -94,7 +94,7 @@ def run(
     config, problem, setting = prepared
     directory = RunDirectory(config.workdir, problem.environment.name, **run_of(config, setting))
     former = directory.path / "results.json"
-    known = read_json(former)["rows"] if processes.leads() and former.exists() else []
+    known = read_json(former)["rows"] if processes.is_leader() and former.exists() else []
     costs = {(row["method"], row["seed"]): row["cpu_seconds"] for row in known}
     print(f"{config}\n{setting}\nWriting to {directory.path}", flush=True)
     rows: list[dict[str, Any]] = []
@@ -103,12 +103,12 @@ def run(
     for seed in config.seeds:
         for method in config.methods:
             policies[method] = meta_train(prepared, directory, method, seed)
-            if processes.leads():
+            if processes.is_leader():
                 row = {"method": method, "seed": seed, **evaluate(prepared, method, policies[method])}
                 if row["cpu_seconds"] is None:  # Nothing was left to be trained.
                     row["cpu_seconds"] = costs.get((method, seed))
                 rows.append(row)
-    if not processes.leads():
+    if not processes.is_leader():
         return None
     results = {
         "config": dataclasses.asdict(config),

@@ -51,7 +51,7 @@ def run(
     try:
         if several:
             processes.connect(**dataclasses.asdict(options.hosts))
-        if not processes.several():  # Several compile together, which one that finds its program kept would not.
+        if not processes.multiple():  # Several compile together, which one that finds its program kept would not.
             keep_compiled(Path("runs") / "compiled")
     except ValueError as error:
         _end(f"error: {error}", 2)
@@ -60,10 +60,10 @@ def run(
         prepared = prepare(options.experiment)
     except (ValueError, DataError, OSError) as error:
         problem = str(error)
-    for number, other in enumerate(processes.gathered(problem)):
+    for number, other in enumerate(processes.all_gather_text(problem)):
         if problem or other:
             _end(f"error: {problem or f'process {number}: {other}'}", 2)
-    if not processes.leads():
+    if not processes.is_leader():
         sys.stdout = open(os.devnull, "w")  # One tells what all of them do.
     try:
         experiment(prepared)
@@ -73,9 +73,9 @@ def run(
         _end("interrupted", 130)
     except BrokenPipeError:  # Whoever read the output, such as `head`, has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        processes.leave(1)
+        processes.exit_process(1)
     except jax.errors.JaxRuntimeError as error:
-        if not (processes.several() and any(sign in str(error) for sign in LOST)):
+        if not (processes.multiple() and any(sign in str(error) for sign in LOST)):
             raise
         _end(f"error: another process is lost, and the same command goes on from the last checkpoint: {error}", 1)
 
@@ -85,7 +85,7 @@ LOST = ("Gloo", "UNAVAILABLE", "ABORTED", "onnection")
 
 
 @dataclasses.dataclass(frozen=True)
-class Looks:
+class RunOptions:
     """Options of everything that trains: where it writes, and how it can be watched."""
 
     workdir: Path | None = None
@@ -96,7 +96,7 @@ class Looks:
     """Trace the second and the third call of each training into the directory `profile` of the run."""
 
 
-LOOKS = tuple(field.name for field in dataclasses.fields(Looks))
+RUN_OPTIONS = tuple(field.name for field in dataclasses.fields(RunOptions))
 """These change no number."""
 
 
@@ -162,4 +162,4 @@ def use_cores(small: bool = False, calls_host: bool = False) -> None:
 
 def _end(message: str, status: int) -> NoReturn:
     sys.stderr.write(f"{message}\n")
-    processes.leave(status)
+    processes.exit_process(status)

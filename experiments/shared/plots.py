@@ -195,10 +195,10 @@ def benchmark(path: Path, rows: Sequence[dict[str, Any]], peers: Mapping[str, st
     figure, panels = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
     if swept:
         ours = [row for row in rows if row["kind"] == "ours"]
-        names = dict.fromkeys((row["workload"], row["order"], row["checkpoint"]) for row in ours)
-        for workload, order, checkpoint in names:
-            same = [r for r in ours if (r["workload"], r["order"], r["checkpoint"]) == (workload, order, checkpoint)]
-            label = f"{workload}, first order" if order == 1 else f"{workload}, second order, checkpoint '{checkpoint}'"
+        names = dict.fromkeys((row["workload"], row["order"], row["remat"]) for row in ours)
+        for workload, order, remat in names:
+            same = [r for r in ours if (r["workload"], r["order"], r["remat"]) == (workload, order, remat)]
+            label = f"{workload}, first order" if order == 1 else f"{workload}, second order, remat '{remat}'"
             style = {"label": label, "marker": "o", "markersize": 4, "linestyle": "--" if order == 1 else "-"}
             steps = [row["inner_steps"] for row in same]
             panels[0].plot(steps, [row["ms"] for row in same], **style)
@@ -231,9 +231,9 @@ def benchmark(path: Path, rows: Sequence[dict[str, Any]], peers: Mapping[str, st
 def _kind(row: dict[str, Any], peers: Mapping[str, str]) -> str:
     if row["kind"] == "peer":
         return peers[row["peer"]]
-    extras = [f"{key.replace('_', ' ')} {row[key]}" for key in ("tasks_at_once", "implementation") if row[key]]
+    extras = [f"{key.replace('_', ' ')} {row[key]}" for key in ("task_batch_size", "implementation") if row[key]]
     extras += [row["dtype"]] if row["dtype"] != "float32" else []
-    extras += [f"checkpoint {row['checkpoint']}"] if row["checkpoint"] != "none" else []
+    extras += [f"remat {row['remat']}"] if row["remat"] != "none" else []
     return ", ".join(["maml_jax", *extras])
 
 

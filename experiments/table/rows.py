@@ -193,7 +193,7 @@ def choose(patterns: Sequence[str]) -> list[Row]:
     return [row for row in ROWS if any(fnmatch.fnmatch(row.name, pattern) for pattern in patterns)]
 
 
-_OPEN = (*few_shot.PLACES, "tasks_at_once", "test_tasks", "seen", "ensemble", "preset", "steps", "seed")
+_OPEN = (*few_shot.PLACES, "task_batch_size", "test_tasks", "seen", "ensemble", "preset", "steps", "seed")
 """Options that runs of one row may differ in; the preset is told by ways, shots and net."""
 
 

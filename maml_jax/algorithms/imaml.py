@@ -11,8 +11,8 @@ from maml_jax import validation
 from maml_jax.autodiff.trees import combine, partition
 from maml_jax.inner import InnerLearner, inner_loop
 from maml_jax.meta import MetaLearner, meta_learner
-from maml_jax.parallel.task_axis import AtOnce, summed
-from maml_jax.types import LossFn, Params, Rates, Task
+from maml_jax.parallel.task_axis import TaskBatchSize, summed
+from maml_jax.types import InnerParams, LossFn, Params, Task
 
 
 def imaml(
@@ -20,15 +20,15 @@ def imaml(
     inner: InnerLearner,
     outer: optax.GradientTransformation,
     *,
-    strength: float,
+    proximal_weight: float,
     cg_steps: int,
     query_loss_fn: LossFn | None = None,
-    tasks_at_once: AtOnce = None,
+    task_batch_size: TaskBatchSize = None,
     mesh: Mesh | None = None,
 ) -> MetaLearner:
     """MAML with implicit gradients (Rajeswaran et al. 2019, algorithms 1 and 2).
 
-    The inner loop is to minimise the support loss plus `strength` / 2 times the squared distance from
+    The inner loop is to minimise the support loss plus `proximal_weight` / 2 times the squared distance from
     where it started. At that minimum the meta-gradient solves a linear system in the Hessian, which
     conjugate gradients do by Hessian-vector products: memory does not grow with the inner steps. It is
     exact where the inner loop arrives at a minimum at which the loss is smooth.
@@ -36,25 +36,27 @@ def imaml(
     Args:
       inner: how a task is learned, e.g. `sgd(0.1, steps=16)`; the regularisation is added to it. Its order
         and checkpoint make no difference.
-      strength: of the regularisation, the paper's lambda.
+      proximal_weight: of the regularisation, the paper's lambda.
       cg_steps: iterations of conjugate gradients; the paper takes 5.
       others: as those of `maml`.
 
     Raises:
-      TypeError, ValueError: as `maml`; for a strength that is not positive, fewer than 1 iteration, and an
-        inner learner with a start, an `at_step` or learned rates, of which there is no gradient here.
+      TypeError, ValueError: as `maml`; for a proximal_weight that is not positive, fewer than 1 iteration, and an
+        inner learner with a start, a `params_at_step` or learned rates, of which there is no gradient here.
     """
     validation.inner("inner", inner, InnerLearner)
     validation.at_least("cg_steps", cg_steps, 1)
-    if inner.start is not None or inner.at_step is not None:
-        raise ValueError("imaml takes an inner learner without start and at_step: it has no gradient through them.")
-    inner = regularised(inner, strength)
+    if inner.start is not None or inner.params_at_step is not None:
+        raise ValueError(
+            "imaml takes an inner learner without start and params_at_step: it has no gradient through them."
+        )
+    inner = with_proximal_term(inner, proximal_weight)
     support_loss = validation.checked_loss(loss_fn)
     query_loss = validation.checked_loss(query_loss_fn or loss_fn)
 
-    def gradient(shared: tuple[tuple[Params, Rates], jax.Array], task: Task) -> tuple[Any, Any]:
-        (params, rates), _ = shared
-        end, info = inner_loop(inner, support_loss, params, rates, task.support)
+    def gradient(shared: tuple[tuple[Params, InnerParams], jax.Array], task: Task) -> tuple[Any, Any]:
+        (params, inner_params), _ = shared
+        end, info = inner_loop(inner, support_loss, params, inner_params, task.support)
         (loss, aux), of_query = jax.value_and_grad(query_loss, has_aux=True)(end, task.query)
         adapted, fixed = partition(end, inner.trainable)
 
@@ -66,30 +68,37 @@ def imaml(
             return partition(along, inner.trainable)
 
         def system(direction: Params) -> Params:
-            return optax.tree.add_scale(direction, 1 / strength, second_derivatives(direction)[0])
+            return optax.tree.add_scale(direction, 1 / proximal_weight, second_derivatives(direction)[0])
 
         wanted, of_fixed = partition(of_query, inner.trainable)
         solution, _ = cg(system, wanted, tol=0.0, maxiter=cg_steps)
         # What the inner loop leaves as it is moves the minimum too.
         if of_fixed is not None:
-            of_fixed = optax.tree.add_scale(of_fixed, -1 / strength, second_derivatives(solution)[1])
-        return (loss, (combine(solution, of_fixed), rates)), (aux, info)
+            of_fixed = optax.tree.add_scale(of_fixed, -1 / proximal_weight, second_derivatives(solution)[1])
+        return (loss, (combine(solution, of_fixed), inner_params)), (aux, info)
 
     of_tasks = summed(gradient)
     return meta_learner(
-        of_tasks, support_loss, query_loss, inner, outer, learns_rates=False, tasks_at_once=tasks_at_once, mesh=mesh
+        of_tasks,
+        support_loss,
+        query_loss,
+        inner,
+        outer,
+        learns_inner_params=False,
+        task_batch_size=task_batch_size,
+        mesh=mesh,
     )
 
 
-def regularised(inner: InnerLearner, strength: float) -> InnerLearner:
-    """The same with `strength` / 2 times the squared distance from the start added to what is minimised.
+def with_proximal_term(inner: InnerLearner, proximal_weight: float) -> InnerLearner:
+    """The same with `proximal_weight` / 2 times the squared distance from the start added to what is minimised.
 
     The support loss that is reported is without it (Rajeswaran et al. 2019, equation 3).
     """
-    validation.positive("strength", strength)
+    validation.positive("proximal_weight", proximal_weight)
 
     def update(grads: Params, start: Params, params: Params | None = None) -> tuple[Params, Params]:
-        return jax.tree.map(lambda g, at, begun: g + strength * (at - begun), grads, params, start), start
+        return jax.tree.map(lambda g, at, begun: g + proximal_weight * (at - begun), grads, params, start), start
 
     pull = optax.GradientTransformation(lambda params: params, update)
-    return inner._replace(optimizer=lambda rates: optax.chain(pull, inner.optimizer(rates)))
+    return inner._replace(optimizer=lambda inner_params: optax.chain(pull, inner.optimizer(inner_params)))

@@ -8,7 +8,7 @@ import optax
 
 from maml_jax import validation
 from maml_jax.inner import InnerLearner, inner_learner
-from maml_jax.types import Params, Rates
+from maml_jax.types import InnerParams, Params
 
 
 def meta_curvature(learning_rate: float | jax.Array, *, steps: int, **options: Any) -> InnerLearner:
@@ -23,19 +23,19 @@ def meta_curvature(learning_rate: float | jax.Array, *, steps: int, **options: A
     """
     validation.positive("learning_rate", learning_rate)
 
-    def init_rates(adapted: Params) -> Rates:
+    def init_inner_params(adapted: Params) -> InnerParams:
         return jax.tree.map(lambda leaf: [jnp.eye(size, dtype=leaf.dtype) for size in _sizes(leaf)], adapted)
 
-    def preconditioned(rates: Rates) -> optax.GradientTransformation:
+    def preconditioned(inner_params: InnerParams) -> optax.GradientTransformation:
         def transform(grad: jax.Array, matrices: list[jax.Array]) -> jax.Array:
             out = grad.reshape(_sizes(grad))
             for axis, matrix in enumerate(matrices):
                 out = jnp.moveaxis(jnp.tensordot(matrix, out, (1, axis)), 0, axis)
             return -learning_rate * out.reshape(grad.shape)
 
-        return optax.stateless(lambda grads, _: jax.tree.map(transform, grads, rates))
+        return optax.stateless(lambda grads, _: jax.tree.map(transform, grads, inner_params))
 
-    return inner_learner(preconditioned, init_rates, steps=steps, **options)
+    return inner_learner(preconditioned, init_inner_params, steps=steps, **options)
 
 
 def _sizes(leaf: jax.Array) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """Parameters that exist once for every inner step, as the normalisation of MAML++ (Antoniou et al. 2019, section 4).
 
-params = per_step.copies(params, models.norms_only(params), steps=5)
-inner = maml_jax.sgd(0.05, steps=5, trainable=..., at_step=per_step.choose(models.norms_only))
+params = per_step.replicate_per_step(params, models.norms_only(params), steps=5)
+inner = maml_jax.sgd(0.05, steps=5, trainable=..., params_at_step=per_step.select_step(models.norms_only))
 """
 
 from collections.abc import Callable
@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from maml_jax import validation
-from maml_jax.inner import AtStep
+from maml_jax.inner import ParamsAtStep
 from maml_jax.types import Params
 
 
-def copies(params: Params, mask: Any, steps: int) -> Params:
+def replicate_per_step(params: Params, mask: Any, steps: int) -> Params:
     """The parameters with `steps + 1` equal copies, along a new first axis, of those where `mask` is True.
 
     Copy i is for the loss after i inner steps; more steps than that take the last.
@@ -24,12 +24,12 @@ def copies(params: Params, mask: Any, steps: int) -> Params:
     return jax.tree.map(lambda leaf, many: jnp.stack([leaf] * (steps + 1)) if many else leaf, params, mask)
 
 
-def choose(mask: Callable[[Params], Any]) -> AtStep:
-    """For `at_step=`: of every parameter where `mask(params)` is True, the copy of the inner step."""
+def select_step(mask: Callable[[Params], Any]) -> ParamsAtStep:
+    """For `params_at_step=`: of every parameter where `mask(params)` is True, the copy of the inner step."""
 
-    def at_step(params: Params, step: jax.Array) -> Params:
+    def params_at_step(params: Params, step: jax.Array) -> Params:
         return jax.tree.map(
             lambda leaf, many: leaf[jnp.minimum(step, len(leaf) - 1)] if many else leaf, params, mask(params)
         )
 
-    return at_step
+    return params_at_step

@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 from maml_jax import validation
 from maml_jax.inner import InnerLearner, inner_loop
 from maml_jax.meta import MetaLearner, meta_learner
-from maml_jax.parallel.task_axis import AtOnce, summed
-from maml_jax.types import Batch, LossFn, Params, Rates, Task
+from maml_jax.parallel.task_axis import TaskBatchSize, summed
+from maml_jax.types import Batch, InnerParams, LossFn, Params, Task
 
 Batches = Callable[[Batch, int], Batch]
 """`(support, steps) -> batches` of the inner steps in training: every leaf has a leading axis `[steps]`."""
@@ -25,7 +25,7 @@ def reptile(
     *,
     batches: Batches | None = None,
     query_loss_fn: LossFn | None = None,
-    tasks_at_once: AtOnce = None,
+    task_batch_size: TaskBatchSize = None,
     mesh: Mesh | None = None,
 ) -> MetaLearner:
     """Reptile with batches of tasks (Nichol et al. 2018, algorithm 2).
@@ -42,31 +42,40 @@ def reptile(
       others: as those of `maml`.
 
     Raises:
-      TypeError, ValueError: as `maml`, and for an inner learner with a start, an `at_step` or learned rates, of which
-        Reptile has no gradient.
+      TypeError, ValueError: as `maml`, and for an inner learner with a start, a `params_at_step` or learned rates:
+        Reptile has no gradient of them.
     """
     validation.inner("inner", inner, InnerLearner)
-    if inner.start is not None or inner.at_step is not None:
+    if inner.start is not None or inner.params_at_step is not None:
         raise ValueError(
-            "reptile takes an inner learner without start and at_step: what it moves towards are the parameters that "
-            "were adapted, as they were given."
+            "reptile takes an inner learner without start and params_at_step: it moves the parameters towards the "
+            "adapted parameters."
         )
     support_loss = validation.checked_loss(loss_fn)
     query_loss = validation.checked_loss(query_loss_fn or loss_fn)
 
-    def gradient(shared: tuple[tuple[Params, Rates], jax.Array], task: Task) -> tuple[Any, Any]:
-        (params, rates), _ = shared
+    def gradient(shared: tuple[tuple[Params, InnerParams], jax.Array], task: Task) -> tuple[Any, Any]:
+        (params, inner_params), _ = shared
         support = task.support if batches is None else batches(task.support, inner.steps)
-        adapted, info = inner_loop(inner, support_loss, params, rates, support, batch_per_step=batches is not None)
+        adapted, info = inner_loop(
+            inner, support_loss, params, inner_params, support, batch_per_step=batches is not None
+        )
         loss, aux = query_loss(adapted, task.query)
-        return (loss, (jax.tree.map(jnp.subtract, params, adapted), rates)), (aux, info)
+        return (loss, (jax.tree.map(jnp.subtract, params, adapted), inner_params)), (aux, info)
 
     validation.transformation("outer", outer)
     # What is no gradient of the loss is not to be set beside it, as an optimizer that is given both would.
     plain = optax.GradientTransformation(outer.init, lambda way, state, params=None: outer.update(way, state, params))
     of_tasks = summed(gradient)
     return meta_learner(
-        of_tasks, support_loss, query_loss, inner, plain, learns_rates=False, tasks_at_once=tasks_at_once, mesh=mesh
+        of_tasks,
+        support_loss,
+        query_loss,
+        inner,
+        plain,
+        learns_inner_params=False,
+        task_batch_size=task_batch_size,
+        mesh=mesh,
     )
 
 

@@ -11,20 +11,27 @@ import jax
 import jax.numpy as jnp
 
 from maml_jax.inner import InnerLearner, inner_loop
-from maml_jax.types import LossFn, Params, Rates, Task
+from maml_jax.types import InnerParams, LossFn, Params, Task
 
 
 def gather(
-    net: nn.Module, inner: InnerLearner, loss_fn: LossFn, params: Params, rates: Rates, tasks: Task, *, steps: int
+    net: nn.Module,
+    inner: InnerLearner,
+    loss_fn: LossFn,
+    params: Params,
+    inner_params: InnerParams,
+    tasks: Task,
+    *,
+    steps: int,
 ) -> Params:
-    """Parameters for the same net with the normalisation 'running', as `per_step.choose(models.norms_only)` takes them.
+    """Parameters for the same net with the normalisation 'running', for `per_step.select_step(models.norms_only)`.
 
     Args:
       net: as it was trained, with the normalisation 'batch'.
       inner: how a task is learned.
       loss_fn: the support loss.
       params: meta-trained.
-      rates: meta-trained rates of the inner loop.
+      inner_params: meta-trained inner_params of the inner loop.
       tasks: of the training classes, with queries as many as there will be.
       steps: inner steps, S.
 
@@ -38,7 +45,7 @@ def gather(
 
     def one(task: Task) -> Any:
         _, info = inner_loop(
-            inner, loss_fn, params, rates, task.support, steps=steps, probe=lambda p: moments(p, task.query[0])
+            inner, loss_fn, params, inner_params, task.support, steps=steps, probe=lambda p: moments(p, task.query[0])
         )
         return info.probes
 

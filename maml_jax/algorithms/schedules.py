@@ -31,7 +31,7 @@ def multi_step_weights(steps: int, until: int) -> Callable[[jax.Array], jax.Arra
     return weights
 
 
-def in_turn(first: MetaLearner, then: MetaLearner, *, after: int) -> MetaLearner:
+def switch_learner(first: MetaLearner, then: MetaLearner, *, after: int) -> MetaLearner:
     """`first` until so many meta-steps are taken, `then` from there on, as one learner.
 
     First order before second is the annealed derivative order of MAML++ (Antoniou et al. 2019, section 4).

@@ -19,8 +19,8 @@ def coarsest_type(jaxpr: Any) -> np.dtype:
     return coarsest
 
 
-def judge_of(tolerance: float, coarsest: np.dtype, directions: int, seed: int) -> "Judge":
-    """A judge of what is computed in that precision, from the tolerance of float64.
+def gradient_checker(tolerance: float, coarsest: np.dtype, directions: int, seed: int) -> "GradientChecker":
+    """A checker of what is computed in that precision, from the tolerance of float64.
 
     Its steps are near the best for central differences, the cube root of the precision. Wider steps suffer from
     curvature and from kinks (a ReLU that switches in between), narrower ones from rounding; the best of several counts.
@@ -28,11 +28,11 @@ def judge_of(tolerance: float, coarsest: np.dtype, directions: int, seed: int) -
     precision = float(jnp.finfo(coarsest).eps)
     best = precision ** (1 / 3)
     if coarsest == np.float64:
-        return Judge(tolerance, (100 * best, 10 * best, best, best / 10), directions, seed)
-    return Judge(max(tolerance, precision**0.25), (10 * best, best, best / 10), directions, seed)
+        return GradientChecker(tolerance, (100 * best, 10 * best, best, best / 10), directions, seed)
+    return GradientChecker(max(tolerance, precision**0.25), (10 * best, best, best / 10), directions, seed)
 
 
-class Judge(NamedTuple):
+class GradientChecker(NamedTuple):
     """How differences are taken, and what counts as agreement."""
 
     tolerance: float
@@ -51,7 +51,7 @@ class Judge(NamedTuple):
             np.max([self._along(fn, at, gradient, drawn_direction(random, at)) for _ in range(self.directions)])
         )
 
-    def culprits(self, fn: Callable[[Any], jax.Array], at: Any, gradient: Any) -> str:
+    def failing_leaves(self, fn: Callable[[Any], jax.Array], at: Any, gradient: Any) -> str:
         """Names the leaves along which `gradient` is wrong."""
         wrong = []
         for index, (path, _) in enumerate(jax.tree_util.tree_leaves_with_path(at)):

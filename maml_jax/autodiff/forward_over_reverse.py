@@ -20,7 +20,7 @@ from maml_jax.types import Params
 ValueAndGrad = Callable[[Params, Any], tuple[tuple[jax.Array, Any], Params]]
 
 
-def mixed_value_and_grad(loss_fn: Callable[[Params, Any], tuple[jax.Array, Any]]) -> ValueAndGrad:
+def forward_over_reverse(loss_fn: Callable[[Params, Any], tuple[jax.Array, Any]]) -> ValueAndGrad:
     """`jax.value_and_grad(loss_fn, has_aux=True)` of `(params, others) -> (loss, aux)`, derived as said above.
 
     Its derivative in `params` and in whatever is floating-point of `others`, and of what the loss closes

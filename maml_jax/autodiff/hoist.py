@@ -15,7 +15,7 @@ EXPANDING = {"broadcast_in_dim", "iota", "reshape", "squeeze", "transpose", "con
 """Cheap to do again, and often larger than what they are made of: these stay in the loop."""
 
 
-def hoisted(step: Callable[..., Any], *args: Any) -> Callable[..., Any]:
+def hoist(step: Callable[..., Any], *args: Any) -> Callable[..., Any]:
     """`step`, with all that depends on nothing but what it closes over computed now.
 
     Args:

@@ -105,7 +105,7 @@ def body_only(params: Params) -> Any:
 
 
 def norms_only(params: Params) -> Any:
-    """What belongs to normalisations; for `per_step.copies`."""
+    """What belongs to normalisations; for `per_step.replicate_per_step`."""
     return _where(params, lambda layer: layer.startswith("Norm_"))
 
 

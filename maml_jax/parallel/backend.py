@@ -27,13 +27,13 @@ FEW_CHANNELS = 16
 """Below this, XLA's convolution on a CPU has too short sums to be fast."""
 
 
-def tasks_at_once(params: Any) -> int | None:
+def task_batch_size(params: Any) -> int | None:
     """How many tasks are computed together: one keeps a CPU's caches warm, an accelerator wants all (None)."""
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     return 1 if jax.default_backend() == "cpu" and size > LARGE_PARAMS else None
 
 
-def policies_at_once() -> Literal[1, "all"]:
+def policy_batch_size() -> Literal[1, "all"]:
     """How many policies are differentiated together: the thousands of steps of each fill a CPU's caches alone."""
     return 1 if jax.default_backend() == "cpu" else "all"
 

@@ -34,7 +34,7 @@ def connect(coordinator: str | None, processes: int | None, process: int | None)
     """Makes this process one of several; without a coordinator it is the only one. Before JAX is used.
 
     From then on an error that nobody catches ends the process at once, without waiting for the others as JAX does at
-    an orderly end: they notice, and end too. So let one process alone end by `leave`, not by SystemExit.
+    an orderly end: they notice, and end too. So let one process alone end by `exit_process`, not by SystemExit.
 
     Args:
       coordinator: `HOST:PORT` of process 0, which the others can reach; 'auto' where JAX finds out by itself who the
@@ -71,7 +71,7 @@ def _connect(
 ) -> None:
     def ended(*error: Any) -> None:
         sys.__excepthook__(*error)
-        leave(1)
+        exit_process(1)
 
     # JAX's own would take the first SIGTERM, and here `signals` grants it.
     jax.config.update("jax_enable_preemption_service", False)
@@ -92,26 +92,26 @@ def _connect(
         )
 
 
-def leave(status: int) -> NoReturn:
+def exit_process(status: int) -> NoReturn:
     """Ends this process, at once where there are several: else it would wait for the others, and they for it."""
-    if several():
+    if multiple():
         with contextlib.suppress(BrokenPipeError):
             sys.stdout.flush()
         sys.stderr.flush()
-        if leads():
+        if is_leader():
             time.sleep(GRACE)  # The others end with it: first they may say why.
         os._exit(status)
     raise SystemExit(status)
 
 
-def several() -> bool:
+def multiple() -> bool:
     """Whether there is more than one process."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def leads() -> bool:
+def is_leader() -> bool:
     """Whether this is process 0."""
-    return not several() or jax.process_index() == 0
+    return not multiple() or jax.process_index() == 0
 
 
 def put(tree: Any, sharding: Sharding) -> Any:
@@ -119,7 +119,7 @@ def put(tree: Any, sharding: Sharding) -> Any:
 
     As `jax.device_put`, which between processes would send everything through the network to compare it.
     """
-    if not several():
+    if not multiple():
         return jax.device_put(tree, sharding)
 
     def one(leaf: Any) -> jax.Array:
@@ -135,20 +135,20 @@ def put(tree: Any, sharding: Sharding) -> Any:
 
 def local(tree: Any) -> Any:
     """Of arrays that are the same on all devices, this process's own copy: to be computed with by one process alone."""
-    return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree) if several() else tree
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree) if multiple() else tree
 
 
-def from_leader(fn: Callable[[], T]) -> T:
+def broadcast_from_leader(fn: Callable[[], T]) -> T:
     """What `fn` returns in process 0, which alone calls it, in all processes: anything for JSON.
 
     Raises:
       LeaderError: in the others, if `fn` raised in process 0.
     """
-    if not several():
+    if not multiple():
         return fn()
     said: dict[str, Any] = {}
     error: Exception | None = None
-    if leads():
+    if is_leader():
         try:
             said = {"value": fn()}
         except Exception as raised:  # Raised again below, once the others know.
@@ -161,11 +161,11 @@ def from_leader(fn: Callable[[], T]) -> T:
     return said["value"]
 
 
-def arrays_from_leader(tree: Any, like: Any) -> Any:
+def broadcast_arrays_from_leader(tree: Any, like: Any) -> Any:
     """The arrays that process 0 has, placed as those of `like`; the others give any of the same shapes."""
     from jax.experimental import multihost_utils
 
-    if not several():
+    if not multiple():
         return tree
 
     def one(leaf: Any, placed: Any) -> jax.Array:
@@ -180,27 +180,27 @@ def arrays_from_leader(tree: Any, like: Any) -> Any:
     return jax.tree.map(one, tree, like)
 
 
-def gathered(text: str) -> list[str]:
-    """What every process says, in at most `SAID` bytes each."""
+def all_gather_text(text: str) -> list[str]:
+    """What every process says, in at most `MAX_BYTES` bytes each."""
     from jax.experimental import multihost_utils
 
-    if not several():
+    if not multiple():
         return [text]
-    said = np.frombuffer(text.encode()[:SAID].ljust(SAID, b"\0"), np.uint8)
+    said = np.frombuffer(text.encode()[:MAX_BYTES].ljust(MAX_BYTES, b"\0"), np.uint8)
     return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in multihost_utils.process_allgather(said)]
 
 
-SAID = 4096
+MAX_BYTES = 4096
 
 
-def wishes(wish: bool, sharding: Sharding) -> Any:
-    """For a compiled program on the devices of `sharding`, whose `any` is whether a process has the wish."""
-    if not several():
-        return np.asarray(wish)
+def stop_requests(stop_request: bool, sharding: Sharding) -> Any:
+    """For a compiled program on the devices of `sharding`, whose `any` is whether a process has been asked to stop."""
+    if not multiple():
+        return np.asarray(stop_request)
     if not isinstance(sharding, NamedSharding):
         raise ValueError("With several processes a learner needs all their devices: give it mesh=task_mesh(T).")
     each = NamedSharding(sharding.mesh, PartitionSpec(sharding.mesh.axis_names))
-    return jax.make_array_from_callback((sharding.mesh.size,), each, lambda index: np.array([wish]))
+    return jax.make_array_from_callback((sharding.mesh.size,), each, lambda index: np.array([stop_request]))
 
 
 def _is_key(leaf: Any) -> bool:
@@ -211,5 +211,5 @@ def _broadcast_bytes(content: bytes) -> bytes:
     from jax.experimental import multihost_utils
 
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
-    sent = np.frombuffer(content, np.uint8) if leads() else np.zeros(size, np.uint8)
+    sent = np.frombuffer(content, np.uint8) if is_leader() else np.zeros(size, np.uint8)
     return bytes(np.asarray(multihost_utils.broadcast_one_to_all(sent)))

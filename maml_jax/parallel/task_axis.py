@@ -20,7 +20,7 @@ from maml_jax.types import Task
 
 AXIS = "tasks"
 
-AtOnce = int | Literal["all"] | None
+TaskBatchSize = int | Literal["all"] | None
 
 GroupFn = Callable[[Any, Any], tuple[Any, Any]]
 """`(shared, tasks) -> (sum over the tasks, what is told of each)`, of a group of tasks `[G, ...]`."""
@@ -29,7 +29,7 @@ GroupFn = Callable[[Any, Any], tuple[Any, Any]]
 class TaskAxis(NamedTuple):
     """A policy for the task axis."""
 
-    at_once: AtOnce = None
+    at_once: TaskBatchSize = None
     """Tasks computed together on a device, by `vmap`; the others follow in a loop. None: what suits the
     backend and the size of what is shared."""
     mesh: Mesh | None = None
@@ -64,7 +64,7 @@ class TaskAxis(NamedTuple):
         if size % devices or (size // devices) % (at_once or 1):
             raise ValueError(
                 f"A meta-batch of {size} tasks cannot be divided among {devices} device(s) in groups of "
-                f"tasks_at_once={self.at_once!r}: the devices' shares must be equal, and made of whole groups."
+                f"task_batch_size={self.at_once!r}: the devices' shares must be equal, and made of whole groups."
             )
         if self.mesh is None:
             return _share(fn, at_once, size, shared, tasks)
@@ -77,7 +77,7 @@ class TaskAxis(NamedTuple):
 
     def _group(self, shared: Any) -> int | None:
         if self.at_once is None:
-            return backend.tasks_at_once(shared)
+            return backend.task_batch_size(shared)
         return None if self.at_once == "all" else self.at_once
 
     def _sharded(self, fn: Callable[[Any, Task], Any], out_specs: Any) -> Callable[[Any, Task], Any]:
@@ -107,18 +107,18 @@ def summed(fn: Callable[[Any, Any], tuple[Any, Any]]) -> GroupFn:
     return of_group
 
 
-def task_axis(tasks_at_once: AtOnce, mesh: Mesh | None) -> TaskAxis:
+def task_axis(task_batch_size: TaskBatchSize, mesh: Mesh | None) -> TaskAxis:
     """A `TaskAxis` over all devices of `mesh`, whatever its axes are called.
 
     Raises:
-      ValueError: if `tasks_at_once` is neither a positive integer nor 'all'.
+      ValueError: if `task_batch_size` is neither a positive integer nor 'all'.
       TypeError: if `mesh` is no mesh.
     """
     if not isinstance(mesh, Mesh | None):
         raise TypeError(f"mesh must be a jax.sharding.Mesh, such as task_axis.task_mesh(T), but got {mesh!r}.")
-    if tasks_at_once not in (None, "all"):
-        validation.at_least("tasks_at_once", tasks_at_once, 1)
-    return TaskAxis(tasks_at_once, mesh and Mesh(mesh.devices.reshape(-1), (AXIS,)))
+    if task_batch_size not in (None, "all"):
+        validation.at_least("task_batch_size", task_batch_size, 1)
+    return TaskAxis(task_batch_size, mesh and Mesh(mesh.devices.reshape(-1), (AXIS,)))
 
 
 def task_mesh(tasks: int) -> Mesh | None:

@@ -19,24 +19,24 @@ from maml_jax.rl.objective import Objective
 from maml_jax.rl.outer import Outer
 from maml_jax.rl.policy import Policy
 from maml_jax.rl.rollout import rollout
-from maml_jax.types import AdaptInfo, Evaluation, MetaInfo, MetaState, Params, Rates, Task
+from maml_jax.types import AdaptInfo, Evaluation, InnerParams, MetaInfo, MetaState, Params, Task
 
 
-class Trials(NamedTuple):
+class TaskBatch(NamedTuple):
     """Tasks to be tried, and the randomness of all episodes; with a leading axis `T`, or of one task without."""
 
     key: jax.Array
     task: jax.Array
 
 
-def draw_trials(environment: Environment, key: jax.Array, tasks: int) -> Trials:
+def draw_task_batch(environment: Environment, key: jax.Array, tasks: int) -> TaskBatch:
     """Draws a meta-batch of `T` tasks."""
     task_key, key = jax.random.split(key)
-    return Trials(jax.random.split(key, tasks), environment.sample_tasks(task_key, tasks))
+    return TaskBatch(jax.random.split(key, tasks), environment.sample_tasks(task_key, tasks))
 
 
-def given_trials(environment: Environment, key: jax.Array, tasks: Any) -> Trials:
-    """Trials of tasks `[T, ...]` of one's own.
+def given_trials(environment: Environment, key: jax.Array, tasks: Any) -> TaskBatch:
+    """A batch of tasks `[T, ...]` of one's own.
 
     Raises:
       ValueError: if a task is outside the environment's range.
@@ -44,7 +44,7 @@ def given_trials(environment: Environment, key: jax.Array, tasks: Any) -> Trials
     environment.check_tasks(tasks)
     drawn = jax.eval_shape(lambda: environment.sample_tasks(jax.random.key(0), 1))
     tasks = jnp.asarray(tasks, drawn.dtype)
-    return Trials(jax.random.split(key, len(tasks)), tasks)
+    return TaskBatch(jax.random.split(key, len(tasks)), tasks)
 
 
 def maml_rl(
@@ -68,7 +68,7 @@ def maml_rl(
     Args:
       environment: what the tasks are, and what happens in them.
       policy: such as `gaussian_mlp(environment.observation_size, environment.action_size)`.
-      inner: how a task is learned, e.g. `maml_jax.sgd(0.1, steps=1)`; rates are for advantages of deviation 1
+      inner: how a task is learned, e.g. `maml_jax.sgd(0.1, steps=1)`; inner_params are for advantages of deviation 1
         and a mean over steps.
       outer: how the meta-parameters follow, e.g. `trpo(0.01)`.
       episodes: `E`, sampled of each task before each inner step and after the last.
@@ -81,7 +81,7 @@ def maml_rl(
         host or observations are large: without it, calls with large batches wait for each other for ever.
 
     Returns:
-      A `MetaLearner` whose tasks are `Trials`, and whose losses are minus the mean return (paper, equation 4):
+      A `MetaLearner` whose tasks are `TaskBatch`, and whose losses are minus the mean return (paper, equation 4):
       `step(state, trials)`, one meta-iteration, with the metrics as aux;
       `evaluate(state, trials, steps)`, each task's loss before and after each step on new episodes, with the
       `Summary` of those episodes as aux; in it support and query are the same episodes;
@@ -94,9 +94,9 @@ def maml_rl(
         raise TypeError(f"inner must come from maml_jax.sgd, unrolled or no_adaptation, but got {inner!r}.")
     if not isinstance(outer, Outer):
         raise TypeError(f"outer must come from trpo, policy_gradient or promp, but got {outer!r}.")
-    if inner.checkpoint == "mixed":
+    if inner.remat == "mixflow":
         raise ValueError(
-            "checkpoint='mixed' has no forward-mode derivatives, which trpo takes, and none through what an inner loss "
+            "remat='mixflow' has no forward-mode derivatives, which trpo takes, and none through what an inner loss "
             "reports, which promp and the sampling term take: use 'none' or 'step'."
         )
     validation.at_least("episodes", episodes, 1)
@@ -109,34 +109,36 @@ def maml_rl(
     def init(params: Params) -> MetaState:
         validation.floating_params(params)
         params = jax.tree.map(jnp.array, params)
-        rates = inner.init_rates(adapted_part(inner, params))
+        inner_params = inner.init_inner_params(adapted_part(inner, params))
         # Of copies: an optimizer may keep what it is given, and the same array cannot be donated twice.
-        opt_state = outer.init(jax.tree.map(jnp.array, (params, rates)))
-        return over_tasks.replicate(MetaState(jnp.zeros([], jnp.int32), params, rates, opt_state))
+        opt_state = outer.init(jax.tree.map(jnp.array, (params, inner_params)))
+        return over_tasks.replicate(MetaState(jnp.zeros([], jnp.int32), params, inner_params, opt_state))
 
-    def sample(params: Params, trial: Trials) -> Experience:
+    def sample(params: Params, trial: TaskBatch) -> Experience:
         seen = rollout(environment, policy, params, trial.key, trial.task, episodes)
         return lax.stop_gradient(experience(seen, discount, gae_lambda))
 
-    def sampled_loss(params: Params, trial: Trials) -> tuple[jax.Array, Any]:
+    def sampled_loss(params: Params, trial: TaskBatch) -> tuple[jax.Array, Any]:
         """The inner loss on new episodes of the policy itself, which it hands over."""
         seen = sample(params, trial)
         return loss_fn(params, seen)[0], seen
 
-    def collect(meta_params: tuple[Params, Rates], trial: Trials, steps: int) -> tuple[Params, Task]:
+    def collect(meta_params: tuple[Params, InnerParams], trial: TaskBatch, steps: int) -> tuple[Params, Task]:
         """Adapts to one task in `steps` inner steps, and returns the episodes of each of them and after the last."""
         keys = jax.random.split(trial.key, steps + 1)
-        own = Trials(keys[:-1], jnp.broadcast_to(trial.task, (steps, *trial.task.shape)))
+        own = TaskBatch(keys[:-1], jnp.broadcast_to(trial.task, (steps, *trial.task.shape)))
         params, info = inner_loop(inner, sampled_loss, *meta_params, own, steps=steps, batch_per_step=True)
-        return params, Task(info.aux, sample(params, Trials(keys[-1], trial.task)))
+        return params, Task(info.aux, sample(params, TaskBatch(keys[-1], trial.task)))
 
-    def step(state: MetaState, trials: Trials) -> tuple[MetaState, MetaInfo]:
+    def step(state: MetaState, trials: TaskBatch) -> tuple[MetaState, MetaInfo]:
         if sampling_term and len(trials.task) < 2:
             raise ValueError("sampling_term compares each task's return with the others': give 2 tasks or more.")
-        meta_params = (state.params, state.rates)
+        meta_params = (state.params, state.inner_params)
         tasks = over_tasks.map(lambda shared, trial: collect(shared, trial, inner.steps)[1], meta_params, trials)
-        objective = Objective(policy, inner, loss_fn, tasks, sampling_term, task_axis(backend.policies_at_once(), mesh))
-        (params, rates), opt_state, info = outer.update(objective, meta_params, state.opt_state)
+        objective = Objective(
+            policy, inner, loss_fn, tasks, sampling_term, task_axis(backend.policy_batch_size(), mesh)
+        )
+        (params, inner_params), opt_state, info = outer.update(objective, meta_params, state.opt_state)
         before = jax.vmap(jax.vmap(summary))(tasks.support.episodes)
         after = jax.vmap(summary)(tasks.query.episodes)
         metrics = {
@@ -149,20 +151,20 @@ def maml_rl(
         if inner.steps:
             metrics["return_before"] = before.total[:, 0]
         return (
-            MetaState(state.step + 1, params, rates, opt_state),
+            MetaState(state.step + 1, params, inner_params, opt_state),
             MetaInfo(-after.total.mean(), metrics, -before.total, info.grad_norm),
         )
 
-    def adapt(state: MetaState, trial: Trials, steps: int | None = None) -> tuple[Params, AdaptInfo]:
+    def adapt(state: MetaState, trial: TaskBatch, steps: int | None = None) -> tuple[Params, AdaptInfo]:
         steps = inner.steps if steps is None else steps
         validation.at_least("steps", steps, 0)
-        params, task = collect((state.params, state.rates), trial, steps)
+        params, task = collect((state.params, state.inner_params), trial, steps)
         seen = jax.tree.map(lambda each, last: jnp.concatenate([each, last[None]]), task.support, task.query)
         summaries = jax.vmap(summary)(seen.episodes)
         return params, AdaptInfo(-summaries.total, (summaries, seen))
 
-    def evaluate(state: MetaState, trials: Trials, steps: int | None = None) -> Evaluation:
-        def one_task(state: MetaState, trial: Trials) -> Evaluation:
+    def evaluate(state: MetaState, trials: TaskBatch, steps: int | None = None) -> Evaluation:
+        def one_task(state: MetaState, trial: TaskBatch) -> Evaluation:
             _, info = adapt(state, trial, steps)
             return Evaluation(info.loss, info.aux[0], info.loss)
 

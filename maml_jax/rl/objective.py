@@ -9,7 +9,7 @@ from maml_jax.inner import InnerLearner, inner_loop
 from maml_jax.parallel.task_axis import TaskAxis
 from maml_jax.rl.losses import clipped_ratio, ratio
 from maml_jax.rl.policy import Gaussian, Policy
-from maml_jax.types import AdaptInfo, LossFn, Params, Rates, Task
+from maml_jax.types import AdaptInfo, InnerParams, LossFn, Params, Task
 
 
 class Terms(NamedTuple):
@@ -26,7 +26,7 @@ class Terms(NamedTuple):
 class Objective(NamedTuple):
     """The outer objective of one meta-batch (paper, algorithm 3, line 10).
 
-    Its meta-parameters are the pair `(params, rates)`, as in `maml`.
+    Its meta-parameters are the pair `(params, inner_params)`, as in `maml`.
     """
 
     policy: Policy
@@ -41,14 +41,14 @@ class Objective(NamedTuple):
     over_tasks: TaskAxis
     """How the tasks are gone through."""
 
-    def adapted(self, meta_params: tuple[Params, Rates], task: Task) -> tuple[Params, AdaptInfo]:
+    def adapted(self, meta_params: tuple[Params, InnerParams], task: Task) -> tuple[Params, AdaptInfo]:
         """One task's parameters after the inner steps."""
         return inner_loop(self.inner, self.loss_fn, *meta_params, task.support, batch_per_step=True)
 
-    def distributions(self, meta_params: tuple[Params, Rates]) -> Gaussian:
+    def distributions(self, meta_params: tuple[Params, InnerParams]) -> Gaussian:
         """The adapted policies at each step of the query episodes, with leading axes `[T, E, H]`."""
 
-        def of_task(meta_params: tuple[Params, Rates], task: Task) -> Gaussian:
+        def of_task(meta_params: tuple[Params, InnerParams], task: Task) -> Gaussian:
             return self.policy.apply(self.adapted(meta_params, task)[0], task.query.episodes.observation)
 
         return self.over_tasks.map(of_task, meta_params, self.tasks)
@@ -57,10 +57,10 @@ class Objective(NamedTuple):
         """Mean KL divergence from the policies that drew the query episodes to `distributions`."""
         return jax.vmap(lambda task, new: task.query.kl_to(new))(self.tasks, distributions).mean()
 
-    def terms(self, meta_params: tuple[Params, Rates], clip: float | None = None) -> Terms:
+    def terms(self, meta_params: tuple[Params, InnerParams], clip: float | None = None) -> Terms:
         """Loss and divergences; with `clip`, the loss gains nothing from ratios outside 1 +- clip."""
 
-        def of_task(meta_params: tuple[Params, Rates], task: Task) -> tuple[Terms, Any]:
+        def of_task(meta_params: tuple[Params, InnerParams], task: Task) -> tuple[Terms, Any]:
             params, info = self.adapted(meta_params, task)
             distribution = self.policy.apply(params, task.query.episodes.observation)
             log_prob = task.query.log_prob_under(distribution)

@@ -14,7 +14,7 @@ from maml_jax import inner, validation
 from maml_jax.rl.objective import Objective
 
 MetaParams = Any
-"""The pair `(params, rates)`."""
+"""The pair `(params, inner_params)`."""
 
 
 class OuterInfo(NamedTuple):

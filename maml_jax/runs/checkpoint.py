@@ -59,7 +59,7 @@ class Checkpoints:
         self.path, self._keep = Path(path).absolute(), keep
         self._under_way: int | None = None
         self._scores: dict[int, float | None] = {}
-        if not processes.leads():
+        if not processes.is_leader():
             return
         make_directory(self.path)
         for leftover in [*self.path.glob("*.orbax-checkpoint-tmp*"), *self.path.glob(f"*{OLD}")]:
@@ -76,7 +76,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of which there is a checkpoint, whole or damaged, from old to new."""
-        paths = self.path.iterdir() if processes.leads() else ()
+        paths = self.path.iterdir() if processes.is_leader() else ()
         return sorted(int(path.name) for path in paths if path.name.isdecimal())
 
     def best_step(self) -> int | None:
@@ -109,7 +109,7 @@ class Checkpoints:
                 "outer update overflowed; a smaller outer rate, or optax.clip_by_global_norm before it, usually helps.",
                 step,
             )
-        if not processes.leads():
+        if not processes.is_leader():
             return
         self.wait()
         described = {name: _described(leaf) | {"sha256": _digest(leaf)} for name, leaf in leaves.items()}
@@ -159,10 +159,10 @@ class Checkpoints:
             found = self._newest(_own(like))
             return found and (found.step, found.about)
 
-        if (told := processes.from_leader(read)) is None:
+        if (told := processes.broadcast_from_leader(read)) is None:
             return None
         step, about = told
-        return Restored(step, processes.arrays_from_leader(found.state if found else like, like), about)
+        return Restored(step, processes.broadcast_arrays_from_leader(found.state if found else like, like), about)
 
     def _newest(self, like: Any) -> Restored | None:
         damaged: dict[int, str] = {}
@@ -196,7 +196,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits as `wait` does, and ends the threads that write. Raises WorkdirError."""
-        if not processes.leads():
+        if not processes.is_leader():
             return
         try:
             self.wait()
@@ -257,7 +257,7 @@ class Checkpoints:
 
 def _own(tree: Any) -> Any:
     """What process 0 writes and reads by itself: orbax takes no arrays of one process alone where there are several."""
-    return jax.tree.map(_on_host, processes.local(tree)) if processes.several() else tree
+    return jax.tree.map(_on_host, processes.local(tree)) if processes.multiple() else tree
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def _by_leader(method: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(method)
     def guarded(*args: Any, **kwargs: Any) -> None:
-        if processes.leads():
+        if processes.is_leader():
             method(*args, **kwargs)
 
     return guarded
@@ -53,14 +53,14 @@ class RunDirectory:
       name: what the run is.
       config: all that the numbers of the run depend on, and what else is to be kept of its options. None: a run that
         cannot be gone on with, whose directory must hold none.
-      harmless: fields of `config` that may differ from what the run was begun with.
-      growing: fields of `config`, lists, that may have further entries.
+      mutable_fields: fields of `config` that may differ from what the run was begun with.
+      appendable_fields: fields of `config`, lists, that may have further entries.
       wandb: the project of Weights & Biases that is to get a copy of the metrics, if any.
       devices: those that compute, in words, where they are not this process's.
 
     Raises:
       FileExistsError: if `path` already holds a run, and either of them has no configuration.
-      WorkdirError: if the configurations differ in a field that is not harmless, listing them; if another
+      WorkdirError: if the configurations differ in a field that is not mutable_fields, listing them; if another
         process works in the directory; if nothing can be written there.
     """
 
@@ -70,29 +70,33 @@ class RunDirectory:
         name: str,
         config: Mapping[str, Any] | None = None,
         *,
-        harmless: Collection[str] = (),
-        growing: Collection[str] = (),
+        mutable_fields: Collection[str] = (),
+        appendable_fields: Collection[str] = (),
         wandb: str | None = None,
         devices: str | None = None,
     ):
         self._devices = devices
         self._events: Events | Literal["lost"] | None = None  # Made at the first row, of all rows that there are.
         self._wandb: WandB | None = None
-        self.path = Path(processes.from_leader(lambda: str(self._open(path, name, config, harmless, growing, wandb))))
+        self.path = Path(
+            processes.broadcast_from_leader(
+                lambda: str(self._open(path, name, config, mutable_fields, appendable_fields, wandb))
+            )
+        )
 
     def _open(
         self,
         path: str | Path | None,
         name: str,
         config: Mapping[str, Any] | None,
-        harmless: Collection[str],
-        growing: Collection[str],
+        mutable_fields: Collection[str],
+        appendable_fields: Collection[str],
         wandb: str | None,
     ) -> Path:
         config = None if config is None else _as_json(config)
         self.path, self._lock = _own_or_free(name, config) if path is None else _locked(Path(path))
         try:
-            changed = _compare(self.path, config, harmless, growing)
+            changed = _compare(self.path, config, mutable_fields, appendable_fields)
         except OSError:
             self.close()
             raise
@@ -118,18 +122,18 @@ class RunDirectory:
         path: str | Path | None,
         config: Mapping[str, Any] | None = None,
         *,
-        harmless: Collection[str] = (),
-        growing: Collection[str] = (),
+        mutable_fields: Collection[str] = (),
+        appendable_fields: Collection[str] = (),
         wandb: str | None = None,
     ) -> None:
         """Raises what opening the directory would, without writing anything, for a check before data are read."""
         wandb_copy.check(wandb)
-        if not processes.leads() or path is None:
+        if not processes.is_leader() or path is None:
             return
         if Path(path).exists() and not Path(path).is_dir():
             raise WorkdirError(f"{path} is no directory. Give another --workdir.")
         if Path(path).is_dir():
-            _compare(Path(path), None if config is None else _as_json(config), harmless, growing)
+            _compare(Path(path), None if config is None else _as_json(config), mutable_fields, appendable_fields)
             Lock(Path(path)).close()
 
     @_by_leader
@@ -164,7 +168,7 @@ class RunDirectory:
 
     def rows(self, **labels: Any) -> list[dict]:
         """The rows of `metrics.jsonl` that have these entries, those of earlier starts of this run included."""
-        rows = [json.loads(line) for line in self._metrics.read_text().splitlines()] if processes.leads() else []
+        rows = [json.loads(line) for line in self._metrics.read_text().splitlines()] if processes.is_leader() else []
         return [row for row in rows if labels.items() <= row.items()]
 
     @_by_leader
@@ -272,7 +276,7 @@ def _own_or_free(name: str, config: Any) -> tuple[Path, Lock]:
 
 
 def _compare(
-    path: Path, config: Any, harmless: Collection[str], growing: Collection[str]
+    path: Path, config: Any, mutable_fields: Collection[str], appendable_fields: Collection[str]
 ) -> dict[str, tuple[Any, Any]] | None:
     """Harmless differences `{field: (was, is)}` from the run in `path`; None if there is no run.
 
@@ -285,8 +289,10 @@ def _compare(
     if config is None or was is None:
         raise FileExistsError(f"{path} already holds a run. Give another --workdir, or move that one away.")
     differing = _differences(was, config)
-    grown = [field for field in growing if all(entry in config.get(field, ()) for entry in was.get(field, ()))]
-    harmful = {field: values for field, values in differing.items() if field not in {*harmless, *grown}}
+    grown = [
+        field for field in appendable_fields if all(entry in config.get(field, ()) for entry in was.get(field, ()))
+    ]
+    harmful = {field: values for field, values in differing.items() if field not in {*mutable_fields, *grown}}
     if harmful:
         listed = "".join(f"\n  {field} was {old!r}, is {new!r}" for field, (old, new) in harmful.items())
         raise WorkdirError(

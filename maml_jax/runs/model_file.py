@@ -1,4 +1,4 @@
-"""What meta-training has learned as one file: parameters, rates, and a description of what they are for.
+"""A meta-trained model as one file: its parameters, those of the inner update, and a description.
 
 The file is msgpack of arrays and text. Reading it builds arrays, dicts and lists, and executes nothing.
 """
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maml_jax.runs.files import make_directory, plain, write
-from maml_jax.types import Params, Rates
+from maml_jax.types import InnerParams, Params
 
 FORMAT = "maml_jax 1"
 
@@ -22,13 +22,15 @@ class Saved(NamedTuple):
 
     params: Params
     """Nested dicts of arrays; `restore` gives them the structure of other parameters."""
-    rates: Rates
-    """Learned rates of the inner loop, the same; `()` where none are learned."""
+    inner_params: InnerParams
+    """Learned parameters of the inner update, the same; `()` where none are learned."""
     description: dict[str, Any]
     """Model, protocol, and whatever else was saved beside."""
 
 
-def save(path: str | Path, params: Params, rates: Rates = (), description: dict[str, Any] | None = None) -> Path:
+def save(
+    path: str | Path, params: Params, inner_params: InnerParams = (), description: dict[str, Any] | None = None
+) -> Path:
     """Writes a file, in one piece: whoever reads it sees the old content or the new.
 
     Args:
@@ -56,7 +58,7 @@ def save(path: str | Path, params: Params, rates: Rates = (), description: dict[
             "format": FORMAT,
             "description": about,
             "params": _nested("params", params),
-            "rates": _nested("rates", rates),
+            "inner_params": _nested("inner_params", inner_params),
         }
     )
     path = Path(path)
@@ -80,17 +82,17 @@ def load(path: str | Path) -> Saved:
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']!r}, not {FORMAT!r}")
         description = json.loads(content["description"])
-        rates = content["rates"]
-        none = rates is None or (isinstance(rates, dict) and not rates)
-        return Saved(content["params"], () if none else rates, description)
+        inner_params = content["inner_params"]
+        none = inner_params is None or (isinstance(inner_params, dict) and not inner_params)
+        return Saved(content["params"], () if none else inner_params, description)
     except OSError:
         raise
     except Exception as error:  # Whatever the bytes of another file lead to.
-        raise ValueError(f"{path} is not a file of maml_jax.runs.model_file.save, or damaged: {error!r}.") from error
+        raise ValueError(f"{path} is not a file of maml_jax.save, or damaged: {error!r}.") from error
 
 
 def restore(like: Any, values: Any) -> Any:
-    """`values`, parameters or rates as `load` gives them, in the structure of `like`, whose numbers play no part.
+    """`values`, as `load` gives them, in the structure of `like`, whose numbers play no part.
 
     Raises:
       ValueError: naming the leaf that the one has and the other has not, or whose shape is another.

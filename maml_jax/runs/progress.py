@@ -19,7 +19,9 @@ class Progress:
         from tqdm import tqdm
 
         self._total, self._name, self._every = total, name, every
-        self._bar = tqdm(total=total, desc=name, unit="step", disable=not (sys.stderr.isatty() and processes.leads()))
+        self._bar = tqdm(
+            total=total, desc=name, unit="step", disable=not (sys.stderr.isatty() and processes.is_leader())
+        )
         self._start = self._shown = time.monotonic()
         self._updates = 0
         self._first = (0, self._start)

@@ -63,7 +63,7 @@ def resumable_train(
         the labels.
       save_every: meta-steps from one checkpoint to the next; saving takes about a tenth of a second, most of it
         while the next call computes.
-      validate: how to judge the state along the way, if at all.
+      validate: how to checker the state along the way, if at all.
       keep: how many of the newest checkpoints are kept.
       labels: what tells this training from others of the same run: entries of each of its rows.
       rates: inner and outer rates or their schedules, by name, to be told when a loss stops being finite.
@@ -87,7 +87,9 @@ def resumable_train(
     label = "-".join(map(str, labels.values()))
     folder = run.path / "checkpoints" / label
 
-    def calls(state: MetaState, wish: signals.Wish, checkpoints: Checkpoints) -> Iterator[tuple[MetaState, Metrics]]:
+    def calls(
+        state: MetaState, stop_request: signals.StopRequest, checkpoints: Checkpoints
+    ) -> Iterator[tuple[MetaState, Metrics]]:
         # Going on: first the state, which says at what step the run is. Then the metrics are cut to that step, so
         # that none is doubled. Only then are new steps taken.
         restored = checkpoints.restore(state)
@@ -97,7 +99,7 @@ def resumable_train(
         run.drop_rows_after(done, **labels)
         rows = len(run.rows(**labels))
         if restored is not None:
-            if processes.leads() and rows < restored.about["rows"]:
+            if processes.is_leader() and rows < restored.about["rows"]:
                 note(f"{run.path / 'metrics.jsonl'} has lost {restored.about['rows'] - rows} rows up to step {done}.")
             state = restored.state
             yield state, restored.about["row"]
@@ -109,12 +111,12 @@ def resumable_train(
             data,
             steps=steps,
             steps_per_call=steps_per_call,
-            stop=lambda: wish.signal is not None,
+            stop=lambda: stop_request.signal is not None,
         )
-        for state, row in profiled(taken, run.path / "profile" / label) if profile and processes.leads() else taken:
+        for state, row in profiled(taken, run.path / "profile" / label) if profile and processes.is_leader() else taken:
             before, done = done, row["step"]
             judged = validate is not None and (done == steps or _passed(validate.every, before, done))
-            if validate is not None and judged and processes.leads():
+            if validate is not None and judged and processes.is_leader():
                 found = validate.metrics(processes.local(state))
                 scored = math.nan if validate.score is None else float(validate.score(row | found))
                 row = row | plain(found)
@@ -124,23 +126,23 @@ def resumable_train(
             run.log(**labels, **row)
             rows += 1
             if judged or done == steps or _passed(save_every, before, done):
-                score = scored if judged and processes.leads() and math.isfinite(scored) else None
+                score = scored if judged and processes.is_leader() and math.isfinite(scored) else None
                 checkpoints.save(done, state, {"row": row, "rows": rows}, score)
                 saved = done
             yield state, row
         # The call that is under way when a signal comes is dropped: the state in hand is whole, and is what is saved.
-        if (number := signals.of_any_process(wish)) is not None:
+        if (number := signals.of_any_process(stop_request)) is not None:
             if saved < done:
                 checkpoints.save(done, state, {"row": row, "rows": rows})
             checkpoints.wait()
-            if processes.leads():
+            if processes.is_leader():
                 note(f"Stopped by {number.name}; step {done} is saved, and the same command goes on from there.")
             raise signals.Interrupted(number)
 
     def guarded() -> Iterator[tuple[MetaState, Metrics]]:
-        with signals.deferred() as wish, closing(Checkpoints(folder, keep=keep)) as checkpoints:
+        with signals.deferred() as stop_request, closing(Checkpoints(folder, keep=keep)) as checkpoints:
             try:
-                yield from calls(state, wish, checkpoints)
+                yield from calls(state, stop_request, checkpoints)
             except NotFiniteError as error:
                 checkpoints.wait()
                 message = f"{error}{_told(rates, error.step)}{_last(checkpoints)}"
@@ -151,7 +153,7 @@ def resumable_train(
 
 def check_steps(path: str | Path | None, steps: int) -> None:
     """Raises WorkdirError if a training in the run directory `path` has gone beyond `steps`, for a check beforehand."""
-    if path is None or not processes.leads():
+    if path is None or not processes.is_leader():
         return
     folders = [folder for depth in ("*", "*/*") for folder in Path(path, "checkpoints").glob(depth)]
     # Of a folder named by a label that is a number, only what is in it counts.

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a wish to stop, to be granted where stopping is safe."""
+"""SIGINT and SIGTERM as a request to stop, granted where stopping is safe."""
 
 import os
 import signal
@@ -25,21 +25,23 @@ class Interrupted(SystemExit):
         self.signal = number
 
 
-class Wish:
+class StopRequest:
     """Whether to stop."""
 
     signal: Signals | None = None
     """Which signal came; None as long as none did."""
 
 
-def of_any_process(wish: Wish) -> Signals | None:
+def of_any_process(stop_request: StopRequest) -> Signals | None:
     """The signal that came to the first process that got one; every process has to ask."""
-    names = [name for name in processes.gathered(wish.signal.name if wish.signal else "") if name]
+    names = [
+        name for name in processes.all_gather_text(stop_request.signal.name if stop_request.signal else "") if name
+    ]
     return Signals[names[0]] if names else None
 
 
 @contextmanager
-def deferred() -> Iterator[Wish]:
+def deferred() -> Iterator[StopRequest]:
     """Within the block, the first SIGINT or SIGTERM is noted in the value handed over, and the second ends the
     process at once, with status 128 + its number.
 
@@ -47,9 +49,9 @@ def deferred() -> Iterator[Wish]:
     main thread, which may be in a compilation of minutes. A signal that the process ignores stays ignored.
     Outside of the main thread nothing is changed: Python lets only that one handle signals.
     """
-    wish = Wish()
+    stop_request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield wish
+        yield stop_request
         return
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -59,10 +61,10 @@ def deferred() -> Iterator[Wish]:
             number = received[0]
             if number not in SIGNALS:
                 continue
-            if wish.signal is not None:
+            if stop_request.signal is not None:
                 os._exit(128 + number)
-            wish.signal = Signals(number)
-            note(f"{wish.signal.name}: stops after the call that is under way, and saves. Once more ends at once.")
+            stop_request.signal = Signals(number)
+            note(f"{stop_request.signal.name}: saving after this call, then stopping. A second signal stops at once.")
 
     watcher = threading.Thread(target=watch, name="signals", daemon=True)
     watcher.start()
@@ -72,7 +74,7 @@ def deferred() -> Iterator[Wish]:
     for number in handlers:
         signal.signal(number, lambda *_: None)  # What there is to do, the watcher does.
     try:
-        yield wish
+        yield stop_request
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

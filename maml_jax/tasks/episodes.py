@@ -1,7 +1,7 @@
 """Few-shot classification episodes, drawn from images that are held on the device or in host memory.
 
 A batch of episodes is a pure function of (seed, split, step): there is no iterator to keep, and drawing can
-be part of the jitted meta-step. It has two parts: `choose` says which images and which way up, `put_together`
+be part of the jitted meta-step. It has two parts: `choose` says which images and which way up, `assemble_episodes`
 makes episodes of their pixels. Where the pixels are gathered in between is all that differs between images
 on the device (`draw_episodes`) and on the host (`host`).
 """
@@ -133,7 +133,7 @@ def draw_episodes(key: jax.Array, data: ImageClasses, tasks: int, shape: Episode
     """
     shape.check(data)
     choice = choose(key, data.counts, tasks, shape)
-    return put_together(jnp.asarray(data.images)[choice.images], choice, shape)
+    return assemble_episodes(jnp.asarray(data.images)[choice.images], choice, shape)
 
 
 def choose(key: jax.Array, counts: tuple[int, ...], tasks: int, shape: EpisodeShape) -> Choice:
@@ -141,7 +141,7 @@ def choose(key: jax.Array, counts: tuple[int, ...], tasks: int, shape: EpisodeSh
     return jax.vmap(lambda key: _choose(key, counts, shape))(jax.random.split(key, tasks))
 
 
-def put_together(pixels: jax.Array, choice: Choice, shape: EpisodeShape) -> Task:
+def assemble_episodes(pixels: jax.Array, choice: Choice, shape: EpisodeShape) -> Task:
     """Episodes of chosen pixels, uint8 `[T, N, K+Q, H, W]` or `[T, N, K+Q, H, W, C]`; see `draw_episodes`."""
     ways, shots, queries, rotations, labels = shape
     pixels = jnp.asarray(pixels)[..., None] if pixels.ndim == 5 else jnp.asarray(pixels)

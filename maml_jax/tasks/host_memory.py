@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from maml_jax import validation
 from maml_jax.parallel import processes
 from maml_jax.parallel.task_axis import task_axis
-from maml_jax.tasks.episodes import Choice, EpisodeShape, ImageClasses, choose, draw_episodes, put_together
+from maml_jax.tasks.episodes import Choice, EpisodeShape, ImageClasses, assemble_episodes, choose, draw_episodes
 from maml_jax.types import Task
 
 Place = Literal["auto", "device", "host"]
@@ -66,8 +66,8 @@ def by_step(
     validation.one_of("place", place, PLACES)
     shape.check(classes)
     fits = place == "device" or (place == "auto" and fits_on_device(classes.images.nbytes))
-    if mesh is not None and processes.several():
-        fits = all(processes.gathered("fits" if fits else ""))  # All processes compile the same program.
+    if mesh is not None and processes.multiple():
+        fits = all(processes.all_gather_text("fits" if fits else ""))  # All processes compile the same program.
     if fits:
 
         def draw(classes: ImageClasses, step: jax.Array) -> Task:
@@ -77,7 +77,7 @@ def by_step(
 
     def draw_chosen(chosen: ChosenPixels, step: jax.Array) -> Task:
         index = step - chosen.first_step
-        return put_together(chosen.pixels[index], jax.tree.map(lambda leaf: leaf[index], chosen.choice), shape)
+        return assemble_episodes(chosen.pixels[index], jax.tree.map(lambda leaf: leaf[index], chosen.choice), shape)
 
     # As the learner has it, whatever the mesh is called.
     return draw_chosen, chooser(key, classes, tasks, shape, task_axis("all", mesh).mesh)

@@ -12,7 +12,7 @@ from helpers.model_zoo import INPUTS, WAYS, ZOO, drawn_params, tasks
 import maml_jax
 from maml_jax import losses, meta
 from maml_jax.algorithms import heads, per_step, schedules
-from maml_jax.algorithms.imaml import imaml, regularised
+from maml_jax.algorithms.imaml import imaml, with_proximal_term
 from maml_jax.algorithms.meta_curvature import meta_curvature
 from maml_jax.algorithms.reptile import one_of_each_class, reptile
 from maml_jax.nets import models
@@ -34,9 +34,9 @@ def assert_close(got, expected, rtol=1e-10, atol=1e-13):
 
 
 def moved_by(learner, state, batch):
-    """What a step of `optax.sgd(1.0)` subtracts from parameters and rates: the meta-gradient."""
+    """What a step of `optax.sgd(1.0)` subtracts from parameters and inner_params: the meta-gradient."""
     after, _ = jax.jit(learner.step)(state, batch)
-    return jax.tree.map(jnp.subtract, (state.params, state.rates), (after.params, after.rates))
+    return jax.tree.map(jnp.subtract, (state.params, state.inner_params), (after.params, after.inner_params))
 
 
 def features(params, inputs):
@@ -50,19 +50,19 @@ FAMILY = {
     "shared head": lambda order: maml_jax.sgd(0.3, steps=STEPS, order=order, start=heads.shared()),
     "prototypes": lambda order: maml_jax.sgd(0.3, steps=STEPS, order=order, start=heads.prototypes(features)),
     "norms per step": lambda order: maml_jax.sgd(
-        0.3, steps=STEPS, order=order, at_step=per_step.choose(models.norms_only)
+        0.3, steps=STEPS, order=order, params_at_step=per_step.select_step(models.norms_only)
     ),
 }
 
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_exact_meta_gradient(name):
-    """Jitted, in parameters and rates, against central differences of the meta-loss; first order is another."""
+    """Jitted, in parameters and inner_params, against central differences of the meta-loss; first order is another."""
     inner, batch = FAMILY[name](2), tasks(2)
     weights = (0.1, 0.2, 0.3, 0.4) if "step" in name else None
     params = start_params()
     if name == "norms per step":
-        params = per_step.copies(params, models.norms_only(params), STEPS)
+        params = per_step.replicate_per_step(params, models.norms_only(params), STEPS)
     learner = maml_jax.maml(LOSS, inner, optax.sgd(1.0), step_weights=weights)
     state = learner.init(params)
     random = np.random.default_rng(0)
@@ -71,9 +71,9 @@ def test_exact_meta_gradient(name):
         return jax.tree.map(lambda leaf: jnp.asarray(size * random.standard_normal(leaf.shape)), tree)
 
     # Away from where everything starts, with its equal copies, equal rates and identities.
-    begun = (state.params, state.rates)
+    begun = (state.params, state.inner_params)
     begun = jax.tree.map(jnp.add, begun, drawn(begun, 0.05))
-    state = state._replace(params=begun[0], rates=begun[1])
+    state = state._replace(params=begun[0], inner_params=begun[1])
     direction = drawn(begun, 1.0)
 
     @jax.jit
@@ -100,8 +100,8 @@ def test_rates_of_each_layer_and_step_are_taken_at_that_step():
 
     learner = maml_jax.maml(loss_fn, inner, optax.sgd(1.0))
     state = learner.init({"a": jnp.ones(2), "b": jnp.ones(3)})
-    assert_close(state.rates, {"a": jnp.full(2, 0.5), "b": jnp.full(2, 0.5)})
-    state = state._replace(rates={"a": jnp.array([0.1, 0.2]), "b": jnp.array([0.3, 0.4])})
+    assert_close(state.inner_params, {"a": jnp.full(2, 0.5), "b": jnp.full(2, 0.5)})
+    state = state._replace(inner_params={"a": jnp.array([0.1, 0.2]), "b": jnp.array([0.3, 0.4])})
     adapted, _ = learner.adapt(state, {"a": jnp.zeros(2), "b": jnp.zeros(3)}, 3)
     assert_close(adapted, {"a": jnp.full(2, 0.9 * 0.8 * 0.8), "b": jnp.full(3, 0.7 * 0.6 * 0.6)})
 
@@ -142,7 +142,10 @@ def test_reptile_moves_towards_the_adapted_parameters():
         adapted, _ = maml_jax.adapt(LOSS, adapted, batch, learning_rate=0.3, steps=1)
     assert_close(after.params, adapted)
     rated = maml_jax.sgd(0.3, steps=2, learn_rates="layer")
-    for learner in (reptile(LOSS, rated, optax.sgd(1.0)), imaml(LOSS, rated, optax.sgd(1.0), strength=1.0, cg_steps=2)):
+    for learner in (
+        reptile(LOSS, rated, optax.sgd(1.0)),
+        imaml(LOSS, rated, optax.sgd(1.0), proximal_weight=1.0, cg_steps=2),
+    ):
         with pytest.raises(ValueError, match="no gradient for learned rates"):
             learner.init(params)
 
@@ -152,7 +155,7 @@ def test_implicit_gradient_of_a_quadratic_in_closed_form():
     random = np.random.default_rng(3)
     half = random.standard_normal((4, 4))
     hessian, linear, aim, at = half @ half.T, *random.standard_normal((3, 4))
-    strength = 2.0
+    proximal_weight = 2.0
 
     def support(params, batch):
         return params["p"] @ hessian @ params["p"] / 2 - batch[0] @ params["p"], {}
@@ -161,23 +164,23 @@ def test_implicit_gradient_of_a_quadratic_in_closed_form():
         return jnp.sum((params["p"] - batch[0]) ** 2) / 2, {}
 
     inner = maml_jax.sgd(0.05, steps=3000)
-    learner = imaml(support, inner, optax.sgd(1.0), strength=strength, cg_steps=4, query_loss_fn=query)
+    learner = imaml(support, inner, optax.sgd(1.0), proximal_weight=proximal_weight, cg_steps=4, query_loss_fn=query)
     task = maml_jax.Task((jnp.asarray(linear)[None],), (jnp.asarray(aim)[None],))
     gradient, _ = moved_by(learner, learner.init({"p": jnp.asarray(at)}), task)
-    system = hessian + strength * np.eye(4)
-    minimum = np.linalg.solve(system, linear + strength * at)
-    assert_close(gradient["p"], strength * np.linalg.solve(system, minimum - aim), rtol=1e-8)
+    system = hessian + proximal_weight * np.eye(4)
+    minimum = np.linalg.solve(system, linear + proximal_weight * at)
+    assert_close(gradient["p"], proximal_weight * np.linalg.solve(system, minimum - aim), rtol=1e-8)
 
 
 def test_implicit_gradient_is_that_of_the_long_unrolled_inner_loop():
     """On a small net without kinks, with parameters that the inner loop leaves as they are."""
     (loss_fn, params), batch = ZOO["dict"](), tasks(2)
     inner = maml_jax.sgd(0.1, steps=300, trainable={"w1": True, "b1": True, "w2": True, "b2": False})
-    implicit = imaml(loss_fn, inner, optax.sgd(1.0), strength=6.0, cg_steps=60)
-    unrolled = maml_jax.maml(loss_fn, regularised(inner, 6.0), optax.sgd(1.0))
+    implicit = imaml(loss_fn, inner, optax.sgd(1.0), proximal_weight=6.0, cg_steps=60)
+    unrolled = maml_jax.maml(loss_fn, with_proximal_term(inner, 6.0), optax.sgd(1.0))
     expected = moved_by(unrolled, unrolled.init(params), batch)
     assert_close(moved_by(implicit, implicit.init(params), batch), expected, rtol=1e-6, atol=1e-9)
-    few = imaml(loss_fn, inner, optax.sgd(1.0), strength=6.0, cg_steps=1)
+    few = imaml(loss_fn, inner, optax.sgd(1.0), proximal_weight=6.0, cg_steps=1)
     gradient, _ = moved_by(few, few.init(params), batch)
     assert np.abs(gradient["w1"] - expected[0]["w1"]).max() > 1e-5
 
@@ -194,13 +197,16 @@ def test_meta_curvature_starts_as_gradient_descent_and_multiplies_every_axis():
     state = learner.init(params)
     adapted, _ = learner.adapt(state, gradient)
     assert_close(adapted, jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient))
-    rates = jax.tree.map(lambda leaf: jnp.asarray(random.standard_normal(leaf.shape)), state.rates)
-    adapted, _ = learner.adapt(state._replace(rates=rates), gradient)
-    places, inputs, outputs = rates["conv"]
+    inner_params = jax.tree.map(lambda leaf: jnp.asarray(random.standard_normal(leaf.shape)), state.inner_params)
+    adapted, _ = learner.adapt(state._replace(inner_params=inner_params), gradient)
+    places, inputs, outputs = inner_params["conv"]
     expected = np.einsum("ap,bi,co,pio->abc", places, inputs, outputs, gradient["conv"].reshape(6, 4, 5))
     assert_close(adapted["conv"], params["conv"] - 0.1 * expected.reshape(3, 2, 4, 5))
-    assert_close(adapted["dense"], params["dense"] - 0.1 * rates["dense"][0] @ gradient["dense"] @ rates["dense"][1].T)
-    assert_close(adapted["bias"], params["bias"] - 0.1 * rates["bias"][0] @ gradient["bias"])
+    assert_close(
+        adapted["dense"],
+        params["dense"] - 0.1 * inner_params["dense"][0] @ gradient["dense"] @ inner_params["dense"][1].T,
+    )
+    assert_close(adapted["bias"], params["bias"] - 0.1 * inner_params["bias"][0] @ gradient["bias"])
 
 
 @pytest.mark.parametrize("name", ["shared head", "prototypes"])
@@ -235,14 +241,17 @@ def test_each_inner_step_has_its_own_copies():
     """And the query set is judged with those of the last step."""
     copied = {"w": False, "of_step": True}
     inner = maml_jax.sgd(
-        0.5, steps=2, trainable={"w": True, "of_step": False}, at_step=per_step.choose(lambda params: copied)
+        0.5,
+        steps=2,
+        trainable={"w": True, "of_step": False},
+        params_at_step=per_step.select_step(lambda params: copied),
     )
 
     def loss_fn(params, batch):
         return params["w"] * params["of_step"] * batch, {"of_step": params["of_step"]}
 
     learner = maml_jax.maml(loss_fn, inner, optax.sgd(1.0))
-    made = per_step.copies({"w": jnp.array(1.0), "of_step": jnp.array(7.0)}, copied, 2)
+    made = per_step.replicate_per_step({"w": jnp.array(1.0), "of_step": jnp.array(7.0)}, copied, 2)
     assert_close(made, {"w": jnp.array(1.0), "of_step": jnp.full(3, 7.0)})
     state = learner.init({"w": jnp.array(1.0), "of_step": jnp.array([1.0, 10.0, 100.0])})
     task = maml_jax.Task(jnp.array([1.0]), jnp.array([1.0]))
@@ -267,7 +276,7 @@ def test_multi_step_weights_go_over_to_the_last_step():
 def test_in_turn_takes_first_order_first():
     loss_fn, params = ZOO["dict"]()
     first, second = (maml_jax.maml(loss_fn, maml_jax.sgd(0.3, steps=2, order=o), optax.adam(0.1)) for o in (1, 2))
-    both = schedules.in_turn(first, second, after=2)
+    both = schedules.switch_learner(first, second, after=2)
     state = both.init(params)
     step = jax.jit(both.step)
     for number in range(4):
@@ -284,13 +293,16 @@ def test_wrong_values_are_refused():
         inner = maml_jax.sgd(0.3, steps=1, start=lambda params, support: {})
         learner = maml_jax.maml(loss_fn, inner, optax.sgd(1.0))
         learner.step(learner.init(params), tasks(1))
-    with pytest.raises(ValueError, match="without start and at_step"):
-        imaml(LOSS, FAMILY["shared head"](2), optax.sgd(1.0), strength=1.0, cg_steps=5)
-    for inner in (FAMILY["shared head"](2), maml_jax.sgd(0.3, steps=2, at_step=per_step.choose(models.norms_only))):
-        with pytest.raises(ValueError, match="reptile takes an inner learner without start and at_step"):
+    with pytest.raises(ValueError, match="without start and params_at_step"):
+        imaml(LOSS, FAMILY["shared head"](2), optax.sgd(1.0), proximal_weight=1.0, cg_steps=5)
+    for inner in (
+        FAMILY["shared head"](2),
+        maml_jax.sgd(0.3, steps=2, params_at_step=per_step.select_step(models.norms_only)),
+    ):
+        with pytest.raises(ValueError, match="reptile takes an inner learner without start and params_at_step"):
             reptile(LOSS, inner, optax.sgd(1.0))
-    with pytest.raises(ValueError, match="strength must be positive"):
-        imaml(LOSS, maml_jax.sgd(0.3, steps=1), optax.sgd(1.0), strength=0.0, cg_steps=5)
+    with pytest.raises(ValueError, match="proximal_weight must be positive"):
+        imaml(LOSS, maml_jax.sgd(0.3, steps=1), optax.sgd(1.0), proximal_weight=0.0, cg_steps=5)
 
 
 def test_optimizers_that_ask_for_the_loss_are_given_it():

@@ -8,7 +8,7 @@ import pytest
 
 import maml_jax
 from experiments.benchmarks import flops
-from maml_jax.autodiff.hoist import hoisted
+from maml_jax.autodiff.hoist import hoist
 from maml_jax.tasks import sinusoid
 
 
@@ -27,7 +27,7 @@ def test_results_and_derivatives_are_the_same(x64):
             return w - 0.1 * features.T @ residual, (jnp.sum(residual**2), {"mean": features.mean()})
 
         row = jax.ShapeDtypeStruct((), jnp.int64)
-        return jax.lax.scan(hoisted(step, start, row) if hoist else step, start, jnp.arange(3))
+        return jax.lax.scan(hoist(step, start, row) if hoist else step, start, jnp.arange(3))
 
     def everything(hoist):
         def value(*args):
@@ -42,7 +42,7 @@ def test_results_and_derivatives_are_the_same(x64):
 
 def test_products_with_what_changes_alone_stay_in_the_loop():
     a, b = jnp.ones((8, 8)), jnp.ones((8, 8))
-    step = hoisted(lambda x: (a @ b) @ x, jax.ShapeDtypeStruct((8,), jnp.float32))
+    step = hoist(lambda x: (a @ b) @ x, jax.ShapeDtypeStruct((8,), jnp.float32))
     assert counted(step, jnp.ones(8)) == 2 * 8 * 8
     np.testing.assert_array_equal(step(jnp.ones(8)), np.full(8, 64))
 
@@ -50,7 +50,7 @@ def test_products_with_what_changes_alone_stay_in_the_loop():
 def test_what_is_cheap_and_large_is_not_kept():
     """A mask of one number for each pixel would be read from memory in each step."""
     offset = jnp.ones(3)
-    step = hoisted(lambda x: x + jnp.broadcast_to(offset * 2, (100, 3)), jax.ShapeDtypeStruct((100, 3), jnp.float32))
+    step = hoist(lambda x: x + jnp.broadcast_to(offset * 2, (100, 3)), jax.ShapeDtypeStruct((100, 3), jnp.float32))
     assert max(np.size(const) for const in jax.make_jaxpr(step)(jnp.ones((100, 3))).consts) == 3
 
 
@@ -62,7 +62,7 @@ def test_effects_stay_where_they_were():
         jax.debug.callback(lambda v: called.append(float(v)), value.sum())
         return x + value.sum()
 
-    again = hoisted(step, jax.ShapeDtypeStruct((), jnp.float32))
+    again = hoist(step, jax.ShapeDtypeStruct((), jnp.float32))
     jax.block_until_ready((again(jnp.zeros(())), again(jnp.zeros(()))))
     jax.effects_barrier()
     assert called == [2.0, 2.0]

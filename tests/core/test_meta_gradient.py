@@ -193,7 +193,7 @@ def test_learned_rates_start_as_sgd_and_get_the_right_gradient(order):
     learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.3, steps=1, order=order, learn_rates="parameter"), optax.sgd(1.0))
     state = learner.init(params)
     after, _ = jax.jit(learner.step)(state, batch)
-    got = jax.tree.map(jnp.subtract, state.rates, after.rates)
+    got = jax.tree.map(jnp.subtract, state.inner_params, after.inner_params)
 
     def expected(task):
         grads = jax.grad(lambda p: loss_fn(p, task.support)[0])(params)
@@ -241,7 +241,7 @@ def test_every_way_through_the_tasks_gives_the_same(at_once, devices):
     assert devices == 1 or mesh.size == 2
     learner = maml_jax.sgd(0.3, steps=2)
     expected, expected_info = meta_gradient(loss_fn, learner, params, batch)
-    got, info = meta_gradient(loss_fn, learner, params, batch, tasks_at_once=at_once, mesh=mesh)
+    got, info = meta_gradient(loss_fn, learner, params, batch, task_batch_size=at_once, mesh=mesh)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-15), got, expected)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), info, expected_info)
 
@@ -281,7 +281,7 @@ def test_evaluation_follows_training():
 def test_evaluation_is_the_same_over_devices(count, at_once):
     loss_fn, params = ZOO["dict"]()
     plain, spread = (
-        maml_jax.maml(loss_fn, maml_jax.sgd(0.3, steps=2), optax.sgd(1.0), tasks_at_once=at_once, mesh=mesh)
+        maml_jax.maml(loss_fn, maml_jax.sgd(0.3, steps=2), optax.sgd(1.0), task_batch_size=at_once, mesh=mesh)
         for mesh in (None, jax.make_mesh((2,), ("any",)))
     )
     expected, got = (jax.jit(learner.evaluate)(learner.init(params), tasks(count)) for learner in (plain, spread))
@@ -295,10 +295,10 @@ def test_learned_rates_and_a_mask_for_every_library(name):
     leaves, structure = jax.tree.flatten(params)
     mask = jax.tree.unflatten(structure, [False] * (len(leaves) - 1) + [True])
     learner = maml_jax.maml(
-        loss_fn, maml_jax.sgd(0.3, steps=2, learn_rates="parameter", trainable=mask), optax.sgd(1.0), tasks_at_once=1
+        loss_fn, maml_jax.sgd(0.3, steps=2, learn_rates="parameter", trainable=mask), optax.sgd(1.0), task_batch_size=1
     )
     state = learner.init(params)
-    assert [leaf.shape for leaf in jax.tree.leaves(state.rates)] == [leaves[-1].shape]
+    assert [leaf.shape for leaf in jax.tree.leaves(state.inner_params)] == [leaves[-1].shape]
     after, _ = jax.jit(learner.step)(state, tasks(2))
     assert all(jnp.any(a != b) for a, b in zip(jax.tree.leaves(after.params), leaves))
     adapted, info = learner.adapt(state, jax.tree.map(lambda leaf: leaf[0], tasks(1)).support, 3)
@@ -329,7 +329,7 @@ def test_no_adaptation_stays_where_it_is():
 def test_many_tasks_in_low_precision_are_summed_in_full(at_once):
     """A sum of 512 numbers of about 16 in bfloat16 would stop growing at a half of it."""
     loss_fn = lambda params, batch: ((params * batch).sum(), {})  # noqa: E731
-    learner = maml_jax.maml(loss_fn, maml_jax.sgd(1e-3, steps=1), optax.sgd(1.0), tasks_at_once=at_once)
+    learner = maml_jax.maml(loss_fn, maml_jax.sgd(1e-3, steps=1), optax.sgd(1.0), task_batch_size=at_once)
     params = jnp.ones(1, jnp.bfloat16)
     batch = jnp.full((512, 1), 15.75, jnp.bfloat16)
     state, info = jax.jit(learner.step)(learner.init(params), maml_jax.Task(batch, batch))
@@ -364,7 +364,7 @@ def test_no_adaptation_is_joint_training():
 def test_what_tasks_share_gets_one_gradient_in_one_product(inner_learner):
     """Side by side, no task multiplies by kernels of its own before it has adapted them, nor sums gradients after."""
     loss_fn, params = ZOO["dict"]()
-    learner = maml_jax.maml(loss_fn, inner_learner, optax.sgd(1.0), tasks_at_once="all")
+    learner = maml_jax.maml(loss_fn, inner_learner, optax.sgd(1.0), task_batch_size="all")
     program = str(jax.make_jaxpr(learner.step)(learner.init(params), tasks(3)))
     own = sum(program.count(f"f64[3,{a},{b}]") for a, b in (k.shape for k in jax.tree.leaves(params) if k.ndim == 2))
     assert "f64[3," in program and (own > 0) == bool(inner_learner.steps)

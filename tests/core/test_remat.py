@@ -25,7 +25,7 @@ def meta_gradient(loss_fn, inner, params, batch, **options):
     learner = maml_jax.maml(loss_fn, inner, optax.sgd(1.0), **options)
     state = learner.init(params)
     after, info = jax.jit(learner.step)(state, batch)
-    return jax.tree.map(jnp.subtract, (state.params, state.rates), (after.params, after.rates)), info
+    return jax.tree.map(jnp.subtract, (state.params, state.inner_params), (after.params, after.inner_params)), info
 
 
 def assert_same(got, expected, rtol=1e-11, atol=1e-14):
@@ -38,21 +38,21 @@ def last_leaf(params):
 
 
 INNER = {
-    "sgd": lambda keep: maml_jax.sgd(0.3, steps=5, checkpoint=keep),
-    "Meta-SGD": lambda keep: maml_jax.sgd(0.3, steps=3, learn_rates="parameter", checkpoint=keep),
-    "ANIL": lambda keep: maml_jax.sgd(0.3, steps=3, trainable=last_leaf, checkpoint=keep),
-    "Adam": lambda keep: maml_jax.unrolled(optax.adam(0.05, eps_root=1e-8), steps=3, checkpoint=keep),
+    "sgd": lambda keep: maml_jax.sgd(0.3, steps=5, remat=keep),
+    "Meta-SGD": lambda keep: maml_jax.sgd(0.3, steps=3, learn_rates="parameter", remat=keep),
+    "ANIL": lambda keep: maml_jax.sgd(0.3, steps=3, trainable=last_leaf, remat=keep),
+    "Adam": lambda keep: maml_jax.unrolled(optax.adam(0.05, eps_root=1e-8), steps=3, remat=keep),
 }
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("inner", INNER)
-@pytest.mark.parametrize("checkpoint", ["step", "mixed"])
-def test_the_meta_gradient_is_the_same(checkpoint, inner):
+@pytest.mark.parametrize("remat", ["full", "mixflow"])
+def test_the_meta_gradient_is_the_same(remat, inner):
     loss_fn, params = ZOO["dict"]()
     expected = meta_gradient(loss_fn, INNER[inner]("none"), params, tasks(4))
-    for policy in ({}, {"tasks_at_once": 1}, {"tasks_at_once": 2, "mesh": task_mesh(4)}):
-        assert_same(meta_gradient(loss_fn, INNER[inner](checkpoint), params, tasks(4), **policy), expected)
+    for policy in ({}, {"task_batch_size": 1}, {"task_batch_size": 2, "mesh": task_mesh(4)}):
+        assert_same(meta_gradient(loss_fn, INNER[inner](remat), params, tasks(4), **policy), expected)
 
 
 @pytest.mark.usefixtures("x64")
@@ -60,8 +60,8 @@ def test_the_meta_gradient_is_the_same(checkpoint, inner):
 def test_for_every_library(library):
     loss_fn, params = ZOO[library]()
     expected = meta_gradient(loss_fn, INNER["sgd"]("none"), params, tasks(2))
-    for checkpoint in ("step", "mixed"):
-        assert_same(meta_gradient(loss_fn, INNER["sgd"](checkpoint), params, tasks(2)), expected)
+    for remat in ("full", "mixflow"):
+        assert_same(meta_gradient(loss_fn, INNER["sgd"](remat), params, tasks(2)), expected)
 
 
 class SmallNet(nn.Module):
@@ -107,14 +107,14 @@ def slow_reference(order, pooled):
     return params, jax.tree.map(lambda p, a, b: p - (a + b) / 2, params, *each)
 
 
-POLICIES = {"vmap": {"tasks_at_once": "all"}, "scan": {"tasks_at_once": 1}, "devices": {"mesh": task_mesh(2)}}
-ORDERS = [(1, "none"), (2, "none"), (2, "step"), (2, "mixed")]
+POLICIES = {"vmap": {"task_batch_size": "all"}, "scan": {"task_batch_size": 1}, "devices": {"mesh": task_mesh(2)}}
+ORDERS = [(1, "none"), (2, "none"), (2, "full"), (2, "mixflow")]
 NETS = [*((False, name) for name in IMPLEMENTATIONS), (True, None)]
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
-    "pooled, implementation, policy, order, checkpoint",
+    "pooled, implementation, policy, order, remat",
     [
         # Every net meets every policy and every order, and these meet each other, in a third of all combinations.
         (*net, list(POLICIES)[(i + j) % len(POLICIES)], *order)
@@ -122,10 +122,10 @@ NETS = [*((False, name) for name in IMPLEMENTATIONS), (True, None)]
         for j, order in enumerate(ORDERS)
     ],
 )
-def test_every_path_against_one_slow_reference(pooled, implementation, policy, order, checkpoint, monkeypatch):
+def test_every_path_against_one_slow_reference(pooled, implementation, policy, order, remat, monkeypatch):
     params, expected = slow_reference(order, pooled)
     loss_fn = losses.cross_entropy(models.apply_params(SmallNet(pooled, implementation)))
-    inner = maml_jax.sgd(0.3, steps=2, order=order, checkpoint=checkpoint)
+    inner = maml_jax.sgd(0.3, steps=2, order=order, remat=remat)
     if pooled:  # As large images are.
         monkeypatch.setattr(backend, "one_image_at_a_time", lambda images, channels, features: True)
     (got, _), _ = meta_gradient(loss_fn, inner, params, images_of_two_tasks(), **POLICIES[policy])
@@ -138,19 +138,19 @@ def test_mixed_differentiates_what_the_loss_closes_over_and_its_batch():
     loss_fn, params = ZOO["dict"]()
     task = jax.tree.map(lambda leaf: leaf[0], tasks(1))
 
-    def adapted_loss(weight, inputs, checkpoint):
+    def adapted_loss(weight, inputs, remat):
         def weighted(params, batch):
             loss, aux = loss_fn(params, batch)
             return weight * loss + 0.1 * weight**2 * sum(jnp.square(leaf).sum() for leaf in params.values()), aux
 
-        learner = maml_jax.sgd(0.3, steps=3, checkpoint=checkpoint)
+        learner = maml_jax.sgd(0.3, steps=3, remat=remat)
         after, info = maml_jax.inner.inner_loop(learner, weighted, params, (), (inputs, task.support[1]))
         return loss_fn(after, task.query)[0] + info.loss.sum()
 
     gradient = jax.jit(jax.grad(adapted_loss, (0, 1)), static_argnums=2)
     at = (jnp.asarray(0.7), task.support[0])
     assert all(jnp.abs(leaf).max() > 1e-3 for leaf in gradient(*at, "none"))
-    assert_same(gradient(*at, "mixed"), gradient(*at, "none"))
+    assert_same(gradient(*at, "mixflow"), gradient(*at, "none"))
 
 
 @pytest.mark.usefixtures("x64")
@@ -159,22 +159,22 @@ def test_mixed_takes_what_else_the_loss_closes_over():
     loss_fn, params = ZOO["dict"]()
     task = jax.tree.map(lambda leaf: leaf[0], tasks(1))
 
-    def adapted_loss(params, key, mask, number, checkpoint):
+    def adapted_loss(params, key, mask, number, remat):
         def with_dropout(params, batch):
             kept = jax.random.bernoulli(key, 0.7, batch[0].shape) | mask
             loss, aux = loss_fn(params, (jnp.where(kept, batch[0], 0), batch[1]))
             return loss * number, aux
 
-        learner = maml_jax.sgd(0.3, steps=3, checkpoint=checkpoint)
+        learner = maml_jax.sgd(0.3, steps=3, remat=remat)
         after, _ = maml_jax.inner.inner_loop(learner, with_dropout, params, (), task.support)
         return with_dropout(after, task.query)[0]
 
     gradient = jax.jit(jax.grad(adapted_loss), static_argnums=4)
     at = (params, jax.random.key(3), task.support[0][0] > 0, jnp.int32(2))
-    assert_same(gradient(*at, "mixed"), gradient(*at, "none"))
+    assert_same(gradient(*at, "mixflow"), gradient(*at, "none"))
 
 
-def temporary_memory(checkpoint, steps, order=2):
+def temporary_memory(remat, steps, order=2):
     """Bytes that the compiled meta-step needs beside its arguments and results: a net with large activations."""
     random = np.random.default_rng(0)
     sizes = (4, 32, 32, 32, 4)
@@ -187,7 +187,7 @@ def temporary_memory(checkpoint, steps, order=2):
 
     learner = maml_jax.maml(
         losses.mean_squared_error(apply),
-        maml_jax.sgd(0.1, steps=steps, order=order, checkpoint=checkpoint),
+        maml_jax.sgd(0.1, steps=steps, order=order, remat=remat),
         optax.sgd(0.1),
     )
     batch = tuple(jnp.zeros((1, 2048, 4)) for _ in range(2))
@@ -197,18 +197,18 @@ def temporary_memory(checkpoint, steps, order=2):
 
 def test_memory():
     copies = 4 * (4 * 32 + 32 * 32 + 32 * 32 + 32 * 4)  # Bytes of the parameters, kept for every step.
-    assert temporary_memory("none", 32) > 25 * temporary_memory("mixed", 32)
-    for checkpoint in ("step", "mixed"):
-        more = temporary_memory(checkpoint, 32) - temporary_memory(checkpoint, 4)
+    assert temporary_memory("none", 32) > 25 * temporary_memory("mixflow", 32)
+    for remat in ("full", "mixflow"):
+        more = temporary_memory(remat, 32) - temporary_memory(remat, 4)
         assert more < 1.5 * 28 * copies
     # Forwards over the gradient: the activations of one step and their tangents.
-    assert temporary_memory("mixed", 32) - 32 * copies < 4 * temporary_memory("none", 32, order=1)
+    assert temporary_memory("mixflow", 32) - 32 * copies < 4 * temporary_memory("none", 32, order=1)
 
 
 @pytest.mark.parametrize("build", [lambda **o: maml_jax.sgd(0.1, steps=1, **o),
                                    lambda **o: maml_jax.unrolled(optax.sgd(0.1), steps=1, **o)])  # fmt: skip
 def test_options(build):
-    with pytest.raises(ValueError, match="checkpoint must be one of 'none', 'step', 'mixed', but got 'some'"):
-        build(checkpoint="some")
-    with pytest.raises(ValueError, match="checkpoint='mixed' is for order 2"):
-        build(checkpoint="mixed", order=1)
+    with pytest.raises(ValueError, match="remat must be one of 'none', 'full', 'mixflow', but got 'some'"):
+        build(remat="some")
+    with pytest.raises(ValueError, match="remat='mixflow' is for order 2"):
+        build(remat="mixflow", order=1)

@@ -180,9 +180,9 @@ def test_masks():
 
 def test_groups_of_tasks():
     loss_fn, params = plain_dict()
-    with pytest.raises(ValueError, match="tasks_at_once must be an integer of at least 1, but got 0"):
-        learner(loss_fn, tasks_at_once=0)
-    grouped = learner(loss_fn, tasks_at_once=3)
+    with pytest.raises(ValueError, match="task_batch_size must be an integer of at least 1, but got 0"):
+        learner(loss_fn, task_batch_size=0)
+    grouped = learner(loss_fn, task_batch_size=3)
     with pytest.raises(ValueError, match="4 tasks cannot be divided"):
         grouped.step(grouped.init(params), tasks(4))
 

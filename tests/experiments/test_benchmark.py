@@ -48,9 +48,9 @@ def test_a_convolution_and_both_of_its_gradients_count_the_same(tasks):
 
 
 def test_combinations_that_differ_in_nothing_are_measured_once():
-    config = benchmark.Config(("sinusoid",), checkpoints=("none", "mixed"), implementations=("patches", "lax"))
-    assert [(v.order, v.checkpoint, v.implementation) for v in config.variants()] == [
-        (2, "none", None), (2, "mixed", None), (1, "none", None),
+    config = benchmark.Config(("sinusoid",), remat=("none", "mixflow"), implementations=("patches", "lax"))
+    assert [(v.order, v.remat, v.implementation) for v in config.variants()] == [
+        (2, "none", None), (2, "mixflow", None), (1, "none", None),
     ]  # fmt: skip
 
 
@@ -85,7 +85,7 @@ def test_where_something_could_not_be_measured_it_ends_so(monkeypatch, tmp_path,
 
 
 def test_ratios_compare_like_with_like():
-    ours = {"kind": "ours", "workload": "w", "inner_steps": None, "checkpoint": "none", "tasks_at_once": None,
+    ours = {"kind": "ours", "workload": "w", "inner_steps": None, "remat": "none", "task_batch_size": None,
             "implementation": None, "dtype": "float32", "devices": 1}  # fmt: skip
     second = {**ours, "order": 2, "ms": 6.0, "gflop": 4.0, "memory_compiled": 10}
     first = {**ours, "order": 1, "ms": 2.0, "gflop": 2.0, "memory_compiled": 5}
@@ -124,7 +124,7 @@ def test_the_peers_take_the_same_step(order):
 
 
 def test_from_beginning_to_end(tmp_path):
-    options = ("--workloads", "sinusoid", "--inner-steps", "2", "--checkpoints", "none", "mixed")
+    options = ("--workloads", "sinusoid", "--inner-steps", "2", "--remat", "none", "mixflow")
     done = launch(
         "experiments.benchmark", *options, "--rounds", "1", "--seconds", "0.1", "--workdir", "run", cwd=tmp_path
     )

@@ -239,7 +239,7 @@ def test_the_outer_rate_falls_where_it_is_asked_for(method, anneal, falls):
     np.testing.assert_allclose(moved, 1e-2 * cosine if falls else np.full(steps + 1, 1e-2), rtol=1e-4)
     # A run that is older than the option goes on where it is not taken.
     assert ("anneal" in few_shot.recorded(omniglot_experiment.Config(anneal=anneal), Setting(*range(9)))) is anneal
-    assert ("steps" in few_shot.harmless(omniglot_experiment.Config(method=method, anneal=anneal))) is not falls
+    assert ("steps" in few_shot.mutable_fields(omniglot_experiment.Config(method=method, anneal=anneal))) is not falls
 
 
 @pytest.mark.parametrize("method", ["maml++", "meta-curvature"])
@@ -261,7 +261,7 @@ def test_a_saved_model_is_what_was_trained(method, characters, tmp_path, small_n
         ({"output": tmp_path / "nowhere" / "out.json"}, "output must be in a directory that exists"),
         ({"output": tmp_path / "out.png"}, "output must be a file for JSON"),
         ({"models": ()}, "at least one file"),
-        ({"at_step": 11}, "at_step must be from 0 to steps, 10, but got 11"),
+        ({"compare_step": 11}, "compare_step must be from 0 to steps, 10, but got 11"),
     ):
         with pytest.raises(ValueError, match=message):
             evaluate.prepare(evaluate.Config(**{"models": (path,), **options}))
@@ -365,7 +365,9 @@ def test_two_models_are_compared_on_the_same_tasks(characters, tmp_path, small_n
     monkeypatch.setattr(omniglot_experiment, "prepare", lambda config: prepared._replace(config=config))
     output = tmp_path / "found.json"
     rows = evaluate.main(
-        evaluate.prepare(evaluate.Config((first, second), tasks=12, steps=2, at_step=1, seen="both", output=output))
+        evaluate.prepare(
+            evaluate.Config((first, second), tasks=12, steps=2, compare_step=1, seen="both", output=output)
+        )
     )
     assert [*rows] == [f"{path}, queries {seen}" for path in (first, second) for seen in ("together", "one by one")]
     for seen in ("together", "one by one"):

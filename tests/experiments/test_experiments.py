@@ -30,7 +30,7 @@ BAD = [
     ("omniglot", ["--inner-rate", "inf"], "inner_rate must be positive and finite, but got inf"),
     ("omniglot", ["--inner-steps", "0"], "inner_steps must be an integer of at least 1, but got 0"),
     ("omniglot", ["--preset", "20w1s", "--ways", "10"], "give either it or them, not both"),
-    ("omniglot", ["--tasks-at-once", "5"], "tasks_at_once must divide the tasks of one device, 16, but got 5"),
+    ("omniglot", ["--task-batch-size", "5"], "task_batch_size must divide the tasks of one device, 16, but got 5"),
     ("omniglot", ["--preset", "20w5s", "--ways", "5"], "give either it or them, not both"),
     ("omniglot", ["--rotations", "up"], "rotations"),
     ("omniglot", ["--method", "magic"], "method"),
@@ -119,7 +119,7 @@ def test_omniglot_from_beginning_to_end(shared_data, omniglot_cache, tmp_path):
     for label in ("queries together", "queries one by one"):
         found = results["test"][label]
         assert len(found["accuracy"]) == len(found["half_width"]) == 11
-        assert f"queries {found['protocol']['queries_seen']}" == label and found["protocol"]["classes"] == 423
+        assert f"queries {found['protocol']['query_mode']}" == label and found["protocol"]["classes"] == 423
     accuracy = results["test"]["queries together"]["accuracy"]
     assert accuracy[3] > accuracy[0] + 5  # Adaptation helps, after so few meta-steps too.
     for name in ("curves.png", "examples.png"):

@@ -61,7 +61,7 @@ FEW_SHOT = {
     "normalisation": choice("batch", "support", "instance", "tasknorm", "layer", "group", "running"),
     "steps": whole(1, MOST_STEPS), "tasks": optional(COUNT), "queries": optional(COUNT),
     "inner_rate": optional(RATE), "inner_steps": optional(COUNT), "outer_rate": optional(RATE),
-    "tasks_at_once": optional(COUNT), "test_tasks": COUNT, "seed": whole(0, MOST_SEED),
+    "task_batch_size": optional(COUNT), "test_tasks": COUNT, "seed": whole(0, MOST_SEED),
 }  # fmt: skip
 RL = {
     "steps": optional(whole(1, MOST_STEPS)), "tasks": optional(COUNT), "episodes": optional(COUNT),
@@ -129,7 +129,7 @@ def contradicts(name, given):
         or (method in ("pretrained", "reptile") and normalisation == "running")
         or (get["order"] == "1" and method in ("reptile", "imaml", "pretrained"))
         or (get["inner_steps"] is not None and method == "pretrained")
-        or (get["tasks_at_once"] is not None and share % int(get["tasks_at_once"]) != 0)
+        or (get["task_batch_size"] is not None and share % int(get["task_batch_size"]) != 0)
         or (name == "omniglot" and shots + queries > 20)
     )
 
@@ -160,7 +160,7 @@ def options(draw, name):
     return {field: draw(fields[field].values | st.sampled_from(JUNK)) for field in chosen}
 
 
-def judge(name, chosen, capsys):
+def checker(name, chosen, capsys):
     """Gives options to an experiment; returns what they are: 'wrong', 'contradicting' or 'right'."""
     arguments = [part for field, text in chosen.items() for part in (f"--{field.replace('_', '-')}", text)]
     wrong = [field for field, text in chosen.items() if not FIELDS[name][field].allowed(text)]
@@ -194,7 +194,7 @@ def test_what_is_wrong_is_told_and_what_is_right_goes_on(name, capsys):
     @settings(max_examples=200, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(options(name))
     def check(chosen):
-        found[judge(name, chosen, capsys)] += 1
+        found[checker(name, chosen, capsys)] += 1
 
     check()
     assert found["wrong"] > 20 and found["right"] > 20, found
@@ -210,7 +210,7 @@ PAIRS = [
     ("locomotion", {"methods": "oracle", "inner_loss": "lvc"}),
     ("omniglot", {"preset": "5w1s", "net": "conv"}),
     ("omniglot", {"shots": "10", "queries": "11"}),
-    ("omniglot", {"tasks": "6", "tasks_at_once": "2"}),
+    ("omniglot", {"tasks": "6", "task_batch_size": "2"}),
     ("miniimagenet", {"net": "mlp", "normalisation": "instance"}),
     ("miniimagenet", {"method": "pretrained", "normalisation": "running"}),
     ("miniimagenet", {"method": "imaml", "order": "1"}),
@@ -221,9 +221,9 @@ PAIRS = [
 
 @pytest.mark.parametrize("name, chosen", PAIRS)
 def test_each_pair_that_contradicts_is_told(name, chosen, capsys):
-    assert judge(name, chosen, capsys) == "contradicting"
+    assert checker(name, chosen, capsys) == "contradicting"
     for field, text in chosen.items():  # Each alone is right, or is so with what the other is by default.
-        assert judge(name, {field: text}, capsys) == "right" or field in ("outer_rate", "curvature_tasks")
+        assert checker(name, {field: text}, capsys) == "right" or field in ("outer_rate", "curvature_tasks")
 
 
 def test_fewer_steps_than_are_done_are_told_before_anything_is_written(tmp_path):

@@ -32,7 +32,7 @@ def made_up(path, name, seed=0, steps=60_000, accuracy=0.9, tasks=50, **labels):
         label = label.replace("_", " ")
         columns = 1 if label == "nearest neighbour" else 11
         found = random.binomial(count, chance, (tasks, columns)) / count
-        protocol = told._replace(queries_seen="one by one" if label.endswith("one by one") else "together")
+        protocol = told._replace(query_mode="one by one" if label.endswith("one by one") else "together")
         test[label] = Results(protocol, found, np.zeros((tasks, columns), bool)).summary()
     results = {
         "made_by": {

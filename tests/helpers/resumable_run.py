@@ -64,7 +64,7 @@ def one_of_several(workdir, steps, port, processes, process):
     processes.connect(f"127.0.0.1:{port}", processes, process)
     run = RunDirectory(workdir, "shared", {"steps": steps})
     params = shared(run, steps, TASKS, task_mesh(TASKS), lambda dtype, row: print(dtype, row["step"], flush=True))
-    if processes.leads():
+    if processes.is_leader():
         np.savez(run.path / "params", **{f"{name} {dtype}": leaf for dtype in params for name, leaf in params[dtype].items()})  # fmt: skip # noqa: E501
 
 
@@ -78,7 +78,7 @@ if __name__ == "__main__":
         one_of_several(workdir, steps, *map(int, sys.argv[3:]))
         sys.exit()
     learner, state, draw = setting()
-    run = RunDirectory(workdir, "tiny", {"steps": steps}, harmless={"steps"})
+    run = RunDirectory(workdir, "tiny", {"steps": steps}, mutable_fields={"steps"})
     validate = Validate(SAVE_EVERY, hang) if "hang" in sys.argv else None
     for state, row in resumable_train(
         learner, state, draw, jax.random.key(1), steps=steps, steps_per_call=PER_CALL, run=run,

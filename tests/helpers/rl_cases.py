@@ -10,7 +10,7 @@ from maml_jax.parallel import backend
 from maml_jax.parallel.task_axis import task_axis
 from maml_jax.rl.envs.navigation import navigation
 from maml_jax.rl.losses import inner_loss
-from maml_jax.rl.meta_rl import draw_trials, maml_rl
+from maml_jax.rl.meta_rl import draw_task_batch, maml_rl
 from maml_jax.rl.objective import Objective
 from maml_jax.rl.outer import Outer, OuterInfo
 from maml_jax.rl.policy import gaussian_mlp
@@ -37,14 +37,14 @@ def collected(inner, params, *, tasks=3, episodes=4, name="logp", sampling_term=
 
     outer = Outer(lambda meta_params: (), update)
     learner = maml_rl(environment, POLICY, inner, outer, episodes=episodes, inner_loss_name=name)
-    state, _ = compiled(learner.step)(learner.init(params), draw_trials(environment, jax.random.key(5), tasks))
+    state, _ = compiled(learner.step)(learner.init(params), draw_task_batch(environment, jax.random.key(5), tasks))
     return Objective(
         POLICY,
         inner,
         inner_loss(POLICY, name),
         state.opt_state,
         sampling_term,
-        task_axis(backend.policies_at_once(), None),
+        task_axis(backend.policy_batch_size(), None),
     )
 
 

@@ -82,5 +82,5 @@ def test_one_by_one_hides_examples_from_each_other():
 
     inputs, context = jnp.array([[0.0], [2.0]]), jnp.array([[3.0]])
     np.testing.assert_array_equal(centred(1.0, inputs), [[0.0], [2.0]])
-    np.testing.assert_array_equal(losses.one_by_one(centred)(1.0, inputs), [[1.0], [1.0]])
-    np.testing.assert_array_equal(losses.one_by_one(centred)(1.0, inputs, context), [[-2.0], [0.0]])
+    np.testing.assert_array_equal(losses.inductive(centred)(1.0, inputs), [[1.0], [1.0]])
+    np.testing.assert_array_equal(losses.inductive(centred)(1.0, inputs, context), [[-2.0], [0.0]])

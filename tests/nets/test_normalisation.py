@@ -99,8 +99,8 @@ def test_queries_in_context_reach_the_net(x64):
     params = drawn_params(net, task.query[0])
     apply = models.apply_params(net)
     logits = apply(params, task.query[0], task.support[0])
-    query = losses.in_context(task).query
-    for loss_fn in (losses.cross_entropy(apply), losses.cross_entropy(losses.one_by_one(apply))):
+    query = losses.query_with_support(task).query
+    for loss_fn in (losses.cross_entropy(apply), losses.cross_entropy(losses.inductive(apply))):
         loss = jax.jit(loss_fn)(params, query)[0]
         np.testing.assert_allclose(loss, -jax.nn.log_softmax(logits)[jnp.arange(4), task.query[1]].mean(), rtol=1e-9)
     assert abs(losses.cross_entropy(apply)(params, task.query)[0] - loss) > 1e-6
@@ -115,24 +115,24 @@ def test_running_statistics_of_one_task_are_those_of_its_own_batch(x64):
     )
     trained, judged = models.MLP((8, 8), 3, "batch"), models.MLP((8, 8), 3, "running")
     params = drawn_params(trained, task.query[0][0])
-    loss_fn, judge = (losses.cross_entropy(models.apply_params(net)) for net in (trained, judged))
+    loss_fn, checker = (losses.cross_entropy(models.apply_params(net)) for net in (trained, judged))
     inner = maml_jax.sgd(0.5, steps=2, trainable=models.all_but_norms)
     expected = maml_jax.maml(loss_fn, inner, optax.identity())
     batch = jax.jit(expected.evaluate)(expected.init(params), task)
 
     gather = jax.jit(lambda task: running_statistics.gather(trained, inner, loss_fn, params, (), task, steps=2))
     gathered = gather(task)
-    per_step_inner = inner._replace(at_step=per_step.choose(models.norms_only))
+    per_step_inner = inner._replace(params_at_step=per_step.select_step(models.norms_only))
 
-    def evaluated(judge):
-        learner = maml_jax.maml(loss_fn, per_step_inner, optax.identity(), query_loss_fn=judge)
+    def evaluated(checker):
+        learner = maml_jax.maml(loss_fn, per_step_inner, optax.identity(), query_loss_fn=checker)
         return jax.jit(learner.evaluate)(learner.init(gathered), task)
 
-    same = evaluated(judge)
+    same = evaluated(checker)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), same, batch)
-    alone = evaluated(losses.cross_entropy(losses.one_by_one(models.apply_params(judged))))
+    alone = evaluated(losses.cross_entropy(losses.inductive(models.apply_params(judged))))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), alone, same)
     # With statistics of two tasks it is neither's.
     both = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf[:, ::-1] ** 2]), task)
     gathered = gather(both)
-    assert np.abs(evaluated(judge).loss - batch.loss).max() > 1e-3
+    assert np.abs(evaluated(checker).loss - batch.loss).max() > 1e-3

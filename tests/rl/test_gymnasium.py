@@ -14,7 +14,7 @@ import maml_jax
 from maml_jax.parallel.task_axis import task_mesh
 from maml_jax.rl.envs.gymnasium import from_gymnasium
 from maml_jax.rl.envs.navigation import NEAR, STRIDE, check_goals, navigation
-from maml_jax.rl.meta_rl import draw_trials, maml_rl
+from maml_jax.rl.meta_rl import draw_task_batch, maml_rl
 from maml_jax.rl.outer import policy_gradient
 
 HORIZON, RANGE = 6, 0.5
@@ -61,7 +61,7 @@ def test_a_meta_iteration_is_that_of_the_environment_in_jax(mesh, x64_everywhere
         state = learner.init(perturbed(POLICY))
         step = compiled(learner.step)
         for key in (1, 2):
-            state, info = step(state, draw_trials(environment, jax.random.key(key), 4))
+            state, info = step(state, draw_task_batch(environment, jax.random.key(key), 4))
         found.append((state.params, info.loss, info.aux))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9), *found)
     assert Walk.made - made == 4 * 3  # One for each episode at a time, used again by each inner step.
@@ -71,7 +71,7 @@ def test_an_episode_that_ends_is_over(x64_everywhere):
     """Near is wide here: episodes end by their goal, each at its time, and nothing of what follows counts."""
     wide = adapted(partial(Walk, near=0.2), horizon=20)
     learner = maml_rl(wide, POLICY, maml_jax.no_adaptation(), policy_gradient(optax.identity()), episodes=5)
-    evaluate = compiled(lambda state, key: learner.evaluate(state, draw_trials(wide, key, 6)))
+    evaluate = compiled(lambda state, key: learner.evaluate(state, draw_task_batch(wide, key, 6)))
     summary = evaluate(learner.init(perturbed(POLICY)), jax.random.key(0)).aux
     assert not summary.broken.any() and np.isfinite(summary.total).all()
     assert (summary.length < 20).any()
@@ -85,7 +85,7 @@ def test_the_simulator_of_a_broken_episode_is_used_again(x64_everywhere):
 
     environment, made = adapted(Breaks), Walk.made
     learner = maml_rl(environment, POLICY, maml_jax.no_adaptation(), policy_gradient(optax.identity()), episodes=6)
-    evaluate = compiled(lambda state, key: learner.evaluate(state, draw_trials(environment, key, 2)))
+    evaluate = compiled(lambda state, key: learner.evaluate(state, draw_task_batch(environment, key, 2)))
     broken = [evaluate(learner.init(perturbed(POLICY)), jax.random.key(key)).aux.broken.sum() for key in range(4)]
     assert min(broken) > 0 and Walk.made - made == 2 * 6 - 1  # One was made to be looked at.
 

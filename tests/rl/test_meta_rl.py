@@ -13,7 +13,7 @@ import maml_jax
 from maml_jax.parallel.task_axis import task_mesh
 from maml_jax.rl.environment import Step, told
 from maml_jax.rl.envs.navigation import navigation
-from maml_jax.rl.meta_rl import draw_trials, given_trials, maml_rl
+from maml_jax.rl.meta_rl import draw_task_batch, given_trials, maml_rl
 from maml_jax.rl.outer import policy_gradient, promp
 from maml_jax.rl.policy import gaussian_mlp
 from maml_jax.rl.rollout import rollout
@@ -30,7 +30,7 @@ def learner_of(outer, environment=ENVIRONMENT, inner=INNER, **options):
 def stepped():
     """One compiled meta-iteration of TRPO and what comes of it, from the same start and key."""
     learner = learner_of(trpo(0.01))
-    step = compiled(lambda state, key: learner.step(state, draw_trials(ENVIRONMENT, key, 4)))
+    step = compiled(lambda state, key: learner.step(state, draw_task_batch(ENVIRONMENT, key, 4)))
     state = learner.init(perturbed(POLICY))
     return learner, step, state, step(state, jax.random.key(1))
 
@@ -53,7 +53,7 @@ def adapting():
         rates = optax.piecewise_constant_schedule(0.4, {1: 0.25})
         learner = learner_of(policy_gradient(optax.identity()), inner=maml_jax.unrolled(optax.sgd(rates), steps=2))
         state = learner.init(perturbed(POLICY))
-        trials = draw_trials(ENVIRONMENT, jax.random.key(3), 3)
+        trials = draw_task_batch(ENVIRONMENT, jax.random.key(3), 3)
         adapt = compiled(learner.adapt)
         return learner, state, trials, [adapt(state, jax.tree.map(lambda leaf, i=i: leaf[i], trials)) for i in range(3)]
 
@@ -98,7 +98,7 @@ def test_each_inner_step_is_gradient_descent_on_its_own_episodes(x64, adapting):
 def test_promp_lowers_the_loss_in_several_steps():
     learner = learner_of(promp(optax.adam(1e-2), steps=3), inner_loss_name="lvc")
     state = learner.init(perturbed(POLICY))
-    after, info = compiled(learner.step)(state, draw_trials(ENVIRONMENT, jax.random.key(1), 4))
+    after, info = compiled(learner.step)(state, draw_task_batch(ENVIRONMENT, jax.random.key(1), 4))
     assert info.aux["improvement"][0] > 0 and 0 < info.aux["kl"][0] < 1 and info.grad_norm > 0
     assert int(after.step) == 1
 
@@ -225,8 +225,8 @@ def test_what_makes_no_sense_is_told():
         learner_of(trpo(), inner_loss_name="reinforce")
     with pytest.raises(ValueError, match=r"discount must be between 0 and 1, but got 1\.5"):
         learner_of(trpo(), discount=1.5)
-    with pytest.raises(ValueError, match="'mixed' has no forward-mode derivatives"):
-        learner_of(trpo(), inner=maml_jax.sgd(0.1, steps=1, checkpoint="mixed"))
+    with pytest.raises(ValueError, match="'mixflow' has no forward-mode derivatives"):
+        learner_of(trpo(), inner=maml_jax.sgd(0.1, steps=1, remat="mixflow"))
     with pytest.raises(TypeError, match="inner must come from"):
         learner_of(trpo(), inner=optax.sgd(0.1))
     with pytest.raises(TypeError, match="outer must come from trpo"):
@@ -239,14 +239,14 @@ def test_what_makes_no_sense_is_told():
         gaussian_mlp(2, 2, hidden=(0,))
     alone = learner_of(trpo(), sampling_term=True)
     with pytest.raises(ValueError, match="give 2 tasks or more"):
-        alone.step(alone.init(perturbed(POLICY)), draw_trials(ENVIRONMENT, jax.random.key(0), 1))
+        alone.step(alone.init(perturbed(POLICY)), draw_task_batch(ENVIRONMENT, jax.random.key(0), 1))
 
 
 def test_divided_over_devices_it_is_the_same(x64):
     params, outer, found = perturbed(POLICY), policy_gradient(optax.sgd(0.1)), []
     for mesh in (None, task_mesh(4)):
         learner = maml_rl(ENVIRONMENT, POLICY, maml_jax.sgd(0.1, steps=1), outer, episodes=3, mesh=mesh)
-        trials = draw_trials(ENVIRONMENT, jax.random.key(1), 4)
+        trials = draw_task_batch(ENVIRONMENT, jax.random.key(1), 4)
         state, info = compiled(learner.step)(learner.init(params), trials)
         tested = compiled(learner.evaluate)(learner.init(params), trials)
         found.append((state.params, info.loss, info.grad_norm, tested))

@@ -28,7 +28,7 @@ class State(NamedTuple):
     """A state with a leaf of each kind that there may be."""
 
     params: dict
-    rates: tuple
+    inner_params: tuple
     key: jax.Array
     empty: optax.EmptyState = optax.EmptyState()
 

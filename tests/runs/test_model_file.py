@@ -16,18 +16,18 @@ from maml_jax.runs import model_file
 
 def test_saved_and_loaded_is_the_same(tmp_path):
     params = {"a": {"kernel": jnp.arange(6.0).reshape(2, 3)}, "b": jnp.ones(2, jnp.bfloat16)}
-    rates = {"a": {"kernel": [jnp.eye(2), jnp.eye(3)]}}
-    path = model_file.save(tmp_path / "deep" / "model.msgpack", params, rates, {"way": 5, "list": [1, 2]})
+    inner_params = {"a": {"kernel": [jnp.eye(2), jnp.eye(3)]}}
+    path = model_file.save(tmp_path / "deep" / "model.msgpack", params, inner_params, {"way": 5, "list": [1, 2]})
     content = model_file.load(path)
     assert content.description == {"way": 5, "list": [1, 2]} and content.params["b"].dtype == jnp.bfloat16
     jax.tree.map(np.testing.assert_array_equal, content.params, params)
-    np.testing.assert_array_equal(content.rates["a"]["kernel"]["1"], np.eye(3))
-    assert model_file.load(model_file.save(path, params)).rates == () and list(path.parent.iterdir()) == [path]
+    np.testing.assert_array_equal(content.inner_params["a"]["kernel"]["1"], np.eye(3))
+    assert model_file.load(model_file.save(path, params)).inner_params == () and list(path.parent.iterdir()) == [path]
     whole, touched = path.read_bytes(), tmp_path / "touched"
     code = pickle.dumps(Touches(touched))
     for damage in (whole[:100], whole.replace(b"maml_jax 1", b"maml_jax 9"), b"", code, b"{}"):
         path.write_bytes(damage)
-        with pytest.raises(ValueError, match=r"model\.msgpack is not a file of maml_jax\.saved\.save, or damaged"):
+        with pytest.raises(ValueError, match=r"model\.msgpack is not a file of maml_jax\.save, or damaged"):
             model_file.load(path)
     assert not touched.exists()  # No code was run.
     pickle.loads(code)
@@ -40,9 +40,10 @@ def test_parameters_of_every_library_come_back(library, tmp_path):
     inner = maml_jax.sgd(0.1, steps=2, learn_rates="layer_step")
     learner = maml_jax.maml(loss_fn, inner, optax.sgd(0.1))
     state, _ = learner.step(learner.init(params), model_zoo.tasks(2))
-    content = maml_jax.load(maml_jax.save(tmp_path / "mine", state.params, state.rates))
+    content = maml_jax.load(maml_jax.save(tmp_path / "mine", state.params, state.inner_params))
     back = state._replace(
-        params=maml_jax.restore(params, content.params), rates=maml_jax.restore(state.rates, content.rates)
+        params=maml_jax.restore(params, content.params),
+        inner_params=maml_jax.restore(state.inner_params, content.inner_params),
     )
     jax.tree.map(np.testing.assert_array_equal, back, state)
     assert jax.tree.structure(back) == jax.tree.structure(state)
@@ -51,7 +52,9 @@ def test_parameters_of_every_library_come_back(library, tmp_path):
 
 def test_what_cannot_be_saved_or_restored_is_told(tmp_path):
     params = {"w": jnp.ones((2, 3)), "layers": [jnp.zeros(2)]}
-    with pytest.raises(TypeError, match=r"rates must hold arrays .* but rates\['model'\] is 'mine'\. A description"):
+    with pytest.raises(
+        TypeError, match=r"inner_params must hold arrays .* but inner_params\['model'\] is 'mine'\. A description"
+    ):
         maml_jax.save(tmp_path / "model", params, {"model": "mine"})
     with pytest.raises(TypeError, match=r"description must hold only what JSON takes, but .*set"):
         maml_jax.save(tmp_path / "model", params, (), {"ways": {1, 2}})
@@ -64,7 +67,7 @@ def test_what_cannot_be_saved_or_restored_is_told(tmp_path):
     assert not (tmp_path / "model").exists()
     path = maml_jax.save(tmp_path / "model", params, jnp.ones(3), {"ways": np.int64(5), "rate": jnp.float32(0.5)})
     content = maml_jax.load(path)
-    assert content.description == {"ways": 5, "rate": 0.5} and content.rates.tolist() == [1, 1, 1]
+    assert content.description == {"ways": 5, "rate": 0.5} and content.inner_params.tolist() == [1, 1, 1]
     assert maml_jax.restore(0.0, maml_jax.load(maml_jax.save(path, jnp.pi)).params) == jnp.float32(jnp.pi)
     for like, told in (
         (params | {"b": 1.0}, r"have nothing at \['b'\]"),

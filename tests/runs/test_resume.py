@@ -15,7 +15,7 @@ from helpers.rl_cases import ENVIRONMENT, POLICY
 import maml_jax
 from experiments.few_shot import methods
 from maml_jax.nets import models
-from maml_jax.rl.meta_rl import draw_trials, maml_rl
+from maml_jax.rl.meta_rl import draw_task_batch, maml_rl
 from maml_jax.rl.outer import promp
 from maml_jax.runs.directory import RunDirectory
 from maml_jax.runs.resumable import resumable_train
@@ -56,7 +56,7 @@ def navigation(_):
     learner = maml_rl(ENVIRONMENT, POLICY, maml_jax.sgd(0.1, steps=1), outer, episodes=3, inner_loss_name="lvc")
 
     def draw(key, step):
-        return draw_trials(ENVIRONMENT, jax.random.fold_in(key, step), 2)
+        return draw_task_batch(ENVIRONMENT, jax.random.fold_in(key, step), 2)
 
     return Case(learner, learner.init(POLICY.init(jax.random.key(0))), draw, jax.random.key(1))
 

@@ -75,7 +75,7 @@ def in_this_process(run, steps, *, until=None, **options):
 
 
 def opened(path, steps=0):
-    return RunDirectory(path, "tiny", {"steps": steps}, harmless={"steps"})
+    return RunDirectory(path, "tiny", {"steps": steps}, mutable_fields={"steps"})
 
 
 def assert_equal(first, second):
@@ -203,7 +203,7 @@ class TestSignals:
             while child.stdout.readline() != "hanging\n":
                 assert child.poll() is None
             child.send_signal(signal.SIGINT)
-            assert "SIGINT: stops after the call that is under way" in child.stderr.readline()
+            assert "SIGINT: saving after this call" in child.stderr.readline()
             time.sleep(0.3)
             assert child.poll() is None
             child.send_signal(signal.SIGTERM)
@@ -218,12 +218,12 @@ class TestSignals:
             return descriptor, handlers, sorted(files), any(t.name == "signals" for t in threading.enumerate())
 
         before = surroundings()
-        with signals.deferred() as wish:
+        with signals.deferred() as stop_request:
             os.kill(os.getpid(), signal.SIGTERM)
             end = time.monotonic() + 5
-            while wish.signal is None and time.monotonic() < end:
+            while stop_request.signal is None and time.monotonic() < end:
                 time.sleep(0.01)
-            assert wish.signal == signal.SIGTERM
+            assert stop_request.signal == signal.SIGTERM
         assert surroundings() == before
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
@@ -231,22 +231,22 @@ class TestSignals:
     def test_what_is_ignored_stays_ignored_and_other_threads_are_let_be(self):
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            with signals.deferred() as wish:
+            with signals.deferred() as stop_request:
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(0.05)
-            assert wish.signal is None
+            assert stop_request.signal is None
         finally:
             signal.signal(signal.SIGINT, handler)
-        wishes = []
+        stop_requests = []
 
         def elsewhere():
-            with signals.deferred() as wish:
-                wishes.append(wish)
+            with signals.deferred() as stop_request:
+                stop_requests.append(stop_request)
 
         thread = threading.Thread(target=elsewhere)
         thread.start()
         thread.join()
-        assert wishes[0].signal is None
+        assert stop_requests[0].signal is None
 
 
 @contextmanager
@@ -375,7 +375,7 @@ class TestConfiguration:
         content["starts"][0]["versions"]["jax"] = "0.1"
         (tmp_path / "run.json").write_text(json.dumps(content))
         capsys.readouterr()
-        RunDirectory(tmp_path, "it", CONFIG | {"steps": 20}, harmless={"steps"}).close()
+        RunDirectory(tmp_path, "it", CONFIG | {"steps": 20}, mutable_fields={"steps"}).close()
         told = capsys.readouterr().err
         assert "steps was 10, is 20" in told and f"jax was 0.1, is {jax.__version__}: the numbers may differ" in told
         content = json.loads((tmp_path / "run.json").read_text())
@@ -387,7 +387,7 @@ class TestConfiguration:
         other = {"rate": 0.2, "steps": 20, "sizes": (1, 3), "new": True}
         for attempt in (RunDirectory.check, lambda path, *args, **kw: RunDirectory(path, "it", *args, **kw)):
             with pytest.raises(WorkdirError) as error:
-                attempt(tmp_path, other, harmless={"steps"})
+                attempt(tmp_path, other, mutable_fields={"steps"})
             assert str(error.value).splitlines()[1:-1] == [
                 "  new was 'absent', is True",
                 "  rate was 0.1, is 0.2",
