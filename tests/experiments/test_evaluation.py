@@ -271,7 +271,7 @@ def test_a_saved_model_is_what_was_trained(method, characters, tmp_path, small_n
         evaluate.prepare(evaluate.Config((path,)))
     evaluate.prepare(evaluate.Config((path,), other_data=True))
     (tmp_path / "no.msgpack").write_text("{}")
-    with pytest.raises(ValueError, match=r"no\.msgpack is not a file of maml_jax\.saved\.save"):
+    with pytest.raises(ValueError, match=r"no\.msgpack is not a file of maml_jax\.save"):
         evaluate.prepare(evaluate.Config((tmp_path / "no.msgpack",)))
 
 
