@@ -1,14 +1,38 @@
 """Model-agnostic meta-learning on JAX: pure functions for learning to adapt in a few gradient steps."""
 
+from maml_jax.algorithms.imaml import imaml
+from maml_jax.algorithms.meta_curvature import meta_curvature
+from maml_jax.algorithms.reptile import reptile
 from maml_jax.check import MetaGradientReport, check_meta_gradient
 from maml_jax.inner import InnerLearner, adapt, no_adaptation, sgd, unrolled
 from maml_jax.meta import MetaLearner, maml
+from maml_jax.parallel.task_axis import task_mesh
 from maml_jax.runs.model_file import Saved, load, restore, save
-from maml_jax.types import AdaptInfo, Evaluation, LossFn, MetaInfo, MetaState, Task
+from maml_jax.training import train
+from maml_jax.types import AdaptInfo, Evaluation, LossFn, MetaInfo, MetaParams, MetaState, Task
 
 __version__ = "0.1.0"
 
 __all__ = [
+    # The algorithms.
+    "maml",
+    "reptile",
+    "imaml",
+    "meta_curvature",
+    # The inner loop.
+    "sgd",
+    "unrolled",
+    "no_adaptation",
+    "adapt",
+    # Training, and whether its meta-gradient is exact.
+    "train",
+    "task_mesh",
+    "check_meta_gradient",
+    # Models in files.
+    "save",
+    "load",
+    "restore",
+    # Types.
     "AdaptInfo",
     "Evaluation",
     "InnerLearner",
@@ -16,16 +40,8 @@ __all__ = [
     "MetaGradientReport",
     "MetaInfo",
     "MetaLearner",
+    "MetaParams",
     "MetaState",
     "Saved",
     "Task",
-    "adapt",
-    "check_meta_gradient",
-    "load",
-    "maml",
-    "no_adaptation",
-    "restore",
-    "save",
-    "sgd",
-    "unrolled",
 ]

@@ -1,7 +1,7 @@
 """MAML: meta-learns the parameters from which the inner loop starts (Finn et al. 2017, algorithm 1).
 
-What sets an algorithm apart is the gradient that tasks give; `meta_learner` makes the rest of it, the same
-for all.
+Algorithms differ in the meta-gradient that tasks give. `meta_learner` makes the outer step, the evaluation and the
+adaptation around a meta-gradient, the same for all algorithms.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,34 +16,34 @@ from jax.sharding import Mesh
 
 from maml_jax import validation
 from maml_jax.inner import InnerLearner, adapted_part, inner_loop, update
-from maml_jax.parallel.task_axis import TaskBatchSize, each, task_axis
-from maml_jax.types import AdaptInfo, Batch, Evaluation, InnerParams, LossFn, MetaInfo, MetaState, Params, Task
+from maml_jax.parallel.task_axis import TaskAxis, TaskBatchSize, each, task_axis
+from maml_jax.types import AdaptInfo, Batch, Evaluation, LossFn, MetaInfo, MetaParams, MetaState, Params, Task
 
 
 class MetaLearner(NamedTuple):
-    """A meta-learning algorithm as pure, unjitted functions.
+    """A meta-learning algorithm as four pure functions.
 
-    `init(params) -> MetaState`;
-    `step(state, tasks) -> (MetaState, MetaInfo)`, one outer update on a batch of tasks;
-    `evaluate(state, tasks, steps=None) -> Evaluation`, with `steps` inner steps (None: as in training), before the
-    first and after each of them; with `only_last=True` (not in `rl`) after the last alone, which spares the rest;
-    `adapt(state, batch, steps=None) -> (params, AdaptInfo)`, to one new task as in training, with its
-    learned rates, mask and optimizer; losses are those before each inner step, `[steps]`.
-
-    Jit them yourself: `jax.jit(learner.step, donate_argnums=0)`, `jax.jit(learner.evaluate, static_argnums=2)`, and
-    with `only_last`, which is static too, `static_argnames=("steps", "only_last")`.
+    Jit `step` where you call it, `jax.jit(learner.step, donate_argnums=0)`. `evaluate` and `adapt` compile
+    themselves, once for each shape of their arguments.
     """
 
     init: Callable[[Params], MetaState]
+    """`init(params) -> MetaState`."""
     step: Callable[[MetaState, Any], tuple[MetaState, MetaInfo]]
-    """Tasks are a `Task`; those of `rl.meta_rl` its `TaskBatch`."""
+    """`step(state, tasks) -> (MetaState, MetaInfo)`: one outer update on a meta-batch, a `Task` (in `rl` a
+    `TaskBatch`)."""
     evaluate: Callable[..., Evaluation]
+    """`evaluate(state, tasks, steps=None, *, only_last=False) -> Evaluation`: losses before adaptation and after each
+    of `steps` inner steps (None: as many as in training). `only_last` computes those after the last step alone (not in
+    `rl`)."""
     adapt: Callable[..., tuple[Params, AdaptInfo]]
+    """`adapt(state, batch, steps=None) -> (params, AdaptInfo)`: adapts to one new task as in training, with the learned
+    parameters, mask and optimizer of the inner loop. Its losses are those before each inner step, `[steps]`."""
 
 
-Gradient = Callable[[tuple[tuple[Params, InnerParams], jax.Array], Task], tuple[Any, Any]]
-"""`((meta_params, meta-step), tasks) -> ((loss, gradient of meta_params), (aux, AdaptInfo))`, of a group of
-tasks `[G, ...]`: the first summed over it, the second of each task. `task_axis.summed` makes it of one task's."""
+Gradient = Callable[[tuple[MetaParams, jax.Array], Task], tuple[Any, Any]]
+"""`((meta_params, step), tasks) -> ((loss, gradient), (aux, AdaptInfo))` of a group of tasks `[G, ...]`: loss and
+gradient summed over the group, aux and info for each task. `task_axis.summed` makes one from a function of one task."""
 
 StepWeights = Sequence[float] | Callable[[jax.Array], jax.Array]
 
@@ -60,26 +60,41 @@ def maml(
 ) -> MetaLearner:
     """Model-agnostic meta-learning.
 
+    Example:
+      >>> import jax, jax.numpy as jnp, maml_jax, optax
+      >>> def loss_fn(w, batch):  # A linear model with one weight.
+      ...     x, y = batch
+      ...     return jnp.mean((w * x - y) ** 2), {}
+      >>> learner = maml_jax.maml(loss_fn, inner=maml_jax.sgd(0.1, steps=1), outer=optax.sgd(0.5))
+      >>> state = learner.init(jnp.array(0.0))
+      >>> x, slopes = jnp.ones((2, 1)), jnp.array([[1.0], [3.0]])  # Two tasks, one example each.
+      >>> tasks = maml_jax.Task(support=(x, slopes), query=(x, slopes))
+      >>> for _ in range(20):
+      ...     state, info = jax.jit(learner.step)(state, tasks)
+      >>> print(f"{state.params:.2f}")  # Half way between the tasks.
+      2.00
+
     Args:
-      loss_fn: `(params, batch) -> (scalar loss, aux)`, of one task.
-      inner: how a task is learned, e.g. `sgd(0.01, steps=1)`.
-      outer: any optax optimizer, but none that evaluates the loss again by itself, as the line search of
-        `optax.lbfgs` does. It acts on the pair `(params, inner_params)`;
-        `inner_params` is `()` unless the inner learner has learned rates.
-      query_loss_fn: the loss of the query set where it differs from `loss_fn`.
-      step_weights: `S + 1` weights of the query loss before the first and after each inner step, whose
-        weighted sum is minimised (the multi-step loss of MAML++, Antoniou et al. 2019, section 4), or a
-        function from the meta-step to them, such as
-        `schedules.multi_step_weights`. None: the query loss after the
-        last step alone.
-      task_batch_size: how many tasks are computed together, the others after them: 1 has the least
-        memory, 'all' the least overhead. None takes what suits the backend and the number of
-        parameters. Results agree up to rounding.
-      mesh: devices among which the tasks are divided, such as `task_axis.task_mesh(T)`; None uses one.
+      loss_fn: `(params, batch) -> (scalar loss, aux)`, for one task.
+      inner: how to adapt to a task, such as `sgd(0.01, steps=1)`.
+      outer: an optax optimizer. It must not evaluate the loss itself, as the line search of `optax.lbfgs` does. It
+        updates `params`; if the inner learner has learned parameters, it updates `MetaParams(params, inner_params)`.
+      query_loss_fn: the loss of the query set, if not `loss_fn`.
+      step_weights: `S + 1` weights of the query loss before the first inner step and after each step; the meta-loss is
+        their weighted sum (the multi-step loss of MAML++). Or a function from the meta-step to the weights, such as
+        `multi_step_weights`. None: the query loss after the last step alone.
+      task_batch_size: tasks computed together; groups of tasks follow each other in a loop. 1 takes the least memory,
+        'all' has the least overhead. None takes what suits the backend and the number of parameters. Results agree up
+        to rounding.
+      mesh: the devices that share the tasks, such as `task_mesh(T)`; None uses one device.
 
     Returns:
-      A `MetaLearner`. Its functions raise ValueError or TypeError, while they are traced, for tasks
-      whose leaves disagree in their leading axis and for a loss that does not return `(scalar, aux)`.
+      A `MetaLearner`. While they are traced, its functions raise ValueError or TypeError for tasks whose leaves
+      disagree in their leading axis, and for a loss that does not return `(scalar, aux)`.
+
+    References:
+      Finn, Abbeel and Levine 2017, arXiv:1703.03400; Antoniou et al. 2019, arXiv:1810.09502, section 4 (multi-step
+      loss).
     """
     validation.inner("inner", inner, InnerLearner)
     if step_weights is not None and not callable(step_weights):
@@ -87,7 +102,7 @@ def maml(
     support_loss = validation.checked_loss(loss_fn)
     query_loss = validation.checked_loss(query_loss_fn or loss_fn)
 
-    def gradient(shared: tuple[tuple[Params, InnerParams], jax.Array], tasks: Task) -> tuple[Any, Any]:
+    def gradient(shared: tuple[MetaParams, jax.Array], tasks: Task) -> tuple[Any, Any]:
         meta_params, step = shared
         weights = step_weights(step) if callable(step_weights) else step_weights
         if weights is not None and (shape := np.shape(weights)) != (inner.steps + 1,):
@@ -97,15 +112,43 @@ def maml(
             )
         per_task_loss = each(partial(task_loss, support_loss, query_loss, inner, step_weights=weights))
 
-        # Of the sum, not of each task: so the parameters that tasks share get one gradient in one product.
-        def total(meta_params: tuple[Params, InnerParams]) -> tuple[jax.Array, Any]:
+        # The gradient of the sum over the tasks, not the sum of their gradients: the parameters that tasks share then
+        # get their gradient in one matrix product.
+        def total_loss(meta_params: MetaParams) -> tuple[jax.Array, Any]:
             losses, info = per_task_loss(meta_params, tasks)
             return losses.sum(), info
 
-        (loss, info), grads = jax.value_and_grad(total, has_aux=True)(meta_params)
+        (loss, info), grads = jax.value_and_grad(total_loss, has_aux=True)(meta_params)
         return (loss, grads), info
 
     return meta_learner(gradient, support_loss, query_loss, inner, outer, task_batch_size=task_batch_size, mesh=mesh)
+
+
+def task_loss(
+    support_loss: LossFn,
+    query_loss: LossFn,
+    inner: InnerLearner,
+    meta_params: MetaParams,
+    task: Task,
+    *,
+    step_weights: Sequence[float] | jax.Array | None = None,
+) -> tuple[jax.Array, Any]:
+    """The meta-loss of one task: its query loss after adaptation (paper, equation 1).
+
+    Returns:
+      The loss, or with `step_weights` the weighted sum of the losses along the inner steps; and the pair (aux of the
+      query loss after adaptation, `AdaptInfo`).
+    """
+    if step_weights is None:
+        adapted, info = inner_loop(inner, support_loss, *meta_params, task.support)
+        loss, aux = query_loss(adapted, task.query)
+        return loss, (aux, info)
+    _, info = inner_loop(
+        inner, support_loss, *meta_params, task.support, probe=lambda params: query_loss(params, task.query)
+    )
+    losses, aux = info.probes
+    aux = jax.tree.map(lambda leaf: leaf[-1], aux)
+    return jnp.vdot(jnp.asarray(step_weights, losses.dtype), losses), (aux, info._replace(probes=None))
 
 
 def meta_learner(
@@ -119,42 +162,46 @@ def meta_learner(
     task_batch_size: TaskBatchSize = None,
     mesh: Mesh | None = None,
 ) -> MetaLearner:
-    """The algorithm that follows the mean over tasks of `gradient`; the other arguments are those of `maml`.
+    """The algorithm whose outer optimizer follows `gradient`, averaged over the tasks.
 
-    Without `learns_inner_params` an inner learner with learned rates is refused, of which there is no gradient then.
-    Evaluation and adaptation go through the inner loop alone, and so do not depend on `gradient`.
+    Evaluation and adaptation use the inner loop alone, so they do not depend on `gradient`.
+
+    Args:
+      gradient: the meta-gradient of a group of tasks.
+      support_loss, query_loss, inner, outer, task_batch_size, mesh: as for `maml`.
+      learns_inner_params: whether `gradient` has a gradient for learned parameters of the inner update. If not, an
+        inner learner with such parameters raises ValueError.
     """
     validation.transformation("outer", outer)
     over_tasks = task_axis(task_batch_size, mesh)
 
     def init(params: Params) -> MetaState:
-        validation.floating_params(params)
-        params = jax.tree.map(jnp.array, params)  # Copies: a donated state must not take the user's own along.
-        inner_params = inner.init_inner_params(adapted_part(inner, params))
-        if not learns_inner_params and jax.tree.leaves(inner_params):
+        state = init_state(inner, params, lambda meta_params: outer.init(_updated(meta_params)), over_tasks)
+        if not learns_inner_params and jax.tree.leaves(state.inner_params):
             raise ValueError(
                 "This algorithm has no gradient for learned rates of the inner loop: give a learner without."
             )
-        # Of copies: an optimizer may keep what it is given, and the same array cannot be donated twice.
-        opt_state = outer.init(jax.tree.map(jnp.array, (params, inner_params)))
-        return over_tasks.replicate(MetaState(jnp.zeros([], jnp.int32), params, inner_params, opt_state))
+        return state
 
     def step(state: MetaState, tasks: Task) -> tuple[MetaState, MetaInfo]:
-        meta_params = (state.params, state.inner_params)
-        (loss, grads), (aux, info) = over_tasks.mean(gradient, (meta_params, state.step), tasks)
-        updates, opt_state = update(outer, grads, state.opt_state, meta_params, loss)
-        params, inner_params = optax.apply_updates(meta_params, updates)
-        return (
-            MetaState(state.step + 1, params, inner_params, opt_state),
-            MetaInfo(loss, aux, info.loss, optax.tree.norm(grads)),
-        )
+        # Adapt to every task, and average the tasks' meta-gradients.
+        (loss, grads), (aux, info) = over_tasks.mean(gradient, (state.meta_params, state.step), tasks)
+        grad_norm = optax.tree.norm(grads)
+        # One step of the outer optimizer.
+        before = _updated(state.meta_params)
+        updates, opt_state = update(outer, _updated(grads), state.opt_state, before, loss)
+        params, inner_params = _as_pair(optax.apply_updates(before, updates))
+        return MetaState(state.step + 1, params, inner_params, opt_state), MetaInfo(loss, aux, info.loss, grad_norm)
 
     def evaluate(state: MetaState, tasks: Task, steps: int | None = None, *, only_last: bool = False) -> Evaluation:
         validation.task_axis(tasks)
         if steps is not None:
             validation.at_least("steps", steps, 0)
+        return run_evaluate(state.meta_params, tasks, steps, only_last)
 
-        def one_task(meta_params: tuple[Params, InnerParams], task: Task) -> Evaluation:
+    @partial(jax.jit, static_argnums=(2, 3))  # Compiled once, also where the caller does not jit.
+    def run_evaluate(meta_params: MetaParams, tasks: Task, steps: int | None, only_last: bool) -> Evaluation:
+        def one_task(meta_params: MetaParams, task: Task) -> Evaluation:
             def probe(params: Params) -> Evaluation:
                 return Evaluation(*query_loss(params, task.query), support_loss(params, task.support)[0])
 
@@ -162,39 +209,46 @@ def meta_learner(
             params, info = inner_loop(inner, support_loss, *meta_params, task.support, steps=steps, probe=along)
             return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], probe(params)) if only_last else info.probes
 
-        return over_tasks.map(one_task, (state.params, state.inner_params), tasks)
+        return over_tasks.map(one_task, meta_params, tasks)
 
     def adapt(state: MetaState, batch: Batch, steps: int | None = None) -> tuple[Params, AdaptInfo]:
         if steps is not None:
             validation.at_least("steps", steps, 0)
-        return inner_loop(inner, support_loss, state.params, state.inner_params, batch, steps=steps)
+        return run_adapt(state.meta_params, batch, steps)
+
+    @partial(jax.jit, static_argnums=2)
+    def run_adapt(meta_params: MetaParams, batch: Batch, steps: int | None) -> tuple[Params, AdaptInfo]:
+        return inner_loop(inner, support_loss, *meta_params, batch, steps=steps)
 
     return MetaLearner(init, step, evaluate, adapt)
 
 
-def task_loss(
-    support_loss: LossFn,
-    query_loss: LossFn,
-    inner: InnerLearner,
-    meta_params: tuple[Params, InnerParams],
-    task: Task,
-    *,
-    step_weights: Sequence[float] | jax.Array | None = None,
-) -> tuple[jax.Array, Any]:
-    """One task's share of the meta-objective: the query loss after adaptation (paper, equation 1).
+def init_state(
+    inner: InnerLearner, params: Params, init_optimizer: Callable[[MetaParams], Any], over_tasks: TaskAxis
+) -> MetaState:
+    """The state before the first meta-step, on all devices.
 
-    Returns:
-      The loss, or with `step_weights` the weighted sum of those along the way, and the pair (aux of
-      the query loss after adaptation, `AdaptInfo`).
+    Args:
+      inner: gives the initial values of the learned parameters of the inner update.
+      params: the initial parameters. They are copied, so that donating the state leaves them alone.
+      init_optimizer: from the meta-parameters to the state of the outer optimizer.
+      over_tasks: the devices.
+
+    Raises:
+      TypeError, ValueError: if a parameter is not a floating-point array, or there is none.
     """
-    params, inner_params = meta_params
-    if step_weights is None:
-        adapted, info = inner_loop(inner, support_loss, params, inner_params, task.support)
-        loss, aux = query_loss(adapted, task.query)
-        return loss, (aux, info)
-    _, info = inner_loop(
-        inner, support_loss, params, inner_params, task.support, probe=lambda params: query_loss(params, task.query)
-    )
-    losses, aux = info.probes
-    aux = jax.tree.map(lambda leaf: leaf[-1], aux)
-    return jnp.vdot(jnp.asarray(step_weights, losses.dtype), losses), (aux, info._replace(probes=None))
+    validation.floating_params(params)
+    params = jax.tree.map(jnp.array, params)
+    meta_params = MetaParams(params, inner.init_inner_params(adapted_part(inner, params)))
+    # An optimizer may keep the arrays that it is given. It gets copies, as one array cannot be donated twice.
+    opt_state = init_optimizer(jax.tree.map(jnp.array, meta_params))
+    return over_tasks.replicate(MetaState(jnp.zeros([], jnp.int32), *meta_params, opt_state))
+
+
+def _updated(meta_params: MetaParams) -> Any:
+    """The pytree that the outer optimizer updates: the parameters alone, unless more is learned."""
+    return meta_params if jax.tree.leaves(meta_params.inner_params) else meta_params.params
+
+
+def _as_pair(updated: Any) -> MetaParams:
+    return updated if isinstance(updated, MetaParams) else MetaParams(updated)

@@ -1,8 +1,7 @@
-"""The words of the library: what a loss, a task and the results of meta-training are.
+"""The core types: a loss, a task, the state of meta-training, and its results.
 
-Dimensions are named once, here, and used in every docstring:
-`T` tasks in a meta-batch, `S` inner steps, `B` examples in a batch,
-`N` ways (classes per episode), `K` shots (support examples per class).
+Docstrings name dimensions by these letters: `T` tasks in a meta-batch, `S` inner steps, `B` examples in a batch,
+`N` ways (classes of an episode), `K` shots (support examples of a class).
 """
 
 from collections.abc import Callable
@@ -14,56 +13,70 @@ Params: TypeAlias = Any
 """Any pytree of floating-point arrays: a linen dict, an `nnx.State`, an equinox partition, a plain dict."""
 
 InnerParams: TypeAlias = Any
-"""Meta-learned parameters of the inner update itself (Meta-SGD's rates); `()` when nothing of it is learned."""
+"""Meta-learned parameters of the inner update, such as Meta-SGD's learning rates; `()` if there are none."""
 
 Batch: TypeAlias = Any
-"""Any pytree that the loss understands; usually `(inputs [B, ...], targets [B, ...])`."""
+"""Any pytree that the loss takes; usually `(inputs [B, ...], targets [B, ...])`."""
 
 Aux: TypeAlias = Any
-"""Any pytree of arrays that the loss reports beside its value, such as `{"accuracy": ...}`."""
+"""Any pytree of arrays that the loss returns beside its value, such as `{"accuracy": ...}`."""
 
 LossFn: TypeAlias = Callable[[Params, Batch], tuple[jax.Array, Aux]]
-"""The one way in for user code: `(params, batch) -> (scalar loss, aux)`."""
+"""The only function that a user has to write: `(params, batch) -> (scalar loss, aux)`, for one task."""
 
 
 class Task(NamedTuple):
-    """One task, or a batch of tasks when every leaf has a leading axis `T`."""
+    """One task, or a meta-batch of tasks if every leaf has a leading axis `T`."""
 
     support: Batch
-    """What the inner loop adapts to."""
+    """The batch that the inner loop adapts to."""
     query: Batch
-    """What the adapted parameters are judged by."""
+    """The batch that the adapted parameters are evaluated on."""
+
+
+class MetaParams(NamedTuple):
+    """Everything that meta-training learns."""
+
+    params: Params
+    """The initial parameters, from which every task is adapted."""
+    inner_params: InnerParams = ()
+    """Learned parameters of the inner update, or `()`."""
 
 
 class AdaptInfo(NamedTuple):
-    """What the inner loop saw on its way, one row per inner step."""
+    """Metrics of the inner loop, one row per inner step."""
 
     loss: jax.Array
-    """`[S]`: support loss before each step; `adapt` adds a last row, after the last step."""
+    """`[S]`: support loss before each step. `maml_jax.adapt` adds a row for the loss after the last step."""
     aux: Aux
     """Aux of the support loss, with the same leading axis."""
     probes: Any = None
-    """`[S + 1, ...]`: the probe before the first and after each step; None without a probe."""
+    """`[S + 1, ...]`: results of the probe before the first step and after each step; None without a probe."""
 
 
 class MetaState(NamedTuple):
-    """All that the next meta-step needs, and so all that a checkpoint holds."""
+    """The state of meta-training: all that the next meta-step needs, and all that a checkpoint holds."""
 
     step: jax.Array
-    """Meta-steps taken so far, an int32 scalar."""
+    """Number of meta-steps taken, an int32 scalar."""
     params: Params
-    """The meta-parameters: the initialisation from which every task starts."""
+    """The initial parameters, from which every task is adapted."""
     inner_params: InnerParams
     """Learned parameters of the inner update, or `()`."""
     opt_state: Any
-    """State of the outer optimizer, which acts on the pair `(params, inner_params)`."""
+    """State of the outer optimizer."""
+
+    @property
+    def meta_params(self) -> MetaParams:
+        """Parameters and learned parameters of the inner update as one pair."""
+        return MetaParams(self.params, self.inner_params)
 
 
 class MetaInfo(NamedTuple):
-    """Diagnostics of one meta-step; nothing in it is needed for the next."""
+    """Metrics of one meta-step. The next meta-step needs none of them."""
 
     loss: jax.Array
-    """Mean over the tasks of the query loss after adaptation: what is minimised (paper, equation 1)."""
+    """The meta-loss: the query loss after adaptation, averaged over the tasks (paper, equation 1)."""
     aux: Aux
     """`[T, ...]`: aux of each task's query loss after adaptation."""
     support_loss: jax.Array
@@ -73,20 +86,23 @@ class MetaInfo(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Each task before adaptation (column 0) and after each inner step, or after the last alone (the only column)."""
+    """Losses of every task before adaptation (column 0) and after each inner step.
+
+    With `only_last=True` there is one column, after the last step.
+    """
 
     loss: jax.Array
     """`[T, S + 1]`: query loss."""
     aux: Aux
     """`[T, S + 1, ...]`: aux of the query loss."""
     support_loss: jax.Array
-    """`[T, S + 1]`: what the inner loop minimises; where it grows, the inner loop diverges."""
+    """`[T, S + 1]`: support loss, which the inner loop minimises. Where it grows, the inner loop diverges."""
 
 
 class NotFiniteError(FloatingPointError):
-    """A loss, a gradient or the state after it stopped being finite."""
+    """A loss, a gradient or a state became NaN or infinite."""
 
     def __init__(self, message: str, step: int):
         super().__init__(message)
         self.step = step
-        """The meta-step that made it so, counted from 1."""
+        """The meta-step after which it happened, counted from 1."""

@@ -17,7 +17,7 @@ import maml_jax
 from maml_jax import losses
 from maml_jax.nets import models
 from maml_jax.tasks import sinusoid
-from maml_jax.train import train
+from maml_jax.training import train
 
 # %% [markdown]
 # A **loss** is a function of parameters and one batch. The network is the paper's, two hidden layers of 40.

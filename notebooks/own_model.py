@@ -15,7 +15,7 @@ from flax import nnx
 
 import maml_jax
 from maml_jax import Task
-from maml_jax.train import train
+from maml_jax.training import train
 
 # %% [markdown]
 # ## Data

@@ -30,7 +30,7 @@ def test_import_is_light_and_touches_no_device():
     code = (
         "import os, sys; os.environ['JAX_PLATFORMS'] = 'nonexistent'; import maml_jax, maml_jax.losses, "
         "maml_jax.tasks.sinusoid, maml_jax.tasks.episodes, maml_jax.tasks.omniglot, maml_jax.tasks.images, "
-        "maml_jax.nets.convolution, maml_jax.train, maml_jax.parallel.task_axis, "
+        "maml_jax.nets.convolution, maml_jax.training, maml_jax.parallel.task_axis, "
         "maml_jax.runs.checkpoint, maml_jax.runs.signals, "
         "maml_jax.runs.files, maml_jax.runs.directory, maml_jax.runs.progress, maml_jax.runs.provenance; "
         f"print([m for m in {HEAVY} if m in sys.modules])"

@@ -12,7 +12,7 @@ from maml_jax.autodiff.trees import combine, partition
 from maml_jax.inner import InnerLearner, inner_loop
 from maml_jax.meta import MetaLearner, meta_learner
 from maml_jax.parallel.task_axis import TaskBatchSize, summed
-from maml_jax.types import InnerParams, LossFn, Params, Task
+from maml_jax.types import LossFn, MetaParams, Params, Task
 
 
 def imaml(
@@ -54,7 +54,7 @@ def imaml(
     support_loss = validation.checked_loss(loss_fn)
     query_loss = validation.checked_loss(query_loss_fn or loss_fn)
 
-    def gradient(shared: tuple[tuple[Params, InnerParams], jax.Array], task: Task) -> tuple[Any, Any]:
+    def gradient(shared: tuple[MetaParams, jax.Array], task: Task) -> tuple[Any, Any]:
         (params, inner_params), _ = shared
         end, info = inner_loop(inner, support_loss, params, inner_params, task.support)
         (loss, aux), of_query = jax.value_and_grad(query_loss, has_aux=True)(end, task.query)
@@ -75,7 +75,7 @@ def imaml(
         # What the inner loop leaves as it is moves the minimum too.
         if of_fixed is not None:
             of_fixed = optax.tree.add_scale(of_fixed, -1 / proximal_weight, second_derivatives(solution)[1])
-        return (loss, (combine(solution, of_fixed), inner_params)), (aux, info)
+        return (loss, MetaParams(combine(solution, of_fixed), inner_params)), (aux, info)
 
     of_tasks = summed(gradient)
     return meta_learner(

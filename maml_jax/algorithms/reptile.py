@@ -12,7 +12,7 @@ from maml_jax import validation
 from maml_jax.inner import InnerLearner, inner_loop
 from maml_jax.meta import MetaLearner, meta_learner
 from maml_jax.parallel.task_axis import TaskBatchSize, summed
-from maml_jax.types import Batch, InnerParams, LossFn, Params, Task
+from maml_jax.types import Batch, LossFn, MetaParams, Task
 
 Batches = Callable[[Batch, int], Batch]
 """`(support, steps) -> batches` of the inner steps in training: every leaf has a leading axis `[steps]`."""
@@ -54,14 +54,14 @@ def reptile(
     support_loss = validation.checked_loss(loss_fn)
     query_loss = validation.checked_loss(query_loss_fn or loss_fn)
 
-    def gradient(shared: tuple[tuple[Params, InnerParams], jax.Array], task: Task) -> tuple[Any, Any]:
+    def gradient(shared: tuple[MetaParams, jax.Array], task: Task) -> tuple[Any, Any]:
         (params, inner_params), _ = shared
         support = task.support if batches is None else batches(task.support, inner.steps)
         adapted, info = inner_loop(
             inner, support_loss, params, inner_params, support, batch_per_step=batches is not None
         )
         loss, aux = query_loss(adapted, task.query)
-        return (loss, (jax.tree.map(jnp.subtract, params, adapted), inner_params)), (aux, info)
+        return (loss, MetaParams(jax.tree.map(jnp.subtract, params, adapted), inner_params)), (aux, info)
 
     validation.transformation("outer", outer)
     # What is no gradient of the loss is not to be set beside it, as an optimizer that is given both would.

@@ -14,7 +14,7 @@ from maml_jax.runs.checkpoint import Checkpoints
 from maml_jax.runs.directory import RunDirectory
 from maml_jax.runs.files import WorkdirError, note, plain
 from maml_jax.runs.profiling import profiled
-from maml_jax.train import DrawFn, Metrics, train
+from maml_jax.training import DrawFn, Metrics, train
 from maml_jax.types import MetaState, NotFiniteError
 
 Rate = float | Callable[[int], Any]

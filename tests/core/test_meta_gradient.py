@@ -400,3 +400,22 @@ def test_step_weights_are_a_weighted_sum_of_meta_losses(order):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-14), got, expected)
     np.testing.assert_allclose(info.loss, sum(w * i.loss for w, (_, i) in zip(weights, parts)), rtol=1e-12)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), info.aux, parts[2][1].aux)
+
+
+def test_adaptation_and_evaluation_compile_once(caplog):
+    """Called again without jit, with other values of the same shapes, they compile nothing."""
+    loss_fn, params = ZOO["dict"]()
+    learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.1, steps=3), optax.sgd(0.1))
+    state, batch = learner.init(params), tasks(2)
+    task = jax.tree.map(lambda leaf: leaf[0], batch)
+
+    def call(factor):
+        scaled = jax.tree.map(lambda leaf: factor * leaf, params)
+        maml_jax.adapt(loss_fn, scaled, task.support, learning_rate=0.01 * factor, steps=3)
+        learner.adapt(state._replace(params=scaled), task.support)
+        learner.evaluate(state._replace(params=scaled), batch, 2)
+
+    call(1.0)
+    with jax.log_compiles(True):
+        call(0.5)
+    assert not [record for record in caplog.records if "Finished XLA compilation" in record.getMessage()]

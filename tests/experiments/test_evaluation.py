@@ -22,7 +22,7 @@ from maml_jax.nets import models
 from maml_jax.runs import directory, model_file
 from maml_jax.runs.files import plain
 from maml_jax.tasks import episodes, host_memory, omniglot
-from maml_jax.train import many_steps
+from maml_jax.training import many_steps
 from maml_jax.types import Task
 
 PROTOCOL = Protocol("made up", "test", 7, "0" * 64, 2, 0, 2, 1, 2, "none", 1, 0.5, "layer", "together")

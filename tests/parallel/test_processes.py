@@ -21,7 +21,7 @@ from maml_jax.parallel import processes
 from maml_jax.parallel.task_axis import task_mesh
 from maml_jax.runs.directory import RunDirectory
 from maml_jax.tasks import episodes
-from maml_jax.train import many_steps, train
+from maml_jax.training import many_steps, train
 
 SCRIPT = ROOT / "tests" / "helpers" / "resumable_run.py"
 STEPS = 24
@@ -192,7 +192,7 @@ def test_a_training_can_be_told_to_stop():
         return ((w - batch) ** 2).mean(), {}
 
     def draw(data, step):
-        return maml_jax.Task(jnp.ones((2, 3)), jnp.ones((2, 3)))
+        return maml_jax.Task(jnp.full((2, 3), 1.0 + step), jnp.ones((2, 3)))
 
     learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.1, steps=1), optax.sgd(0.1))
     steps = []

@@ -17,7 +17,7 @@ from maml_jax.meta import MetaLearner
 from maml_jax.parallel.task_axis import task_mesh
 from maml_jax.tasks import host_memory
 from maml_jax.tasks.episodes import EpisodeShape, ImageClasses
-from maml_jax.train import train
+from maml_jax.training import train
 from maml_jax.types import MetaInfo, MetaState
 
 COUNTS = (5, 9, 4, 6)

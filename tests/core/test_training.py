@@ -18,7 +18,7 @@ from maml_jax.runs import directory
 from maml_jax.runs.directory import RunDirectory
 from maml_jax.runs.progress import Progress
 from maml_jax.statistics import divergence_rate, interval
-from maml_jax.train import train
+from maml_jax.training import train
 from maml_jax.types import Task
 
 train_module = sys.modules[train.__module__]
@@ -63,7 +63,7 @@ def test_a_whole_run_is_compiled_once(devices, kind, caplog):
         for state, _ in train(learner, learner.init(params), draw, data, steps=23, steps_per_call=5):
             pass
     compiled = [
-        directory.getMessage() for record in caplog.records if "XLA compilation of jit(run)" in directory.getMessage()
+        record.getMessage() for record in caplog.records if "XLA compilation of jit(run)" in record.getMessage()
     ]
     assert len(compiled) == 1, compiled
 
@@ -282,3 +282,11 @@ def test_statistics():
     np.testing.assert_allclose(half_width, [1.96 * 0.5 / 2, 0.0])
     losses = np.array([[1.0, 0.5, 2.0], [1.0, np.nan, np.inf], [1.0, 1.0, 0.1], [1.0, 0.9, 0.8]])
     np.testing.assert_allclose(divergence_rate(losses), [0, 0.25, 0.5])
+
+
+def test_a_draw_that_never_draws_is_refused():
+    """Tasks from a Python iterator would be those of the trace at every meta-step."""
+    learner, state = setting()
+    batches = iter([draw(tasks(4), step) for step in range(3)])
+    with pytest.raises(ValueError, match=r"draw returns the same tasks at every meta-step.*fold_in"):
+        next(train(learner, state, lambda data, step: next(batches), steps=8, steps_per_call=4))
