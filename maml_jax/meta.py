@@ -186,7 +186,7 @@ def meta_learner(
     def step(state: MetaState, tasks: Task) -> tuple[MetaState, MetaInfo]:
         # Adapt to every task, and average the tasks' meta-gradients.
         (loss, grads), (aux, info) = over_tasks.mean(gradient, (state.meta_params, state.step), tasks)
-        grad_norm = optax.tree.norm(grads)
+        grad_norm = optax.tree.norm(jax.tree.map(_at_least_float32, grads))  # A float16 norm overflows at 65,504.
         # One step of the outer optimizer.
         before = _updated(state.meta_params)
         updates, opt_state = update(outer, _updated(grads), state.opt_state, before, loss)
@@ -248,6 +248,10 @@ def init_state(
 def _updated(meta_params: MetaParams) -> Any:
     """The pytree that the outer optimizer updates: the parameters alone, unless more is learned."""
     return meta_params if jax.tree.leaves(meta_params.inner_params) else meta_params.params
+
+
+def _at_least_float32(leaf: jax.Array) -> jax.Array:
+    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
 
 
 def _as_pair(updated: Any) -> MetaParams:

@@ -419,3 +419,27 @@ def test_adaptation_and_evaluation_compile_once(caplog):
     with jax.log_compiles(True):
         call(0.5)
     assert not [record for record in caplog.records if "Finished XLA compilation" in record.getMessage()]
+
+
+def test_an_outer_optimizer_with_labels_freezes_parameters():
+    """The outer optimizer is given the parameters alone, so labels and masks have the structure of the parameters."""
+    loss_fn, params = ZOO["dict"]()
+    labels = {name: "off" if index == 0 else "on" for index, name in enumerate(params)}
+    outer = optax.multi_transform({"on": optax.adam(1e-2), "off": optax.set_to_zero()}, labels)
+    learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.1, steps=1), outer)
+    state, _ = jax.jit(learner.step)(learner.init(params), tasks(2))
+    for name in params:
+        changed = any(jax.tree.leaves(jax.tree.map(lambda a, b: (a != b).any(), params[name], state.params[name])))
+        assert changed == (labels[name] == "on")
+
+
+def test_the_norm_of_a_half_precision_gradient_is_finite():
+    """70,000 gradients of 1 have a norm of 265, whose square float16 cannot hold."""
+    learner = maml_jax.maml(
+        lambda params, batch: ((params * batch).sum().astype(jnp.float32), {}),
+        maml_jax.sgd(1e-3, steps=1),
+        optax.sgd(0.0),
+    )
+    batch = jnp.ones((1, 1), jnp.float16)
+    _, info = jax.jit(learner.step)(learner.init(jnp.zeros(70_000, jnp.float16)), Task(batch, batch))
+    np.testing.assert_allclose(info.grad_norm, 70_000**0.5, rtol=1e-3)
