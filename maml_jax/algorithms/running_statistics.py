@@ -24,7 +24,7 @@ def gather(
     *,
     steps: int,
 ) -> Params:
-    """Parameters for the same net with the normalisation 'running', for `per_step.select_step(models.norms_only)`.
+    """Parameters for the same net with the normalisation 'running', for `select_step(models.norms_only)`.
 
     Args:
       net: as it was trained, with the normalisation 'batch'.

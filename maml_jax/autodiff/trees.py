@@ -25,7 +25,7 @@ def join(first: Any, second: Any) -> Any:
 
 
 def partition(params: Params, mask: Mask | None) -> tuple[Params, Params]:
-    """Splits leaves into adapted and fixed; each half keeps the structure, with None for what it lacks.
+    """Splits parameters into adapted and fixed; each half keeps the structure, with None at the leaves of the other.
 
     Raises:
       TypeError: for a mask of anything but bools.
@@ -33,6 +33,24 @@ def partition(params: Params, mask: Mask | None) -> tuple[Params, Params]:
     """
     if mask is None:
         return params, None
+    mask = mask_tree("trainable", mask, params)
+    if not any(jax.tree.leaves(mask)):
+        raise ValueError("trainable selects no parameter at all, so the inner loop has nothing to adapt.")
+    return divide(params, mask)
+
+
+def mask_tree(name: str, mask: Mask, params: Params) -> Any:
+    """A mask as a pytree of bools with the structure of the parameters.
+
+    Args:
+      name: of the argument, for messages.
+      mask: a pytree of bools, a prefix of one, or a function from the parameters to either.
+      params: the parameters.
+
+    Raises:
+      TypeError: for a mask of anything but bools.
+      ValueError: for a mask that does not fit the parameters.
+    """
     # A module of equinox is a tree and callable at once.
     if callable(mask) and not all(isinstance(leaf, bool) for leaf in jax.tree.leaves(mask)):
         mask = mask(params)
@@ -40,18 +58,16 @@ def partition(params: Params, mask: Mask | None) -> tuple[Params, Params]:
         mask = jax.tree.broadcast(mask, params)
     except ValueError as error:
         raise ValueError(
-            "trainable must be a pytree of bools with the structure of the parameters, or a prefix of it. "
+            f"{name} must be a pytree of bools with the structure of the parameters, or a prefix of it. "
             f"The parameters are {jax.tree.structure(params)}, the mask is {jax.tree.structure(mask)}."
         ) from error
     for path, leaf in jax.tree_util.tree_leaves_with_path(mask):
         if not (isinstance(leaf, bool) or (np.shape(leaf) == () and getattr(leaf, "dtype", None) == np.bool_)):
             raise TypeError(
-                "trainable must hold True or False for each array of parameters, but at "
+                f"{name} must hold True or False for each array of parameters, but at "
                 f"{jax.tree_util.keystr(path) or 'the array itself'} it has {leaf!r}."
             )
-    if not any(jax.tree.leaves(mask)):
-        raise ValueError("trainable selects no parameter at all, so the inner loop has nothing to adapt.")
-    return divide(params, mask)
+    return mask
 
 
 def combine(adapted: Params, fixed: Params) -> Params:

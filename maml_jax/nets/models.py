@@ -105,7 +105,7 @@ def body_only(params: Params) -> Any:
 
 
 def norms_only(params: Params) -> Any:
-    """What belongs to normalisations; for `per_step.replicate_per_step`."""
+    """What belongs to normalisations; for `per_step=` of `maml_plus_plus`."""
     return _where(params, lambda layer: layer.startswith("Norm_"))
 
 

@@ -11,8 +11,16 @@ from helpers.model_zoo import INPUTS, WAYS, ZOO, drawn_params, tasks
 
 import maml_jax
 from maml_jax import losses, meta
-from maml_jax.algorithms import heads, per_step, schedules
+from maml_jax.algorithms import heads
 from maml_jax.algorithms.imaml import imaml, with_proximal_term
+from maml_jax.algorithms.maml_plus_plus import (
+    maml_plus_plus,
+    multi_step_weights,
+    per_step_sgd,
+    replicate_per_step,
+    select_step,
+    switch_learner,
+)
 from maml_jax.algorithms.meta_curvature import meta_curvature
 from maml_jax.algorithms.reptile import one_of_each_class, reptile
 from maml_jax.nets import models
@@ -50,7 +58,7 @@ FAMILY = {
     "shared head": lambda order: maml_jax.sgd(0.3, steps=STEPS, order=order, start=heads.shared()),
     "prototypes": lambda order: maml_jax.sgd(0.3, steps=STEPS, order=order, start=heads.prototypes(features)),
     "norms per step": lambda order: maml_jax.sgd(
-        0.3, steps=STEPS, order=order, params_at_step=per_step.select_step(models.norms_only)
+        0.3, steps=STEPS, order=order, params_at_step=select_step(models.norms_only)
     ),
 }
 
@@ -62,7 +70,7 @@ def test_exact_meta_gradient(name):
     weights = (0.1, 0.2, 0.3, 0.4) if "step" in name else None
     params = start_params()
     if name == "norms per step":
-        params = per_step.replicate_per_step(params, models.norms_only(params), STEPS)
+        params = replicate_per_step(params, models.norms_only, STEPS)
     learner = maml_jax.maml(LOSS, inner, optax.sgd(1.0), step_weights=weights)
     state = learner.init(params)
     random = np.random.default_rng(0)
@@ -244,14 +252,14 @@ def test_each_inner_step_has_its_own_copies():
         0.5,
         steps=2,
         trainable={"w": True, "of_step": False},
-        params_at_step=per_step.select_step(lambda params: copied),
+        params_at_step=select_step(copied),
     )
 
     def loss_fn(params, batch):
         return params["w"] * params["of_step"] * batch, {"of_step": params["of_step"]}
 
     learner = maml_jax.maml(loss_fn, inner, optax.sgd(1.0))
-    made = per_step.replicate_per_step({"w": jnp.array(1.0), "of_step": jnp.array(7.0)}, copied, 2)
+    made = replicate_per_step({"w": jnp.array(1.0), "of_step": jnp.array(7.0)}, copied, 2)
     assert_close(made, {"w": jnp.array(1.0), "of_step": jnp.full(3, 7.0)})
     state = learner.init({"w": jnp.array(1.0), "of_step": jnp.array([1.0, 10.0, 100.0])})
     task = maml_jax.Task(jnp.array([1.0]), jnp.array([1.0]))
@@ -261,28 +269,56 @@ def test_each_inner_step_has_its_own_copies():
 
 
 def test_multi_step_weights_go_over_to_the_last_step():
-    weights = schedules.multi_step_weights(4, until=100)
-    assert_close(weights(0), jnp.array([0, 0.25, 0.25, 0.25, 0.25]))
-    assert_close(weights(60), jnp.array([0, 0.1, 0.1, 0.1, 0.7]))
-    assert_close(weights(1000), jnp.array([0, 0, 0, 0, 1.0]))
+    """In the precision of JAX's default type: float64 here, float32 without x64."""
+    weights = multi_step_weights(4, until=100)
+    assert_close(weights(jnp.int32(0)), jnp.array([0, 0.25, 0.25, 0.25, 0.25]))
+    assert_close(weights(jnp.int32(60)), jnp.array([0, 0.1, 0.1, 0.1, 0.7]))
+    assert_close(weights(jnp.int32(1000)), jnp.array([0, 0, 0, 0, 1.0]))
+    assert weights(jnp.int32(1)).dtype == jnp.float64
+    with jax.enable_x64(False):
+        assert weights(jnp.int32(1)).dtype == jnp.float32
     loss_fn, params = ZOO["dict"]()
     inner, batch = maml_jax.sgd(0.3, steps=4), tasks(2)
     scheduled = maml_jax.maml(loss_fn, inner, optax.sgd(1.0), step_weights=weights)
     state = scheduled.init(params)._replace(step=jnp.int32(60))
     fixed = maml_jax.maml(loss_fn, inner, optax.sgd(1.0), step_weights=(0, 0.1, 0.1, 0.1, 0.7))
-    assert_close(moved_by(scheduled, state, batch), moved_by(fixed, state, batch), rtol=1e-5, atol=1e-9)
+    assert_close(moved_by(scheduled, state, batch), moved_by(fixed, state, batch))
 
 
-def test_in_turn_takes_first_order_first():
+def test_switch_learner_takes_first_order_first():
     loss_fn, params = ZOO["dict"]()
     first, second = (maml_jax.maml(loss_fn, maml_jax.sgd(0.3, steps=2, order=o), optax.adam(0.1)) for o in (1, 2))
-    both = schedules.switch_learner(first, second, after=2)
+    both = switch_learner(first, second, after=2)
     state = both.init(params)
     step = jax.jit(both.step)
     for number in range(4):
         expected, _ = jax.jit((first if number < 2 else second).step)(state, tasks(2, seed=number))
         state, _ = step(state, tasks(2, seed=number))
         assert_close(state.params, expected.params)
+
+
+def test_maml_plus_plus_is_its_parts():
+    """The first of two meta-steps has first order, and the weights of the multi-step loss are annealed over two."""
+    options = {"trainable": models.all_but_norms, "per_step": models.norms_only}
+    learner = maml_plus_plus(LOSS, learning_rate=0.3, steps=2, meta_steps=2, multi_step_until=2, **options)
+    outer = optax.adam(optax.cosine_decay_schedule(1e-3, 2, alpha=0.01))
+    weights = multi_step_weights(2, until=2)
+    params = start_params()
+    state, step = learner.init(params), jax.jit(learner.step)
+    assert state.params["Norm_0"]["offset"].shape == (3, 8) and state.inner_params["head"]["bias"].shape == (2,)
+    expected = state
+    for order in (1, 2):
+        part = maml_jax.maml(LOSS, per_step_sgd(0.3, steps=2, order=order, **options), outer, step_weights=weights)
+        assert_close(part.init(replicate_per_step(params, models.norms_only, 2)), learner.init(params))
+        state, _ = step(state, tasks(2, seed=order))
+        expected, _ = jax.jit(part.step)(expected, tasks(2, seed=order))
+        assert_close(state, expected)
+    for wrong in ("meta_steps", "multi_step_until", "first_order_until"):
+        given = {"meta_steps": 4, wrong: 0}
+        with pytest.raises(ValueError, match="must be an integer of at least 1, but got 0"):
+            maml_plus_plus(LOSS, learning_rate=0.3, steps=2, **given)
+    with pytest.raises(ValueError, match="per_step must be a pytree of bools"):
+        maml_plus_plus(LOSS, learning_rate=0.3, steps=2, meta_steps=4, per_step={"other": True}).init(params)
 
 
 def test_wrong_values_are_refused():
@@ -297,7 +333,7 @@ def test_wrong_values_are_refused():
         imaml(LOSS, FAMILY["shared head"](2), optax.sgd(1.0), proximal_weight=1.0, cg_steps=5)
     for inner in (
         FAMILY["shared head"](2),
-        maml_jax.sgd(0.3, steps=2, params_at_step=per_step.select_step(models.norms_only)),
+        maml_jax.sgd(0.3, steps=2, params_at_step=select_step(models.norms_only)),
     ):
         with pytest.raises(ValueError, match="reptile takes an inner learner without start and params_at_step"):
             reptile(LOSS, inner, optax.sgd(1.0))

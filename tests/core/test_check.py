@@ -10,7 +10,7 @@ from helpers.model_zoo import drawn_params, plain_dict, tasks
 
 import maml_jax
 from maml_jax import check_meta_gradient, losses
-from maml_jax.algorithms import schedules
+from maml_jax.algorithms.maml_plus_plus import multi_step_weights
 from maml_jax.nets import layers
 from maml_jax.nets.convolution import conv
 
@@ -252,7 +252,7 @@ def test_leaves_that_the_loss_does_not_use_are_told():
 
 def test_step_weights_may_follow_the_meta_step():
     loss_fn, params = plain_dict()
-    weights = schedules.multi_step_weights(2, until=10)
+    weights = multi_step_weights(2, until=10)
     as_numbers, followed = (
         check_meta_gradient(loss_fn, params, tasks(2), maml_jax.sgd(0.3, steps=2), step_weights=given)
         for given in (np.asarray(weights(0)).tolist(), weights)

@@ -9,7 +9,8 @@ from helpers.model_zoo import drawn_params
 
 import maml_jax
 from maml_jax import Task, losses
-from maml_jax.algorithms import per_step, running_statistics
+from maml_jax.algorithms import running_statistics
+from maml_jax.algorithms.maml_plus_plus import select_step
 from maml_jax.nets import models
 from maml_jax.nets.normalisation import NEEDS_CONTEXT, Norm
 
@@ -122,7 +123,7 @@ def test_running_statistics_of_one_task_are_those_of_its_own_batch(x64):
 
     gather = jax.jit(lambda task: running_statistics.gather(trained, inner, loss_fn, params, (), task, steps=2))
     gathered = gather(task)
-    per_step_inner = inner._replace(params_at_step=per_step.select_step(models.norms_only))
+    per_step_inner = inner._replace(params_at_step=select_step(models.norms_only))
 
     def evaluated(checker):
         learner = maml_jax.maml(loss_fn, per_step_inner, optax.identity(), query_loss_fn=checker)
