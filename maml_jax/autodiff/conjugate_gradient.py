@@ -8,9 +8,7 @@ import optax
 from jax import lax
 
 
-def conjugate_gradient(
-    product: Callable[[Any], Any], target: Any, *, steps: int, square_tolerance: float = 0.0
-) -> Any:
+def conjugate_gradient(product: Callable[[Any], Any], target: Any, *, steps: int, square_tolerance: float = 0.0) -> Any:
     """Solves `product(x) = target` from x = 0, for a symmetric positive-definite matrix.
 
     `jax.scipy.sparse.linalg.cg` evaluates one product more, for the residual of x = 0, which is `target`.

@@ -1,4 +1,4 @@
-"""Division of a pytree into two of the same structure, each with None for what the other has."""
+"""Splits a pytree into two of the same structure, each with None at the leaves of the other."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ import numpy as np
 from maml_jax.types import Params
 
 Mask = Any
-"""A pytree of bools shaped like (or a prefix of) the parameters, or a function from parameters to one."""
+"""A pytree of bools with the structure of the parameters, a prefix of one, or a function from parameters to either."""
 
 
 def divide(tree: Any, mask: Any) -> tuple[Any, Any]:
-    """The leaves where `mask`, a tree of bools of the same structure, is True, and the others."""
+    """Splits leaves by a pytree of bools of the same structure: those where it is True, and the others."""
     return (
         jax.tree.map(lambda keep, leaf: leaf if keep else None, mask, tree),
         jax.tree.map(lambda keep, leaf: None if keep else leaf, mask, tree),
@@ -20,7 +20,7 @@ def divide(tree: Any, mask: Any) -> tuple[Any, Any]:
 
 
 def join(first: Any, second: Any) -> Any:
-    """What `divide` has divided."""
+    """The inverse of `divide`."""
     return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda leaf: leaf is None)
 
 
@@ -51,7 +51,7 @@ def mask_tree(name: str, mask: Mask, params: Params) -> Any:
       TypeError: for a mask of anything but bools.
       ValueError: for a mask that does not fit the parameters.
     """
-    # A module of equinox is a tree and callable at once.
+    # An equinox module is both a pytree and callable: as a mask it is a pytree of bools.
     if callable(mask) and not all(isinstance(leaf, bool) for leaf in jax.tree.leaves(mask)):
         mask = mask(params)
     try:
@@ -71,7 +71,7 @@ def mask_tree(name: str, mask: Mask, params: Params) -> Any:
 
 
 def combine(adapted: Params, fixed: Params) -> Params:
-    """What `partition` has split."""
+    """The inverse of `partition`."""
     if fixed is None:
         return adapted
     return join(adapted, fixed)
