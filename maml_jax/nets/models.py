@@ -33,7 +33,7 @@ class MLP(nn.Module):
     Example:
       >>> import jax, jax.numpy as jnp
       >>> net = MLP((40, 40), 1)
-      >>> params = net.init(jax.random.key(0), jnp.zeros((1, 1)))["params"]
+      >>> params = jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, 1)))["params"]
       >>> net.apply({"params": params}, jnp.zeros((5, 1))).shape
       (5, 1)
     """
