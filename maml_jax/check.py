@@ -27,7 +27,7 @@ from maml_jax.autodiff.finite_differences import (
 )
 from maml_jax.inner import InnerLearner, adapted_part
 from maml_jax.meta import StepWeights, task_loss
-from maml_jax.types import LossFn, Params, Task
+from maml_jax.types import LossFn, MetaParams, Params, Task
 
 PERTURBATION = 1e-3
 """Standard deviation of the random step away from the given parameters. Initial biases of zero put a ReLU exactly on
@@ -117,6 +117,18 @@ def check_meta_gradient(
     - 'order': how far first order is from second order. Information only.
     - 'precision': how far float32 is from float64. Information only.
 
+    Example:
+      >>> import jax.numpy as jnp, maml_jax
+      >>> def loss_fn(params, batch):
+      ...     inputs, targets = batch
+      ...     return jnp.mean((jnp.sin(inputs * params) - targets) ** 2), {}
+      >>> batch = (jnp.array([[0.1, 0.2], [0.3, 0.4]]), jnp.zeros((2, 2)))  # Two tasks of two examples.
+      >>> report = check_meta_gradient(loss_fn, jnp.ones(1), maml_jax.Task(batch, batch), maml_jax.sgd(0.1, steps=1))
+      >>> report.exact
+      True
+      >>> print(report["jit"].meaning)
+      The meta-gradient is the same compiled and not compiled.
+
     Args:
       loss_fn: `(params, batch) -> (scalar loss, aux)`, as for `maml`.
       params: parameters to check at, such as the initial ones.
@@ -133,18 +145,6 @@ def check_meta_gradient(
 
     Raises:
       ValueError, TypeError: for arguments that `maml` would refuse, and for an inner learner without steps.
-
-    Example:
-      >>> import jax.numpy as jnp, maml_jax
-      >>> def loss_fn(params, batch):
-      ...     inputs, targets = batch
-      ...     return jnp.mean((jnp.sin(inputs * params) - targets) ** 2), {}
-      >>> batch = (jnp.array([[0.1, 0.2], [0.3, 0.4]]), jnp.zeros((2, 2)))  # Two tasks of two examples.
-      >>> report = check_meta_gradient(loss_fn, jnp.ones(1), maml_jax.Task(batch, batch), maml_jax.sgd(0.1, steps=1))
-      >>> report.exact
-      True
-      >>> print(report["jit"].meaning)
-      The meta-gradient is the same compiled and not compiled.
     """
     if not isinstance(inner, InnerLearner):
         raise TypeError(f"inner must come from maml_jax.sgd or maml_jax.unrolled, but got {inner!r}.")
@@ -199,19 +199,19 @@ class _Problem:
     def __init__(
         self,
         support_loss: LossFn,
-        objective: Callable[[InnerLearner, Any, Task], tuple[jax.Array, Any]],
+        objective: Callable[[InnerLearner, MetaParams, Task], tuple[jax.Array, Any]],
         inner: InnerLearner,
         params: Params,
         tasks: Task,
     ):
         self._arguments = (support_loss, objective, inner, params, tasks)
         self.inner, self.tasks = inner, tasks
-        self.start = (params, inner.init_inner_params(adapted_part(inner, params)))
+        self.start = MetaParams(params, inner.init_inner_params(adapted_part(inner, params)))
 
-        def loss_of_task(meta_params: Any, task: Task) -> jax.Array:
+        def loss_of_task(meta_params: MetaParams, task: Task) -> jax.Array:
             return objective(inner, meta_params, task)[0]
 
-        def meta_loss(meta_params: Any) -> jax.Array:
+        def meta_loss(meta_params: MetaParams) -> jax.Array:
             return jax.vmap(partial(loss_of_task, meta_params))(tasks).mean()
 
         self.support_loss = jax.jit(lambda params, support: support_loss(params, support)[0])
@@ -239,7 +239,7 @@ def _finite(problem: _Problem, trained: _Problem, given: Params) -> Finding:
     dtype = np.dtype(np.float64 if trained is problem else np.float32)
 
     def failure() -> str:
-        support = [float(problem.support_loss(problem.start[0], task.support)) for task in problem.each_task()]
+        support = [float(problem.support_loss(problem.start.params, task.support)) for task in problem.each_task()]
         if not np.isfinite(support).all():
             return (
                 "The support loss is not finite before any adaptation. Check the tasks and the parameters for values "
@@ -252,7 +252,7 @@ def _finite(problem: _Problem, trained: _Problem, given: Params) -> Finding:
                 "are not finite."
             )
         with jax.enable_x64(dtype == np.float64):
-            value, gradient = trained.value_and_grad((cast(given, dtype), trained.start[1]))
+            value, gradient = trained.value_and_grad(trained.start._replace(params=cast(given, dtype)))
         if not np.isfinite(value):
             return (
                 f"At the given parameters, in {dtype}, the meta-loss is not finite. If the inner loop diverges, use a "
@@ -276,7 +276,7 @@ def _finite(problem: _Problem, trained: _Problem, given: Params) -> Finding:
 
 def _loss_gradient(checker: GradientChecker, problem: _Problem) -> Finding:
     """The gradient of the support loss alone, which separates a wrong first derivative from a wrong second one."""
-    params = problem.start[0]
+    params = problem.start.params
     # The first task with a gradient: for some tasks a loss such as a hinge can be constant.
     for task in problem.each_task():
         loss = partial(problem.support_loss, support=task.support)

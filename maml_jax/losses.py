@@ -37,6 +37,13 @@ def query_with_support(tasks: Task) -> Task:
 def mean_squared_error(apply: Apply) -> LossFn:
     """Mean squared error (paper, equation 2).
 
+    Example:
+      >>> import jax.numpy as jnp
+      >>> loss_fn = mean_squared_error(lambda params, inputs: params * inputs)
+      >>> loss, aux = loss_fn(2.0, (jnp.array([[1.0], [2.0]]), jnp.array([[2.0], [6.0]])))
+      >>> loss.item()
+      2.0
+
     Args:
       apply: the model, `(params, inputs [B, ...]) -> outputs [B, D]`.
 
@@ -45,13 +52,6 @@ def mean_squared_error(apply: Apply) -> LossFn:
 
     Raises (when called):
       ValueError: for targets of another shape than the outputs.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> loss_fn = mean_squared_error(lambda params, inputs: params * inputs)
-      >>> loss, aux = loss_fn(2.0, (jnp.array([[1.0], [2.0]]), jnp.array([[2.0], [6.0]])))
-      >>> loss.item()
-      2.0
 
     References:
       Finn, Abbeel and Levine 2017, Model-agnostic meta-learning, arXiv:1703.03400.
@@ -72,6 +72,13 @@ def mean_squared_error(apply: Apply) -> LossFn:
 def cross_entropy(apply: Apply) -> LossFn:
     """Mean softmax cross-entropy (paper, equation 3, as a mean).
 
+    Example:
+      >>> import jax.numpy as jnp
+      >>> loss_fn = cross_entropy(lambda params, inputs: params * inputs)
+      >>> loss, aux = loss_fn(1.0, (jnp.array([[0.0, 0.0], [0.0, 0.0]]), jnp.array([0, 1])))
+      >>> print(jnp.round(loss, 3), aux["accuracy"])
+      0.693 0.5
+
     Args:
       apply: the model, `(params, inputs [B, ...]) -> logits [B, N]`.
 
@@ -82,13 +89,6 @@ def cross_entropy(apply: Apply) -> LossFn:
 
     Raises (when called):
       ValueError: for labels that are not integers, or not one for each row of logits.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> loss_fn = cross_entropy(lambda params, inputs: params * inputs)
-      >>> loss, aux = loss_fn(1.0, (jnp.array([[0.0, 0.0], [0.0, 0.0]]), jnp.array([0, 1])))
-      >>> print(jnp.round(loss, 3), aux["accuracy"])
-      0.693 0.5
     """
 
     def loss_fn(params: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -127,15 +127,15 @@ def inductive(apply: Apply) -> Apply:
     A model that normalises by the batch at hand makes the predictions of a batch depend on each other (transductive
     evaluation). With this function they are independent (inductive evaluation; Bronskill et al. 2020, table 1).
 
-    Args:
-      apply: the model, `(params, inputs [B, ...], ...) -> outputs [B, ...]`.
-
     Example:
       >>> import jax.numpy as jnp
       >>> centred = lambda params, inputs: inputs - inputs.mean()
       >>> inputs = jnp.array([1.0, 3.0])
       >>> centred(None, inputs).tolist(), inductive(centred)(None, inputs).tolist()
       ([-1.0, 1.0], [0.0, 0.0])
+
+    Args:
+      apply: the model, `(params, inputs [B, ...], ...) -> outputs [B, ...]`.
 
     References:
       Bronskill et al. 2020, TaskNorm: rethinking batch normalization for meta-learning, arXiv:2003.03284.
@@ -152,12 +152,12 @@ def rate_for_mean_loss(rate: float, ways: int) -> float:
 
     The code divides the sum over N * K examples by K: its loss and gradients are N times those of the mean.
 
-    Args:
-      rate: inner rate in the paper's code.
-      ways: number of classes N.
-
     Example:
       >>> rate_for_mean_loss(0.4, ways=5)
       2.0
+
+    Args:
+      rate: inner rate in the paper's code.
+      ways: number of classes N.
     """
     return rate * ways

@@ -17,6 +17,14 @@ from maml_jax.types import Batch, Params
 def shared(name: str = "head") -> Start:
     """All classes start from one vector, the mean of the columns of the head (UNICORN-MAML).
 
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from maml_jax.algorithms import heads
+      >>> params = {"head": {"kernel": jnp.array([[1.0, 3.0]]), "bias": jnp.array([0.0, 2.0])}}
+      >>> start = heads.shared()(params, None)
+      >>> start["head"]["kernel"].tolist(), start["head"]["bias"].tolist()
+      ([[2.0, 2.0]], [1.0, 1.0])
+
     Args:
       name: key of the head in the parameters, a mapping with `kernel` `[features, N]` and `bias` `[N]`.
 
@@ -25,14 +33,6 @@ def shared(name: str = "head") -> Start:
 
     Raises (when called):
       ValueError: for parameters without a head of that name.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from maml_jax.algorithms import heads
-      >>> params = {"head": {"kernel": jnp.array([[1.0, 3.0]]), "bias": jnp.array([0.0, 2.0])}}
-      >>> start = heads.shared()(params, None)
-      >>> start["head"]["kernel"].tolist(), start["head"]["bias"].tolist()
-      ([[2.0, 2.0]], [1.0, 1.0])
 
     References:
       Ye and Chao 2022, How to train your MAML to excel in few-shot classification, arXiv:2106.16245.
@@ -53,6 +53,15 @@ def prototypes(features: Callable[..., jax.Array], name: str = "head") -> Start:
     Before the first inner step the predictions are those of a prototypical network: the logits are the negative
     squared distances to the prototypes, up to a constant. A class without support examples starts from zero.
 
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from maml_jax.algorithms import heads
+      >>> params = {"head": {"kernel": jnp.zeros((1, 2)), "bias": jnp.zeros(2)}}
+      >>> support = (jnp.array([[1.0], [3.0], [5.0]]), jnp.array([0, 0, 1]))  # Prototypes 2 and 5.
+      >>> start = heads.prototypes(lambda params, inputs: inputs)(params, support)
+      >>> start["head"]["kernel"].tolist(), start["head"]["bias"].tolist()
+      ([[4.0, 10.0]], [-4.0, -25.0])
+
     Args:
       features: `(params, inputs [B, ...]) -> [B, features]`, the inputs of the head.
       name: as for `shared`.
@@ -63,15 +72,6 @@ def prototypes(features: Callable[..., jax.Array], name: str = "head") -> Start:
 
     Raises (when called):
       ValueError: for parameters without a head of that name.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from maml_jax.algorithms import heads
-      >>> params = {"head": {"kernel": jnp.zeros((1, 2)), "bias": jnp.zeros(2)}}
-      >>> support = (jnp.array([[1.0], [3.0], [5.0]]), jnp.array([0, 0, 1]))  # Prototypes 2 and 5.
-      >>> start = heads.prototypes(lambda params, inputs: inputs)(params, support)
-      >>> start["head"]["kernel"].tolist(), start["head"]["bias"].tolist()
-      ([[4.0, 10.0]], [-4.0, -25.0])
 
     References:
       Triantafillou et al. 2020, Meta-Dataset, section 3.1, arXiv:1903.03096.

@@ -34,6 +34,20 @@ def imaml(
     Hessian-vector products, so the memory does not grow with the inner steps. The meta-gradient is exact if the inner
     loop reaches a minimum at which the support loss is smooth, and the conjugate gradients converge.
 
+    Example:
+      >>> import jax, jax.numpy as jnp, maml_jax, optax
+      >>> def loss_fn(params, batch):
+      ...     return jnp.sum((params - batch) ** 2) / 2, {}
+      >>> learner = maml_jax.imaml(
+      ...     loss_fn, maml_jax.sgd(0.5, steps=50), optax.sgd(1.0), proximal_weight=1.0, cg_steps=1
+      ... )
+      >>> state = learner.init(jnp.zeros(1))
+      >>> task = maml_jax.Task(support=jnp.array([[2.0]]), query=jnp.array([[2.0]]))
+      >>> state, info = jax.jit(learner.step)(state, task)
+      >>> # The minimum is 1, half-way to 2. There the query gradient is -1, and (1 + 1) x = -1.
+      >>> print(jnp.round(state.params, 3))
+      [0.5]
+
     Args:
       loss_fn: `(params, batch) -> (scalar loss, aux)`, of one task.
       inner: the inner learner, such as `sgd(0.1, steps=16)`, without the proximal term. `order` and `remat` have no
@@ -50,19 +64,6 @@ def imaml(
       TypeError, ValueError: as `maml`; for a `proximal_weight` that is not positive, for fewer than 1 iteration, and
         for an inner learner with a `start` or a `params_at_step`.
       ValueError (by `init`): for an inner learner with learned parameters: they have no implicit gradient.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, maml_jax, optax
-      >>> from maml_jax.algorithms.imaml import imaml
-      >>> def loss_fn(params, batch):
-      ...     return jnp.sum((params - batch) ** 2) / 2, {}
-      >>> learner = imaml(loss_fn, maml_jax.sgd(0.5, steps=50), optax.sgd(1.0), proximal_weight=1.0, cg_steps=1)
-      >>> state = learner.init(jnp.zeros(1))
-      >>> task = maml_jax.Task(support=jnp.array([[2.0]]), query=jnp.array([[2.0]]))
-      >>> state, info = jax.jit(learner.step)(state, task)
-      >>> # The minimum is 1, half-way to 2. There the query gradient is -1, and (1 + 1) x = -1.
-      >>> print(jnp.round(state.params, 3))
-      [0.5]
 
     References:
       Rajeswaran et al. 2019, Meta-learning with implicit gradients, arXiv:1909.04630.
@@ -121,13 +122,6 @@ def with_proximal_term(inner: InnerLearner, proximal_weight: float) -> InnerLear
 
     The support loss in `AdaptInfo` is reported without the proximal term (Rajeswaran et al. 2019, equation 3).
 
-    Args:
-      inner: the inner learner to extend.
-      proximal_weight: weight of the proximal term, lambda in the paper.
-
-    Raises:
-      ValueError: for a weight that is not positive and finite.
-
     Example:
       >>> import jax.numpy as jnp, maml_jax
       >>> inner = with_proximal_term(maml_jax.sgd(0.5, steps=50), 1.0)
@@ -136,6 +130,13 @@ def with_proximal_term(inner: InnerLearner, proximal_weight: float) -> InnerLear
       ... )
       >>> print(jnp.round(params, 3))  # Half-way from the start 0 to the target 2.
       [1.]
+
+    Args:
+      inner: the inner learner to extend.
+      proximal_weight: weight of the proximal term, lambda in the paper.
+
+    Raises:
+      ValueError: for a weight that is not positive and finite.
 
     References:
       Rajeswaran et al. 2019, Meta-learning with implicit gradients, arXiv:1909.04630.

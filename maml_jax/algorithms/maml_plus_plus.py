@@ -11,7 +11,6 @@ The running statistics of MAML++ are in `running_statistics`.
 """
 
 from collections.abc import Callable
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from jax.sharding import Mesh
 
 from maml_jax import validation
 from maml_jax.autodiff.trees import Mask, mask_tree
-from maml_jax.inner import InnerLearner, ParamsAtStep, Remat, sgd
+from maml_jax.inner import InnerLearner, Order, ParamsAtStep, Remat, sgd
 from maml_jax.meta import MetaLearner, maml
 from maml_jax.parallel.task_axis import TaskBatchSize
 from maml_jax.types import LossFn, MetaInfo, MetaState, Params, Task
@@ -33,7 +32,7 @@ def maml_plus_plus(
     steps: int,
     meta_steps: int,
     outer: optax.GradientTransformation | None = None,
-    order: Literal[1, 2] = 2,
+    order: Order = 2,
     trainable: Mask | None = None,
     per_step: Mask | None = None,
     multi_step_until: int | None = None,
@@ -47,6 +46,26 @@ def maml_plus_plus(
 
     `init(params)` takes the parameters of the model. The state holds `steps + 1` copies of those that `per_step`
     selects, `[S + 1, ...]`, and in `inner_params` the learned rates, `[S]` for each adapted array.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, maml_jax
+      >>> from maml_jax.algorithms.maml_plus_plus import maml_plus_plus
+      >>> def loss_fn(params, batch):
+      ...     inputs, targets = batch
+      ...     outputs = params["slope"] * inputs + params["offset"]
+      ...     return jnp.mean((outputs - targets) ** 2), {}
+      >>> learner = maml_plus_plus(
+      ...     loss_fn, learning_rate=0.1, steps=3, meta_steps=100,
+      ...     trainable={"slope": True, "offset": False}, per_step={"slope": False, "offset": True},
+      ... )
+      >>> state = learner.init({"slope": jnp.array(1.0), "offset": jnp.array(0.0)})
+      >>> state.params["offset"].shape, state.inner_params["slope"].shape
+      ((4,), (3,))
+      >>> inputs = jnp.linspace(-1, 1, 8).reshape(2, 4)
+      >>> tasks = maml_jax.Task(support=(inputs, 2 * inputs), query=(inputs, 2 * inputs))
+      >>> state, info = jax.jit(learner.step)(state, tasks)
+      >>> info.support_loss.shape
+      (2, 3)
 
     Args:
       loss_fn: `(params, batch) -> (scalar loss, aux)`, of one task.
@@ -71,26 +90,6 @@ def maml_plus_plus(
     Raises:
       TypeError, ValueError: as `sgd` and `maml`, and for a number of meta-steps below 1.
 
-    Example:
-      >>> import jax, jax.numpy as jnp, maml_jax
-      >>> from maml_jax.algorithms.maml_plus_plus import maml_plus_plus
-      >>> def loss_fn(params, batch):
-      ...     inputs, targets = batch
-      ...     outputs = params["slope"] * inputs + params["offset"]
-      ...     return jnp.mean((outputs - targets) ** 2), {}
-      >>> learner = maml_plus_plus(
-      ...     loss_fn, learning_rate=0.1, steps=3, meta_steps=100,
-      ...     trainable={"slope": True, "offset": False}, per_step={"slope": False, "offset": True},
-      ... )
-      >>> state = learner.init({"slope": jnp.array(1.0), "offset": jnp.array(0.0)})
-      >>> state.params["offset"].shape, state.inner_params["slope"].shape
-      ((4,), (3,))
-      >>> inputs = jnp.linspace(-1, 1, 8).reshape(2, 4)
-      >>> tasks = maml_jax.Task(support=(inputs, 2 * inputs), query=(inputs, 2 * inputs))
-      >>> state, info = jax.jit(learner.step)(state, tasks)
-      >>> info.support_loss.shape
-      (2, 3)
-
     References:
       Antoniou, Edwards and Storkey 2019, How to train your MAML, arXiv:1810.09502.
     """
@@ -103,7 +102,7 @@ def maml_plus_plus(
         outer = optax.adam(optax.cosine_decay_schedule(1e-3, meta_steps, alpha=0.01))
     step_weights = multi_step_weights(steps, until=multi_step_until)
 
-    def learner_of_order(order: Literal[1, 2]) -> MetaLearner:
+    def learner_of_order(order: Order) -> MetaLearner:
         inner = per_step_sgd(
             learning_rate,
             steps=steps,
@@ -136,7 +135,7 @@ def per_step_sgd(
     learning_rate: float | jax.Array,
     *,
     steps: int,
-    order: Literal[1, 2] = 2,
+    order: Order = 2,
     trainable: Mask | None = None,
     per_step: Mask | None = None,
     remat: Remat = "none",
@@ -189,6 +188,11 @@ def select_step(per_step: Mask) -> ParamsAtStep:
 def multi_step_weights(steps: int, until: int) -> Callable[[jax.Array], jax.Array]:
     """Annealed weights of the multi-step loss: at first equal after every inner step, in the end only the last.
 
+    Example:
+      >>> weights = multi_step_weights(steps=2, until=100)
+      >>> [weights(step).tolist() for step in (0, 50, 100)]
+      [[0.0, 0.5, 0.5], [0.0, 0.25, 0.75], [0.0, 0.0, 1.0]]
+
     Args:
       steps: inner steps, S.
       until: meta-step from which on only the query loss after the last inner step counts. Until then the weights
@@ -200,11 +204,6 @@ def multi_step_weights(steps: int, until: int) -> Callable[[jax.Array], jax.Arra
 
     Raises:
       ValueError: for `steps` or `until` below 1.
-
-    Example:
-      >>> weights = multi_step_weights(steps=2, until=100)
-      >>> [weights(step).tolist() for step in (0, 50, 100)]
-      [[0.0, 0.5, 0.5], [0.0, 0.25, 0.75], [0.0, 0.0, 1.0]]
     """
     validation.at_least("steps", steps, 1)
     validation.at_least("until", until, 1)

@@ -1,44 +1,43 @@
 """Meta-curvature: gradient descent preconditioned by learned matrices."""
 
 import math
-from typing import Any
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from maml_jax import validation
-from maml_jax.inner import InnerLearner, inner_learner
+from maml_jax.inner import InnerLearner, InnerOptions, inner_learner
 from maml_jax.types import InnerParams, Params
 
 
-def meta_curvature(learning_rate: float | jax.Array, *, steps: int, **options: Any) -> InnerLearner:
+def meta_curvature(learning_rate: float | jax.Array, *, steps: int, **options: Unpack[InnerOptions]) -> InnerLearner:
     """An inner learner that multiplies the inner gradient by meta-learned matrices (Park and Oliva 2019, section 3).
 
     Each axis of a parameter has one square matrix. A convolution kernel `[height, width, in, out]` has three: one for
     its `height * width` places together, one for its inputs, one for its outputs. A dense kernel `[in, out]` has two,
     a vector one, a scalar none. The matrices start as identities: meta-training starts from gradient descent.
 
+    Example:
+      >>> import jax, jax.numpy as jnp, maml_jax, optax
+      >>> def loss_fn(params, batch):
+      ...     return jnp.mean((batch @ params["kernel"] - 1) ** 2), {}
+      >>> learner = maml_jax.maml(loss_fn, maml_jax.meta_curvature(0.1, steps=1), optax.adam(1e-3))
+      >>> state = learner.init({"kernel": jnp.zeros((3, 2))})
+      >>> [matrix.shape for matrix in state.inner_params["kernel"]]
+      [(3, 3), (2, 2)]
+
     Args:
       learning_rate: step size, in units of the loss. The rate itself is not learned.
       steps: inner steps in training, S.
-      options: as for `sgd`, without `learn_rates`.
+      options: see `InnerOptions`.
 
     Returns:
       An `InnerLearner` for `maml`. `inner_params` holds a list of matrices for each adapted parameter.
 
     Raises:
       ValueError: for a rate that is not positive and finite, and as `sgd`.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, maml_jax, optax
-      >>> from maml_jax.algorithms.meta_curvature import meta_curvature
-      >>> def loss_fn(params, batch):
-      ...     return jnp.mean((batch @ params["kernel"] - 1) ** 2), {}
-      >>> learner = maml_jax.maml(loss_fn, meta_curvature(0.1, steps=1), optax.adam(1e-3))
-      >>> state = learner.init({"kernel": jnp.zeros((3, 2))})
-      >>> [matrix.shape for matrix in state.inner_params["kernel"]]
-      [(3, 3), (2, 2)]
 
     References:
       Park and Oliva 2019, Meta-curvature, arXiv:1902.03356.

@@ -34,6 +34,17 @@ def reptile(
     the parameters move by the fraction e towards the mean of the adapted parameters. Training uses the support set
     alone; the query set gives the metrics. With one inner step Reptile is joint training.
 
+    Example:
+      >>> import jax, jax.numpy as jnp, maml_jax, optax
+      >>> def loss_fn(params, batch):
+      ...     return jnp.sum((params - batch) ** 2) / 2, {}
+      >>> learner = maml_jax.reptile(loss_fn, maml_jax.sgd(0.5, steps=2), optax.sgd(0.1))
+      >>> state = learner.init(jnp.zeros(1))
+      >>> task = maml_jax.Task(support=jnp.array([[4.0]]), query=jnp.array([[4.0]]))
+      >>> state, info = jax.jit(learner.step)(state, task)  # The adapted parameter is 3.
+      >>> print(jnp.round(state.params, 3))
+      [0.3]
+
     Args:
       loss_fn: `(params, batch) -> (scalar loss, aux)`, of one task.
       inner: the inner learner, such as `sgd(0.1, steps=5)`. Parameters that it does not adapt (`trainable`) are not
@@ -49,18 +60,6 @@ def reptile(
     Raises:
       TypeError, ValueError: as `maml`, and for an inner learner with a `start` or a `params_at_step`.
       ValueError (by `init`): for an inner learner with learned parameters: Reptile has no gradient of them.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, maml_jax, optax
-      >>> from maml_jax.algorithms.reptile import reptile
-      >>> def loss_fn(params, batch):
-      ...     return jnp.sum((params - batch) ** 2) / 2, {}
-      >>> learner = reptile(loss_fn, maml_jax.sgd(0.5, steps=2), optax.sgd(0.1))
-      >>> state = learner.init(jnp.zeros(1))
-      >>> task = maml_jax.Task(support=jnp.array([[4.0]]), query=jnp.array([[4.0]]))
-      >>> state, info = jax.jit(learner.step)(state, task)  # The adapted parameter is 3.
-      >>> print(jnp.round(state.params, 3))
-      [0.3]
 
     References:
       Nichol, Achiam and Schulman 2018, On first-order meta-learning algorithms, arXiv:1803.02999.
@@ -108,15 +107,15 @@ def reptile(
 def one_of_each_class(ways: int) -> Batches:
     """For `batches=` of `reptile`: inner step i sees the i-th example of every class, and starts over after the last.
 
-    Args:
-      ways: number of classes N. The support set `[N * K, ...]` has the K examples of a class in a row, as the episodes
-        of `tasks.episodes` do.
-
     Example:
       >>> import jax.numpy as jnp
       >>> support = jnp.array([0, 1, 10, 11])  # Two classes of two examples.
       >>> one_of_each_class(ways=2)(support, 3).tolist()
       [[0, 10], [1, 11], [0, 10]]
+
+    Args:
+      ways: number of classes N. The support set `[N * K, ...]` has the K examples of a class in a row, as the episodes
+        of `tasks.episodes` do.
     """
 
     def batches(support: Batch, steps: int) -> Batch:

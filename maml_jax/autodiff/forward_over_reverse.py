@@ -30,14 +30,14 @@ def forward_over_reverse(loss_fn: LossWithInputs) -> ValueAndGrad:
     The derivative is exact in `params`, in the floating-point leaves of the inputs, and in values that the loss closes
     over. It treats aux as constant. Forward-mode derivatives of the result are not defined.
 
-    Args:
-      loss_fn: `(params, inputs) -> (loss, aux)`.
-
     Example:
       >>> import jax
       >>> value_and_grad = forward_over_reverse(lambda params, scale: (scale * params**3, {}))
       >>> jax.grad(lambda params: value_and_grad(params, 2.0)[1])(1.0).item()  # 2 * 6 * params
       12.0
+
+    Args:
+      loss_fn: `(params, inputs) -> (loss, aux)`.
 
     References:
       Kemaev et al. 2025, Scalable meta-learning via mixed-mode differentiation, arXiv:2505.00793.

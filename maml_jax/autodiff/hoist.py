@@ -18,19 +18,19 @@ EXPANDING = {"broadcast_in_dim", "iota", "reshape", "squeeze", "transpose", "con
 def hoist(step: Callable[..., Any], *args: Any) -> Callable[..., Any]:
     """Computes now all that `step` computes from closed-over values alone.
 
-    Args:
-      step: a function of pytrees that is called many times. The values that it closes over stay the same.
-      args: arguments with the shapes and types of later calls, such as `jax.ShapeDtypeStruct`s.
-
-    Returns:
-      A function with the same results and derivatives as `step`.
-
     Example:
       >>> import jax, jax.numpy as jnp
       >>> matrix = jnp.array([[1.0, 2.0], [3.0, 4.0]])
       >>> step = hoist(lambda x: (matrix @ matrix) @ x, jax.ShapeDtypeStruct((2,), jnp.float32))
       >>> step(jnp.ones(2)).tolist()  # One product of a matrix with a vector.
       [17.0, 37.0]
+
+    Args:
+      step: a function of pytrees that is called many times. The values that it closes over stay the same.
+      args: arguments with the shapes and types of later calls, such as `jax.ShapeDtypeStruct`s.
+
+    Returns:
+      A function with the same results and derivatives as `step`.
     """
     closed, out_shapes = jax.make_jaxpr(step, return_shape=True)(*args)
     program = closed.jaxpr

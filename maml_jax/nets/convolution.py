@@ -40,6 +40,13 @@ def conv(
 
     A `jax.shard_map` around it needs `check_vma=False`, as `maml` sets it for a mesh.
 
+    Example:
+      >>> import jax.numpy as jnp
+      >>> images, kernel = jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 1))
+      >>> print(conv(images, kernel, stride=2)[0, :, :, 0])
+      [[9. 6.]
+       [6. 4.]]
+
     Args:
       x: images `[B, H, W, C]`.
       kernel: `[h, w, C, D]`.
@@ -52,13 +59,6 @@ def conv(
 
     Raises:
       ValueError: for an unknown implementation, a stride below 1, and shapes that do not fit.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> images, kernel = jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 1))
-      >>> print(conv(images, kernel, stride=2)[0, :, :, 0])
-      [[9. 6.]
-       [6. 4.]]
     """
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, but got {implementation!r}.")

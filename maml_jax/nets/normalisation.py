@@ -73,11 +73,6 @@ def _moments(x: jax.Array, axes: int | tuple[int, ...], *, keep: bool) -> Moment
 class Norm(nn.Module):
     """Normalises `[B, ..., C]` to mean 0 and variance 1, with a learned offset and no scale, as the MAML paper's code.
 
-    Call arguments:
-      x: activations `[B, ..., C]`.
-      support: number of examples at the start of the batch that are the support set; None: all of them.
-      moments: moments of each example `[B, C]`, where they are not those of `x`.
-
     Example:
       >>> import jax, jax.numpy as jnp
       >>> norm, x = Norm("batch"), jnp.array([[1.0], [3.0]])
@@ -85,6 +80,11 @@ class Norm(nn.Module):
       >>> print(jnp.round(norm.apply(params, x), 2))
       [[-1.]
        [ 1.]]
+
+    Call arguments:
+      x: activations `[B, ..., C]`.
+      support: number of examples at the start of the batch that are the support set; None: all of them.
+      moments: moments of each example `[B, C]`, where they are not those of `x`.
     """
 
     kind: Normalisation = "batch"

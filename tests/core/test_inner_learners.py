@@ -1,4 +1,4 @@
-"""Learned rates, and optimizers with extra arguments, in the inner and the outer loop."""
+"""Inner learners: learned rates, and optimizers with extra arguments or unusual states."""
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from helpers.algorithm_cases import STEPS, assert_close, assert_exact_meta_gradi
 from helpers.model_zoo import ZOO, tasks
 
 import maml_jax
+from maml_jax.inner import inner_loop
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -72,3 +73,30 @@ def test_wrong_arguments_are_refused():
         inner = maml_jax.sgd(0.3, steps=1, start=lambda params, support: {})
         learner = maml_jax.maml(loss_fn, inner, optax.sgd(1.0))
         learner.step(learner.init(params), tasks(1))
+
+
+def quadratic(params, batch):
+    return 0.5 * jnp.sum((params - batch) ** 2), {}
+
+
+def test_an_optimizer_whose_initial_state_is_a_python_number():
+    """The state takes the type that a step returns, as in any JAX loop."""
+    init = lambda params: 0  # noqa: E731
+    update = lambda grads, state, params=None: (-0.1 * grads, 2 * state + optax.tree.norm(grads))  # noqa: E731
+    inner = maml_jax.unrolled(optax.GradientTransformation(init, update), steps=3)
+    params, _ = inner_loop(inner, quadratic, jnp.ones(2, jnp.bfloat16), (), jnp.zeros(2, jnp.bfloat16))
+    assert params.dtype == jnp.bfloat16
+    np.testing.assert_allclose(params.astype(float), 0.9**3, rtol=0.02)
+
+
+def test_without_compilation_the_loss_sees_numbers():
+    seen = []
+
+    def loss_fn(params, batch):
+        loss, aux = quadratic(params, batch)
+        seen.append(str(loss))
+        return loss, aux
+
+    with jax.disable_jit():
+        inner_loop(maml_jax.sgd(0.5, steps=3), loss_fn, jnp.ones(1), (), 0.0)
+    assert len(seen) == 3 and all(number in text for number, text in zip(("0.5", "0.125", "0.03125"), seen))

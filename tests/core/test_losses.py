@@ -8,7 +8,7 @@ from maml_jax import losses
 
 
 def test_rate_for_mean_loss_makes_the_papers_update():
-    """The code's loss is the sum over N*K examples over K; its rate .4 and ours must move parameters alike."""
+    """In the paper's code the loss is the sum over N * K examples divided by K, and the rate 0.4."""
     ways, shots, rate = 5, 2, 0.4
     logits = jax.random.normal(jax.random.key(0), (ways * shots, ways))
     labels = jnp.arange(ways).repeat(shots)

@@ -82,8 +82,8 @@ def test_is_a_convolution_at_any_order_and_under_vmap(shape, implementation):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_in_groups_of_images(shape, monkeypatch):
-    """As few windows at a time as there can be: image by image, the result is the same."""
+def test_groups_of_images_change_no_result(shape, monkeypatch):
+    """Groups of one image, the smallest."""
     x, kernel = drawn(shape)
     one = partial(conv, stride=shape[-1], implementation="patches")
     whole = derivatives(one, x, kernel)
@@ -97,7 +97,7 @@ def test_in_groups_of_images(shape, monkeypatch):
 
 
 def test_groups_that_do_not_divide_the_images(monkeypatch):
-    """Seven images, at most four at a time: four and three, and not one by one."""
+    """Seven images with a limit of four form groups of four and three, not of one."""
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 7, 4, 4, 2)))
     kernel = jnp.asarray(np.random.default_rng(1).standard_normal((2, 3, 3, 2, 3)))
     one = partial(conv, implementation="patches")
@@ -112,7 +112,7 @@ def test_groups_that_do_not_divide_the_images(monkeypatch):
 
 
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (1, 2)], ids=["images", "kernels", "both"])
-def test_an_axis_of_one_operand_alone_and_axes_that_are_not_in_front(axes):
+def test_batch_axes_of_one_operand_and_axes_in_the_middle(axes):
     pairs = [jnp.stack([operand, -2 * operand]) for operand in drawn(SHAPES[1])]  # Two times three tasks.
     pairs = [pair[0] if axis is None else jnp.moveaxis(pair, 0, axis) for pair, axis in zip(pairs, axes)]
 
@@ -120,7 +120,7 @@ def test_an_axis_of_one_operand_alone_and_axes_that_are_not_in_front(axes):
         def energy(x, kernel):
             return jnp.sum(jnp.sin(one(x, kernel)))
 
-        def linear(x, kernel):  # With a cotangent that has none of the axes.
+        def linear(x, kernel):  # Its cotangent has no batch axis.
             y = one(x, kernel)
             return jnp.sum(y * np.arange(y.size).reshape(y.shape))
 
@@ -138,7 +138,7 @@ def primitives(jaxpr):
     return found.union(*(primitives(inner) for eqn in jaxpr.eqns for inner in jaxprs_in_params(eqn.params)))
 
 
-def test_derivatives_stay_in_the_family():
+def test_derivatives_are_made_of_the_three_primitives():
     x, kernel = drawn(SHAPES[0])
     found = primitives(jax.make_jaxpr(partial(derivatives, conv))(x, kernel).jaxpr)
     assert {name for name in found if "conv" in name or "gradient" in name} == {
@@ -162,7 +162,7 @@ def test_keeps_low_precision(implementation):
 
 
 def test_many_groups_keep_low_precision(monkeypatch):
-    """A sum over 400 groups of bfloat16 that adds up in float32: 400 parts of 1 do not stop growing at 256."""
+    """The sum over 400 groups accumulates in float32: in bfloat16 a sum of ones stops growing at 256."""
     monkeypatch.setattr(backend, "WINDOW_ENTRIES", 1)
     x, kernel = jnp.ones((400, 2, 2, 1), jnp.bfloat16), jnp.ones((1, 1, 1, 1), jnp.bfloat16)
     gradient = jax.grad(lambda kernel: conv(x, kernel, stride=2).astype(jnp.float32).sum())(kernel)
@@ -186,8 +186,8 @@ def test_shapes_that_do_not_fit_are_refused():
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
-def test_the_platform_that_a_program_is_for_decides(platform):
-    """Small images: matrix products everywhere; on accelerators a batch of them, with nothing that only a CPU needs."""
+def test_the_implementation_follows_the_target_platform(platform):
+    """Small images take matrix products on all platforms; only the CPU needs barriers."""
     x, kernel = drawn(SHAPES[0])
     program = jax.jit(partial(derivatives, conv)).trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
     assert "stablehlo.convolution" not in program
@@ -195,7 +195,7 @@ def test_the_platform_that_a_program_is_for_decides(platform):
     assert ("optimization_barrier" in program) == (platform == "cpu")
 
 
-def test_an_accelerator_makes_only_so_many_windows_at_once(monkeypatch):
+def test_an_accelerator_limits_the_windows_computed_together(monkeypatch):
     x, kernel = (operand[0] for operand in drawn(SHAPES[0]))
 
     def loops():

@@ -1,4 +1,4 @@
-"""Layers are those of flax, with exact derivatives, whichever way they are computed."""
+"""Layers equal their definitions, with derivatives, in every way of computing them."""
 
 import flax.linen as nn
 import jax
@@ -44,27 +44,27 @@ def test_max_pool_is_reduce_window_with_its_derivative(size):
 
 
 @pytest.mark.parametrize("place", range(4))
-def test_max_pool_shows_what_is_not_a_number(place):
+def test_max_pool_propagates_nan(place):
     x = np.arange(4.0).reshape(1, 2, 2, 1)
     x.ravel()[place] = np.nan
     assert np.isnan(layers.max_pool(x)).all()
 
 
-def test_max_pool_takes_one_of_equals():
+def test_max_pool_selects_one_of_equal_entries():
     gradient = jax.grad(lambda x: layers.max_pool(x).sum())(jnp.ones((1, 4, 4, 1)))
     assert gradient.sum() == 4 and set(np.unique(gradient)) == {0, 1}
 
 
 @pytest.mark.parametrize(("size", "kind", "features"), [(6, "batch", 4), (7, "instance", 4), (6, "batch", 18)])
-def test_pooled_convolution_image_by_image_is_the_same(size, kind, features, monkeypatch):
-    """Pooled and normalised images, and second derivatives, in a loop over images and at once."""
+def test_pooled_convolution_of_one_image_at_a_time_is_the_same(size, kind, features, monkeypatch):
+    """Values, first and second derivatives, with a loop over images and without."""
     random = np.random.default_rng(0)
     x, params = random.standard_normal((3, size, size, 2)), {"kernel": random.standard_normal((3, 3, 2, features))}
     layer = layers.PooledConv(features)
     norm = normalisation.Norm(kind).bind({"params": {"offset": random.standard_normal(features)}})
 
-    def value_and_derivatives(at_a_time):
-        monkeypatch.setattr(backend, "maps_over_images", lambda images, channels, features: at_a_time)
+    def value_and_derivatives(maps_over_images):
+        monkeypatch.setattr(backend, "maps_over_images", lambda images, channels, features: maps_over_images)
 
         def apply(params):
             return layer.apply({"params": params}, x, norm)
@@ -79,18 +79,18 @@ def test_pooled_convolution_image_by_image_is_the_same(size, kind, features, mon
 
     whole, looped = value_and_derivatives(False), value_and_derivatives(True)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), looped, whole)
-    # Normalised before the pooling, which is the same.
+    # Normalisation before pooling gives the same.
     expected = layers.max_pool(norm(conv(x, params["kernel"])))
     np.testing.assert_allclose(whole[0], expected, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize(
-    ("size", "stride", "channels", "one_by_one"), [(8, 1, 1, True), (7, 2, 1, False), (8, 2, 3, True)]
+    ("size", "stride", "channels", "maps_over_images"), [(8, 1, 1, True), (7, 2, 1, False), (8, 2, 3, True)]
 )
-def test_moments_of_a_convolution_from_its_input(size, stride, channels, one_by_one, x64, monkeypatch):
-    """They are those of the output, at any order of derivatives in kernel and images, vmapped over kernels."""
+def test_moments_of_a_convolution_from_its_input(size, stride, channels, maps_over_images, x64, monkeypatch):
+    """Equal to those of the output, with first and second derivatives in kernel and images, vmapped over kernels."""
     random = np.random.default_rng(1)
-    monkeypatch.setattr(backend, "maps_over_images", lambda images, channels, features: one_by_one)
+    monkeypatch.setattr(backend, "maps_over_images", lambda images, channels, features: maps_over_images)
     x, kernels = random.random((3, size, size, channels)) + 5, random.standard_normal((2, 3, 3, channels, 30))
 
     def derivatives(moments):
@@ -108,8 +108,8 @@ def test_moments_of_a_convolution_from_its_input(size, stride, channels, one_by_
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9), got, expected)
 
 
-def test_moments_lose_nothing_to_a_bright_background():
-    """In float32, of images whose mean is far from zero for their variance."""
+def test_moments_are_precise_for_bright_images():
+    """Images in float32 whose mean is large for their variance."""
     random = np.random.default_rng(2)
     x = (random.standard_normal((4, 12, 12, 3)) * 0.001 + 1).astype(np.float32)
     kernel = random.standard_normal((1, 1, 3, 32)).astype(np.float32)
@@ -118,8 +118,8 @@ def test_moments_lose_nothing_to_a_bright_background():
     np.testing.assert_allclose(got.variance, exact.var((0, 1, 2)), rtol=1e-3)
 
 
-def test_moments_of_colours_that_a_kernel_hardly_sees():
-    """In float32, of grey images with a little colour, by kernels that do not see grey."""
+def test_moments_are_precise_for_kernels_that_cancel_the_mean():
+    """Grey images in float32 with a little colour, and kernels whose sum over channels is zero."""
     random = np.random.default_rng(4)
     grey, colour = random.random((4, 12, 12, 1)), random.standard_normal((4, 12, 12, 3))
     x = (grey + 0.02 * colour).astype(np.float32)
@@ -130,8 +130,8 @@ def test_moments_of_colours_that_a_kernel_hardly_sees():
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_a_kernel_is_normalised_in_place_of_its_output(stride, x64):
-    """A layer given its normalisation is the layer followed by it, for many channels and for few."""
+def test_normalising_the_kernel_is_normalising_the_output(stride, x64):
+    """For few channels, where the kernel is normalised, and for many, where it is not."""
     random = np.random.default_rng(3)
     norm = normalisation.Norm("batch").bind({"params": {"offset": random.standard_normal(32)}})
     for channels in (3, 4):

@@ -1,4 +1,4 @@
-"""The nets are the paper's: sizes, initial distributions and what enters the inner loop."""
+"""The networks are the paper's: sizes, initial distributions, and the parameters that the inner loop adapts."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ def initial(net, *shape):
 
 @pytest.mark.parametrize(
     ("net", "shape", "size"),
-    [  # Without the biases that a normalisation follows: they change nothing.
+    [  # Without biases before a normalisation, which would subtract them.
         (models.MLP((40, 40), 1), (1, 1), 80 + 1640 + 41),
         (models.MLP((256, 128, 64, 64), 5, "batch"), (1, 28, 28, 1), 784 * 256 + 256 * 128 + 128 * 64
          + 64 * 64 + (256 + 128 + 64 + 64) + 64 * 5 + 5),
@@ -44,13 +44,13 @@ def test_initial_distributions():
     head = np.asarray(pooled["head"]["kernel"])
     assert np.isclose(head.std(), np.sqrt(2 / (800 + 5)), rtol=0.05)
     first = np.asarray(mlp["Dense_0"]["kernel"])
-    # A normal of .01 cut at two standard deviations, as TensorFlow's truncated_normal: its deviation is .0088.
+    # A normal of 0.01 truncated at two standard deviations, as TensorFlow's: its deviation is 0.0088.
     assert np.abs(first).max() <= 0.02 and np.isclose(first.std(), 0.0088, rtol=0.02)
     for params in (strided, pooled, mlp):
         assert not np.any(params["head"]["bias"])
 
 
-def test_the_mask_leaves_out_norms_only():
+def test_all_but_norms_leaves_out_norms_only():
     params = jax.eval_shape(models.ConvNet(5).init, jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
     mask = models.all_but_norms(params)
     assert mask["Norm_0"] == {"offset": False}

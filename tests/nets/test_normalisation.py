@@ -1,4 +1,4 @@
-"""Each normalisation takes its statistics from what its name says, and nothing else reaches an example."""
+"""Each normalisation takes its statistics from the examples in its name, and from no others."""
 
 import jax
 import jax.numpy as jnp
@@ -38,13 +38,13 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("kind", EXPECTED)
-def test_statistics_are_what_the_name_says(kind, x64):
+def test_statistics_come_from_the_examples_in_the_name(kind, x64):
     np.testing.assert_allclose(normalised(kind, support=SUPPORT), EXPECTED[kind], rtol=1e-9, atol=1e-12)
     params = Norm(kind).init(jax.random.key(0), X)["params"]
     assert jax.tree.map(jnp.shape, params) == {"offset": (32,)}
 
 
-def test_tasknorm_mixes_support_and_example_in_a_learned_share(x64):
+def test_tasknorm_mixes_support_and_example_with_a_learned_weight(x64):
     """Bronskill et al. 2020, equation 7, and its limits."""
     scale, shift = 0.3, -0.7
     share = 1 / (1 + np.exp(-(scale * SUPPORT + shift)))
@@ -70,7 +70,7 @@ NETS = {
     [("strided", "batch"), ("strided", "layer"), ("strided", "tasknorm"), ("pooled", "tasknorm"), ("pooled", "batch"),
      ("no convolutions", "support")],
 )  # fmt: skip
-def test_queries_see_each_other_only_in_the_batch_at_hand(net, kind, x64):
+def test_only_batch_normalisation_is_transductive(net, kind, x64):
     net, shape = NETS[net](kind)
     random = np.random.default_rng(1)
     support, queries = random.standard_normal((3, *shape)), random.standard_normal((4, *shape))
@@ -79,14 +79,14 @@ def test_queries_see_each_other_only_in_the_batch_at_hand(net, kind, x64):
     together = apply(params, queries, support)
     alone = jnp.concatenate([apply(params, query[None], support) for query in queries])
     assert np.allclose(together, alone, rtol=1e-9) == (kind != "batch")
-    # And the support set is seen where it is to be.
+    # Predictions depend on the support set only through a normalisation that needs it.
     other = apply(params, queries, support + random.standard_normal(support.shape))
     assert np.allclose(together, other, rtol=1e-9) == (kind not in NEEDS_CONTEXT)
-    # The support set itself is normalised as in the inner loop, by what it is.
+    # The support set itself is normalised as in the inner loop.
     np.testing.assert_allclose(apply(params, support, support), apply(params, support), rtol=1e-9)
 
 
-def test_queries_in_context_reach_the_net(x64):
+def test_query_with_support_passes_the_support_set_to_the_net(x64):
     net, shape = NETS["no convolutions"]("support")
     random = np.random.default_rng(2)
     task = Task(
