@@ -231,8 +231,8 @@ def _product_with_windows(x: jax.Array, y: jax.Array, geometry: Geometry, transp
         return (windows.T @ y).T
     if geometry.kernels > 1:
         return (lax.optimization_barrier(windows.T) @ y).T
-    # y is the smaller operand. The result stays behind another barrier: without it, XLA's CPU compiler chooses a layout
-    # for a batch of products that it has no code for, and aborts the process.
+    # One kernel: transpose y, the smaller operand. The product is then transposed too, behind a second barrier. For
+    # several kernels XLA's CPU compiler would choose a layout here that it has no code for, and abort the process.
     return lax.optimization_barrier(lax.optimization_barrier(y.T) @ windows)
 
 

@@ -223,7 +223,7 @@ def test_a_task_without_gradient_is_not_a_failure():
     assert report.exact, str(report)
 
 
-def test_finite_is_judged_in_the_precision_of_training(x64_everywhere):
+def test_finite_is_about_the_precision_of_training(x64_everywhere):
     def large(params, batch):
         return jnp.square(1e30 * (batch @ params)).mean() * 1e-60, {}
 
