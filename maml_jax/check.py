@@ -1,8 +1,9 @@
-"""Shows a user whether the meta-gradient of their own model and loss is exact.
+"""Checks whether the meta-gradient of a model and a loss is exact.
 
-A meta-gradient can be wrong without any error: by a `stop_gradient` somewhere in the loss, an
-operation whose second derivative is not that of its first, or a compiler that disagrees with itself.
-Training still runs then, only worse. Here the gradient is held against what it is the derivative of.
+A meta-gradient can be wrong without any error message: because of a `stop_gradient` in the loss, an operation with a
+wrong second derivative, or a compiled program that disagrees with itself. Training still runs, only worse.
+`check_meta_gradient` compares the meta-gradient with finite differences of the meta-loss, and with itself computed in
+other ways.
 """
 
 import operator
@@ -20,60 +21,70 @@ from maml_jax.autodiff.finite_differences import (
     cast,
     coarsest_type,
     gradient_checker,
-    listed,
+    leaf_names,
     norm,
     relative_difference,
 )
 from maml_jax.inner import InnerLearner, adapted_part
 from maml_jax.meta import StepWeights, task_loss
-from maml_jax.types import LossFn, Params, Task
+from maml_jax.types import LossFn, MetaParams, Params, Task
 
-NUDGE = 1e-3
-"""Standard deviation of the random step that is taken away from the given parameters: initial biases of
-zero put a ReLU exactly on its kink for an input of zeros, where nothing has a derivative."""
+PERTURBATION = 1e-3
+"""Standard deviation of the random step away from the given parameters. Initial biases of zero put a ReLU exactly on
+its kink for an input of zeros, where it has no derivative."""
 
-ROUNDING = 0.05
-"""From this part of the meta-gradient on, rounding in float32 is called large."""
+LARGE_ROUNDING = 0.05
+"""Relative change of the meta-gradient in float32 above which the report suggests remedies."""
 
 
 class Finding(NamedTuple):
     """One comparison."""
 
     name: str
+    """Name of the comparison, as listed for `check_meta_gradient`."""
     error: float
-    """Relative difference between the two things compared; NaN if one of them is not finite."""
+    """Relative difference of the two compared values; NaN if one of them is not finite."""
     limit: float
-    """The largest error that counts as agreement; infinite for what is only told."""
+    """Largest error that counts as agreement; infinite for a finding that is information only."""
     meaning: str
-    """What it says about the user's model, and what to do if it failed."""
+    """What the finding says about the model and the loss, and what to do if it failed."""
 
     @property
     def passed(self) -> bool:
+        """Whether the values agree. Information always passes."""
         return bool(self.error <= self.limit) or self.limit == float("inf")
+
+    def __str__(self) -> str:
+        if not self.passed:
+            status = "FAIL"
+        else:
+            status = "info" if self.limit == float("inf") else "ok"
+        error = "" if self.limit == 0 else f"{self.error:.1e}"
+        limit = "" if self.limit in (0, float("inf")) else f" (limit {self.limit:.0e})"
+        return f"{status:>4}  {self.name}: {error}{limit}{'. ' if error else ''}{self.meaning}"
 
 
 class MetaGradientReport(NamedTuple):
-    """All findings; `print` it. `report.exact` is what a test asserts."""
+    """The findings of `check_meta_gradient`: `print` the report, and assert `report.exact` in tests."""
 
     findings: tuple[Finding, ...]
 
     @property
     def exact(self) -> bool:
-        """Whether every comparison agreed."""
+        """Whether all comparisons passed."""
         return all(finding.passed for finding in self.findings)
 
     def __getitem__(self, name: str) -> Finding:  # type: ignore[override]
-        """The finding of that name."""
+        """The finding of that name.
+
+        Raises:
+          KeyError: for a name that is not in the report.
+        """
         return {finding.name: finding for finding in self.findings}[name]
 
     def __str__(self) -> str:
         verdict = "The meta-gradient is exact." if self.exact else "The meta-gradient is NOT exact."
-        lines = [verdict]
-        for finding in self.findings:
-            mark = ("told" if finding.limit == float("inf") else "ok") if finding.passed else "FAIL"
-            limit = "" if finding.limit == float("inf") else f" (limit {finding.limit:.0e})"
-            lines.append(f"{mark:>4}  {finding.name}: {finding.error:.1e}{limit}. {finding.meaning}")
-        return "\n".join(lines)
+        return "\n".join([verdict, *map(str, self.findings)])
 
 
 def check_meta_gradient(
@@ -88,35 +99,52 @@ def check_meta_gradient(
     tolerance: float = 1e-6,
     seed: int = 0,
 ) -> MetaGradientReport:
-    """Compares the meta-gradient with central differences, and with itself computed in other ways.
+    """Compares the meta-gradient with finite differences, and with itself computed in other ways.
 
-    In float64, whatever the types given, and a small random step away from `params`; whether it is finite, as
-    training would have it: at `params` themselves, and in float32 unless JAX was told `jax_enable_x64`. It takes
-    some hundred evaluations of the meta-loss, some of them not compiled: two tasks and a small batch are enough.
+    The comparisons are in float64, a small random step away from `params`. The finding 'finite' is also about `params`
+    themselves in the precision of training: float32 unless `jax_enable_x64` is set. A check takes some hundred
+    evaluations of the meta-loss, some of them not compiled. Two tasks with a small batch are enough.
+
+    The report has these findings. If 'finite' fails, it has no others; if the meta-gradient is not finite, it ends
+    with 'meta-gradient'.
+
+    - 'finite': the losses before and after adaptation, and the meta-gradient, are finite.
+    - 'loss gradient': `jax.grad` of the support loss agrees with finite differences.
+    - 'value': the meta-loss is the same with and without its gradient.
+    - 'meta-gradient': the jitted and vmapped meta-gradient agrees with finite differences of the meta-loss.
+    - 'jit': it is the same compiled and not compiled.
+    - 'vmap': it is the same with `vmap` over tasks and with a Python loop.
+    - 'order': how far first order is from second order. Information only.
+    - 'precision': how far float32 is from float64. Information only.
+
+    Example:
+      >>> import jax.numpy as jnp, maml_jax
+      >>> def loss_fn(params, batch):
+      ...     inputs, targets = batch
+      ...     return jnp.mean((jnp.sin(inputs * params) - targets) ** 2), {}
+      >>> batch = (jnp.array([[0.1, 0.2], [0.3, 0.4]]), jnp.zeros((2, 2)))  # Two tasks of two examples.
+      >>> report = check_meta_gradient(loss_fn, jnp.ones(1), maml_jax.Task(batch, batch), maml_jax.sgd(0.1, steps=1))
+      >>> report.exact
+      True
+      >>> print(report["jit"].meaning)
+      The meta-gradient is the same compiled and not compiled.
 
     Args:
       loss_fn: `(params, batch) -> (scalar loss, aux)`, as for `maml`.
-      params: where to check, such as the initial parameters.
-      tasks: a batch of tasks, leading axis `T` on every leaf.
+      params: parameters to check at, such as the initial ones.
+      tasks: a batch of tasks, every leaf `[T, ...]`.
       inner: the inner learner, as for `maml`.
-      query_loss_fn, step_weights: as for `maml`; of a function from the meta-step, the weights at the first.
-      directions: random directions in the space of the meta-parameters.
-      tolerance: relative difference up to which two results agree.
+      query_loss_fn: as for `maml`.
+      step_weights: as for `maml`; for a function of the meta-step, its weights at the first one.
+      directions: number of random directions in the space of the meta-parameters.
+      tolerance: largest relative difference that counts as agreement in float64.
       seed: of the directions.
 
     Returns:
-      A `MetaGradientReport` of these findings, of which those after 'finite' are left out where there is nothing to
-      compare:
-      'finite': the losses before and after adaptation, and the meta-gradient at `params`;
-      'loss gradient': `jax.grad` of the loss against its central differences;
-      'value': the loss out of `value_and_grad` against the loss alone;
-      'meta-gradient': jitted and vmapped, against central differences of the jitted meta-loss;
-      'jit': jitted against not jitted; 'vmap': mapped over tasks against a Python loop over them;
-      'order': second order against first, told, not judged;
-      'precision': the meta-gradient in float32 against float64.
+      A `MetaGradientReport`.
 
     Raises:
-      ValueError, TypeError: for arguments that `maml` would refuse, and for an inner learner with no steps.
+      ValueError, TypeError: for arguments that `maml` would refuse, and for an inner learner without steps.
     """
     if not isinstance(inner, InnerLearner):
         raise TypeError(f"inner must come from maml_jax.sgd or maml_jax.unrolled, but got {inner!r}.")
@@ -131,17 +159,21 @@ def check_meta_gradient(
     support_loss = validation.checked_loss(loss_fn)
     query_loss = validation.checked_loss(query_loss_fn or loss_fn)
 
-    wide = bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
+    trains_in_float64 = bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
     with jax.enable_x64(True):
+        # The problem in float64, a random step away from the given parameters, and the same problem in float32.
         random = np.random.default_rng(seed)
         given, tasks = cast((params, tasks), np.float64)
-        params = jax.tree.map(lambda leaf: leaf + NUDGE * random.standard_normal(leaf.shape), given)
-        of_task = partial(task_loss, support_loss, query_loss, step_weights=weights)
-        problem = _Problem(support_loss, of_task, inner, params, tasks)
-        single = problem.in_float32()
-        finite = _finite(problem, problem if wide else single, given)
+        params = jax.tree.map(lambda leaf: leaf + PERTURBATION * random.standard_normal(leaf.shape), given)
+        objective = partial(task_loss, support_loss, query_loss, step_weights=weights)
+        problem = _Problem(support_loss, objective, inner, params, tasks)
+        problem_in_float32 = problem.in_float32()
+
+        finite = _finite(problem, problem if trains_in_float64 else problem_in_float32, given)
         if not finite.passed:
             return MetaGradientReport((finite,))
+
+        # The meta-gradient to check. The lowest precision in the meta-loss sets the tolerance.
         value, gradient = problem.value_and_grad(problem.start)
         coarsest = coarsest_type(jax.make_jaxpr(problem.meta_loss)(problem.start).jaxpr)
         checker = gradient_checker(tolerance, coarsest, directions, seed)
@@ -151,129 +183,137 @@ def check_meta_gradient(
             _value(checker, problem, value),
             _meta_gradient(checker, problem, gradient),
         ]
-        if np.isfinite(norm(gradient)):  # Else there is nothing to compare any more.
+        if np.isfinite(norm(gradient)):
             findings += [
                 _jit(checker, problem, gradient),
                 _vmap(checker, problem, gradient),
                 _order(problem, gradient),
-                _precision(problem, single, gradient, coarsest),
+                _precision(problem_in_float32, gradient, coarsest),
             ]
     return MetaGradientReport(tuple(findings))
 
 
 class _Problem:
-    """The meta-loss of one batch of tasks as a function of `(params, rates)` alone, and its gradient."""
+    """The meta-loss of one batch of tasks as a function of the meta-parameters, and its gradient."""
 
     def __init__(
         self,
         support_loss: LossFn,
-        objective: Callable[[InnerLearner, Any, Task], tuple[jax.Array, Any]],
+        objective: Callable[[InnerLearner, MetaParams, Task], tuple[jax.Array, Any]],
         inner: InnerLearner,
         params: Params,
         tasks: Task,
     ):
-        self.parts = (support_loss, objective, inner, params, tasks)
+        self._arguments = (support_loss, objective, inner, params, tasks)
         self.inner, self.tasks = inner, tasks
-        self.start = (params, inner.init_inner_params(adapted_part(inner, params)))
+        self.start = MetaParams(params, inner.init_inner_params(adapted_part(inner, params)))
 
-        def of_task(meta_params: Any, task: Task) -> jax.Array:
+        def loss_of_task(meta_params: MetaParams, task: Task) -> jax.Array:
             return objective(inner, meta_params, task)[0]
 
-        def meta_loss(meta_params: Any) -> jax.Array:
-            return jax.vmap(partial(of_task, meta_params))(tasks).mean()
+        def meta_loss(meta_params: MetaParams) -> jax.Array:
+            return jax.vmap(partial(loss_of_task, meta_params))(tasks).mean()
 
         self.support_loss = jax.jit(lambda params, support: support_loss(params, support)[0])
-        self.meta_loss, self.loss = meta_loss, jax.jit(meta_loss)
+        self.meta_loss, self.jitted_meta_loss = meta_loss, jax.jit(meta_loss)
         self.value_and_grad = jax.jit(jax.value_and_grad(meta_loss))
-        self.task_gradient = jax.jit(jax.grad(of_task))
+        self.task_gradient = jax.jit(jax.grad(loss_of_task))
 
     def with_order(self, order: Literal[1, 2]) -> "_Problem":
-        support_loss, objective, inner, params, tasks = self.parts
+        support_loss, objective, inner, params, tasks = self._arguments
         return _Problem(support_loss, objective, inner._replace(order=order), params, tasks)
 
     def in_float32(self) -> "_Problem":
-        support_loss, objective, inner, *data = self.parts
+        support_loss, objective, inner, *data = self._arguments
         with jax.enable_x64(False):
             return _Problem(support_loss, objective, inner, *cast(tuple(data), np.float32))
 
+    def each_task(self) -> list[Task]:
+        return [
+            jax.tree.map(operator.itemgetter(index), self.tasks) for index in range(validation.task_axis(self.tasks))
+        ]
+
 
 def _finite(problem: _Problem, trained: _Problem, given: Params) -> Finding:
-    """Numbers first: of what is none, nothing else can be told. `trained` is in the precision of training."""
-    support = [float(problem.support_loss(problem.start[0], task.support)) for task in _each_task(problem.tasks)]
+    """`trained` is the problem in the precision of training, `given` the parameters without the random step."""
     dtype = np.dtype(np.float64 if trained is problem else np.float32)
-    meaning = ""
-    if not np.isfinite(support).all():
-        meaning = (
-            "The support loss is not a finite number before any adaptation. Look for what is not finite in the tasks "
-            "and the parameters, and for a log, a division or a root in the loss."
-        )
-    elif not np.isfinite(problem.loss(problem.start)):
-        meaning = (
-            "The loss after adaptation is not a finite number, while that of the support sets before it is. The inner "
-            "loop diverges, then a smaller inner rate or fewer steps help, or the query sets hold what is not finite."
-        )
-    else:
+
+    def failure() -> str:
+        support = [float(problem.support_loss(problem.start.params, task.support)) for task in problem.each_task()]
+        if not np.isfinite(support).all():
+            return (
+                "The support loss is not finite before any adaptation. Check the tasks and the parameters for values "
+                "that are not finite, and the loss for a log, a division or a square root."
+            )
+        if not np.isfinite(problem.jitted_meta_loss(problem.start)):
+            return (
+                "The support loss is finite before adaptation, but the query loss after it is not. If the inner loop "
+                "diverges, use a smaller inner rate or fewer steps. Otherwise check the query sets for values that "
+                "are not finite."
+            )
         with jax.enable_x64(dtype == np.float64):
-            value, gradient = trained.value_and_grad((cast(given, dtype), trained.start[1]))
-        wrong = _not_finite(gradient)
+            value, gradient = trained.value_and_grad(trained.start._replace(params=cast(given, dtype)))
         if not np.isfinite(value):
-            meaning = (
-                f"At the given parameters, in {dtype}, the meta-loss is not a finite number. A smaller inner rate, "
-                "fewer steps or more precision help where the inner loop diverges."
+            return (
+                f"At the given parameters, in {dtype}, the meta-loss is not finite. If the inner loop diverges, use a "
+                "smaller inner rate, fewer steps or higher precision."
             )
-        elif wrong:
-            meaning = (
-                f"At the given parameters, in {dtype}, the meta-gradient is not finite along {wrong}. Where a gradient "
-                "is exactly zero, as beside weights that start at zero, an inner optimizer with a square root has no "
-                "derivative: Adam needs eps_root > 0, and so do its kin. A loss with sqrt, log or norm needs care "
-                "at zero."
+        leaves = jax.tree_util.tree_leaves_with_path(gradient)
+        if wrong := leaf_names([path for path, leaf in leaves if not np.isfinite(leaf).all()]):
+            return (
+                f"At the given parameters, in {dtype}, the meta-gradient is not finite in {wrong}. Where an inner "
+                "gradient is exactly zero, for example beside weights that start at zero, an inner optimizer with a "
+                "square root has no derivative: Adam and its variants need eps_root > 0. In the loss, sqrt, log and "
+                "norm need care at zero."
             )
-    if meaning:
+        return ""
+
+    if meaning := failure():
         return Finding("finite", float("nan"), 0.0, meaning)
-    meaning = f"Losses, and at the given parameters in {dtype} the meta-gradient, are finite numbers."
+    meaning = f"The losses are finite, and so is the meta-gradient at the given parameters in {dtype}."
     return Finding("finite", 0.0, 0.0, meaning)
 
 
-def _not_finite(tree: Any) -> str:
-    """Names the leaves that are not finite."""
-    return listed([path for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if not np.isfinite(leaf).all()])
-
-
 def _loss_gradient(checker: GradientChecker, problem: _Problem) -> Finding:
-    """The inner gradient by itself, so that a fault in the loss is told from one in its second derivative."""
-    params = problem.start[0]
-    for task in _each_task(problem.tasks):  # The first that has a gradient: in one task a hinge may be at rest.
+    """The gradient of the support loss alone, which separates a wrong first derivative from a wrong second one."""
+    params = problem.start.params
+    # The first task with a gradient: for some tasks a loss such as a hinge can be constant.
+    for task in problem.each_task():
         loss = partial(problem.support_loss, support=task.support)
         gradient = jax.grad(loss)(params)
         if norm(gradient):
             break
     else:
         meaning = (
-            "The gradient of the support loss is zero along all parameters, so that the inner loop learns nothing. "
-            "Look for stop_gradient, rounding or argmax, and whether the loss takes the parameters that it is given."
+            "The gradient of the support loss is zero, so the inner loop learns nothing. Look for stop_gradient, "
+            "rounding or argmax in the loss, and check that the loss uses the parameters that it is given."
         )
         return Finding("loss gradient", float("inf"), checker.tolerance, meaning)
     error = checker.error(loss, params, gradient)
     if error <= checker.tolerance:
-        meaning = "jax.grad of the support loss is its derivative."
+        meaning = "jax.grad of the support loss agrees with finite differences."
     else:
-        where = checker.failing_leaves(loss, params, gradient)
+        where = _in_leaves(checker.failing_leaves(loss, params, gradient))
         meaning = (
-            f"jax.grad of the support loss is not its derivative{where}. Look for stop_gradient, rounding or a custom "
-            "derivative in the loss and the model."
+            f"jax.grad of the support loss disagrees with finite differences{where}. Look for stop_gradient, rounding "
+            "or a custom derivative in the loss and the model."
         )
     return Finding("loss gradient", error, checker.tolerance, meaning)
 
 
+def _in_leaves(names: str) -> str:
+    return f" in {names}" if names else ""
+
+
 def _value(checker: GradientChecker, problem: _Problem, value: jax.Array) -> Finding:
-    alone = problem.loss(problem.start)
+    alone = problem.jitted_meta_loss(problem.start)
     error = float(abs(value - alone) / jnp.maximum(abs(alone), jnp.finfo(alone.dtype).tiny))
     if error <= checker.tolerance:
         meaning = "The meta-loss is the same with and without its gradient."
     else:
         meaning = (
-            "Compiled together with its gradient the meta-loss is another number than alone: the compiler disagrees "
-            "with itself. The derivative of a maximum reduction is the usual cause; for max-pooling take "
+            "Compiled together with its gradient, the meta-loss has another value than alone. The compiled programs "
+            "disagree, usually because of the derivative of a maximum reduction. For max-pooling use "
             "maml_jax.nets.layers.max_pool."
         )
     return Finding("value", error, checker.tolerance, meaning)
@@ -282,28 +322,35 @@ def _value(checker: GradientChecker, problem: _Problem, value: jax.Array) -> Fin
 def _meta_gradient(checker: GradientChecker, problem: _Problem, gradient: Any) -> Finding:
     if norm(gradient) == 0:
         meaning = (
-            "It is zero along all parameters, so that nothing is meta-learned. Look for stop_gradient, rounding or "
-            "argmax in the query loss, and whether it takes the parameters that it is given."
+            "The meta-gradient is zero, so nothing is meta-learned. Look for stop_gradient, rounding or argmax in the "
+            "query loss, and check that the query loss uses the parameters that it is given."
         )
         return Finding("meta-gradient", float("inf"), checker.tolerance, meaning)
-    error = checker.error(problem.loss, problem.start, gradient)
+    meta_loss = problem.jitted_meta_loss
+    error = checker.error(meta_loss, problem.start, gradient)
     if problem.inner.order == 1:
-        meaning = "The inner learner is first order (order=1), an approximation: its slope is off by this much here."
+        meaning = (
+            "The inner learner is first order (order=1): its meta-gradient is an approximation, with this error here."
+        )
     elif error <= checker.tolerance:
-        meaning = f"It agrees with differences of the meta-loss along {checker.directions} random directions."
-        still = [path for path, leaf in jax.tree_util.tree_leaves_with_path(gradient) if not np.any(leaf)]
-        if still:
-            meaning += f" Along {listed(still)} it is zero, so that these are not meta-learned."
+        meaning = (
+            f"The meta-gradient agrees with finite differences of the meta-loss along {checker.directions} random "
+            "directions."
+        )
+        leaves = jax.tree_util.tree_leaves_with_path(gradient)
+        if zero := leaf_names([path for path, leaf in leaves if not np.any(leaf)]):
+            meaning += f" It is zero in {zero}, which are not meta-learned."
     elif not np.isfinite(norm(gradient)):
         meaning = (
-            "It is not finite. An inner optimizer with a square root, such as Adam, needs eps_root > 0; a loss with "
-            "sqrt, log or norm needs care at zero."
+            "The meta-gradient is not finite. An inner optimizer with a square root, such as Adam, needs eps_root > 0. "
+            "In the loss, sqrt, log and norm need care at zero."
         )
     else:
-        where = checker.failing_leaves(problem.loss, problem.start, gradient)
+        where = _in_leaves(checker.failing_leaves(meta_loss, problem.start, gradient))
         meaning = (
-            f"It is not the derivative of the meta-loss{where}. If 'loss gradient' agrees, look for an operation whose "
-            "second derivative is wrong, or a stop_gradient in the query loss or the inner optimizer."
+            f"The meta-gradient disagrees with finite differences of the meta-loss{where}. If 'loss gradient' agrees, "
+            "look for an operation with a wrong second derivative, or for stop_gradient in the query loss or the inner "
+            "optimizer."
         )
     return Finding("meta-gradient", error, checker.tolerance, meaning)
 
@@ -312,52 +359,52 @@ def _jit(checker: GradientChecker, problem: _Problem, gradient: Any) -> Finding:
     with jax.disable_jit():
         error = relative_difference(gradient, jax.grad(problem.meta_loss)(problem.start))
     if error <= checker.tolerance:
-        meaning = "Compiled and not compiled it is the same."
+        meaning = "The meta-gradient is the same compiled and not compiled."
     else:
-        meaning = "Compiling changes it: a fault of the compiler, see 'value', or a loss with effects."
+        meaning = (
+            "Compilation changes the meta-gradient: the compiled program is wrong (see 'value'), or the loss has side "
+            "effects."
+        )
     return Finding("jit", error, checker.tolerance, meaning)
 
 
 def _vmap(checker: GradientChecker, problem: _Problem, gradient: Any) -> Finding:
-    each = [problem.task_gradient(problem.start, task) for task in _each_task(problem.tasks)]
-    error = relative_difference(gradient, jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *each))
+    gradients = [problem.task_gradient(problem.start, task) for task in problem.each_task()]
+    error = relative_difference(gradient, jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *gradients))
     if error <= checker.tolerance:
-        meaning = "Mapped over tasks it is the same as in a Python loop over them."
+        meaning = "The meta-gradient is the same with vmap over tasks and with a Python loop over tasks."
     else:
-        meaning = "Mapped over tasks it differs from a Python loop over them: something in the loss changes under vmap."
+        meaning = (
+            "The meta-gradient with vmap over tasks differs from that with a Python loop over tasks. Some operation in "
+            "the loss behaves differently under vmap."
+        )
     return Finding("vmap", error, checker.tolerance, meaning)
-
-
-def _each_task(tasks: Task) -> list[Task]:
-    return [jax.tree.map(operator.itemgetter(index), tasks) for index in range(validation.task_axis(tasks))]
 
 
 def _order(problem: _Problem, gradient: Any) -> Finding:
     other = problem.with_order(1 if problem.inner.order == 2 else 2).value_and_grad(problem.start)[1]
     first, second = (gradient, other) if problem.inner.order == 1 else (other, gradient)
-    change = relative_difference(first, second)
-    if change > 0:
-        meaning = "First order differs from second by this much of its norm here."
+    error = relative_difference(first, second)
+    if error > 0:
+        meaning = "The relative difference between the first-order and the second-order meta-gradient."
     else:
         meaning = (
-            "First order equals second: the inner gradient does not depend on the parameters. Unless the loss is "
-            "linear in them, something in it is detached."
+            "First order equals second order: the inner gradient does not depend on the parameters. Unless the loss is "
+            "linear in them, some operation in it is detached."
         )
-    return Finding("order", change, float("inf"), meaning)
+    return Finding("order", error, float("inf"), meaning)
 
 
-def _precision(problem: _Problem, single: _Problem, gradient: Any, coarsest: np.dtype) -> Finding:
+def _precision(problem_in_float32: _Problem, gradient: Any, coarsest: np.dtype) -> Finding:
     with jax.enable_x64(False):
-        rounded = single.value_and_grad(single.start)[1]
+        rounded = problem_in_float32.value_and_grad(problem_in_float32.start)[1]
     error = relative_difference(cast(rounded, np.float64), gradient)
-    note = ""
+    meaning = "The relative difference between the meta-gradient in float32 and in float64."
+    if error > LARGE_ROUNDING:
+        meaning += " The inner loop amplifies rounding errors: a smaller inner rate, fewer steps or float64 help."
     if coarsest != np.float64:
-        note = f" The loss computes in {coarsest} whatever it is given, so nothing here is judged more finely."
-    if error <= ROUNDING:
-        meaning = f"In float32 rounding changes it by this much.{note}"
-    else:
-        meaning = (
-            "In float32 rounding changes it by this much, because the inner loop amplifies it. A smaller inner rate, "
-            f"fewer steps or float64 help.{note}"
+        meaning += (
+            f" The loss computes in {coarsest} whatever the type of its inputs. All comparisons in this report have a "
+            "tolerance for that precision."
         )
     return Finding("precision", error, float("inf"), meaning)

@@ -1,8 +1,7 @@
-"""Losses of the paper's supervised tasks, for a model given as `apply(params, inputs) -> outputs`.
+"""Losses of the MAML paper's supervised tasks, for a model given as `apply(params, inputs) -> outputs`.
 
-Both are MEANS over the batch. The paper's code takes its classification loss as a sum over the N*K
-examples divided by K, N times this mean, and states its inner rates in those units:
-`rate_for_mean_loss` converts them.
+Both losses are means over the batch. The paper's code divides the sum of the cross-entropy over N * K examples by K.
+That is N times this mean, and its inner rates are in these units: `rate_for_mean_loss` converts them.
 """
 
 from collections.abc import Callable
@@ -19,27 +18,43 @@ Apply = Callable[..., jax.Array]
 
 
 class QueryWithSupport(NamedTuple):
-    """A batch that is seen beside another, as queries beside the support set: what some normalisations need."""
+    """A query set with the inputs of its support set, which some normalisations need."""
 
     inputs: jax.Array
     """`[B, ...]`"""
     targets: jax.Array
     """`[B, ...]`"""
     context: jax.Array
-    """`[B', ...]`: the inputs of the other."""
+    """`[B', ...]`: inputs of the support set."""
 
 
 def query_with_support(tasks: Task) -> Task:
-    """A task, or a batch of tasks, whose queries are seen beside the support set."""
+    """Replaces the query `(inputs, targets)` of a task, or of a batch of tasks, by a `QueryWithSupport`."""
     inputs, targets = tasks.query
     return tasks._replace(query=QueryWithSupport(inputs, targets, tasks.support[0]))
 
 
 def mean_squared_error(apply: Apply) -> LossFn:
-    """Regression loss (paper, equation 2, as a mean). Batches are `(inputs [B, ...], targets [B, D])`; aux is `{}`.
+    """Mean squared error (paper, equation 2).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> loss_fn = mean_squared_error(lambda params, inputs: params * inputs)
+      >>> loss, aux = loss_fn(2.0, (jnp.array([[1.0], [2.0]]), jnp.array([[2.0], [6.0]])))
+      >>> loss.item()
+      2.0
+
+    Args:
+      apply: the model, `(params, inputs [B, ...]) -> outputs [B, D]`.
+
+    Returns:
+      `(params, (inputs [B, ...], targets [B, D])) -> (loss, {})`.
 
     Raises (when called):
-      ValueError: for targets of another shape than the outputs, which broadcasting would set against each other.
+      ValueError: for targets of another shape than the outputs.
+
+    References:
+      Finn, Abbeel and Levine 2017, Model-agnostic meta-learning, arXiv:1703.03400.
     """
 
     def loss_fn(params: Params, batch: Batch) -> tuple[jax.Array, dict[str, Any]]:
@@ -55,14 +70,25 @@ def mean_squared_error(apply: Apply) -> LossFn:
 
 
 def cross_entropy(apply: Apply) -> LossFn:
-    """Mean softmax cross-entropy (paper, equation 3, over B).
+    """Mean softmax cross-entropy (paper, equation 3, as a mean).
 
-    Batches are `(inputs [B, ...], labels [B] of integers)`; `apply` returns logits `[B, N]`. Aux is
-    `{"accuracy": fraction of the batch that is classified right}`. Labels are from 0 to N - 1: what is outside gives
-    NaN or, below, another class, as no compiled program can raise an error for it.
+    Example:
+      >>> import jax.numpy as jnp
+      >>> loss_fn = cross_entropy(lambda params, inputs: params * inputs)
+      >>> loss, aux = loss_fn(1.0, (jnp.array([[0.0, 0.0], [0.0, 0.0]]), jnp.array([0, 1])))
+      >>> print(jnp.round(loss, 3), aux["accuracy"])
+      0.693 0.5
+
+    Args:
+      apply: the model, `(params, inputs [B, ...]) -> logits [B, N]`.
+
+    Returns:
+      `(params, (inputs [B, ...], labels [B])) -> (loss, {"accuracy": fraction of correct predictions})`. Labels are
+      integers from 0 to N - 1. Compiled programs cannot check their range: N and more give NaN, negative labels count
+      from the end.
 
     Raises (when called):
-      ValueError: for labels that are no integers, or not one for each row of logits.
+      ValueError: for labels that are not integers, or not one for each row of logits.
     """
 
     def loss_fn(params: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -75,7 +101,7 @@ def cross_entropy(apply: Apply) -> LossFn:
 
 
 def log_probabilities(apply: Apply) -> LossFn:
-    """`cross_entropy`, with the log probabilities `[B, N]` as aux: for evaluation."""
+    """`cross_entropy` with the log probabilities `[B, N]` as aux, for evaluation."""
 
     def loss_fn(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         inputs, labels, *context = batch
@@ -96,22 +122,42 @@ def _mean_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def inductive(apply: Apply) -> Apply:
-    """The same model, given each of its inputs alone, or alone beside the context.
+    """The same model applied to each example alone, with the context if there is one.
 
-    Where a model normalises with the statistics of the batch at hand, examples of one batch see each
-    other; this shows what is left of the accuracy when they do not (Bronskill et al. 2020, table 1).
+    A model that normalises by the batch at hand makes the predictions of a batch depend on each other (transductive
+    evaluation). With this function they are independent (inductive evaluation; Bronskill et al. 2020, table 1).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> centred = lambda params, inputs: inputs - inputs.mean()
+      >>> inputs = jnp.array([1.0, 3.0])
+      >>> centred(None, inputs).tolist(), inductive(centred)(None, inputs).tolist()
+      ([-1.0, 1.0], [0.0, 0.0])
+
+    Args:
+      apply: the model, `(params, inputs [B, ...], ...) -> outputs [B, ...]`.
+
+    References:
+      Bronskill et al. 2020, TaskNorm: rethinking batch normalization for meta-learning, arXiv:2003.03284.
     """
 
-    def alone(params: Params, inputs: jax.Array, *context: jax.Array) -> jax.Array:
+    def apply_to_each(params: Params, inputs: jax.Array, *context: jax.Array) -> jax.Array:
         return jax.vmap(lambda single: apply(params, single[None], *context)[0])(inputs)
 
-    return alone
+    return apply_to_each
 
 
 def rate_for_mean_loss(rate: float, ways: int) -> float:
-    """The inner rate for a MEAN cross-entropy that equals `rate` in the paper's code.
+    """Converts an inner rate of the paper's code to the mean cross-entropy of this library.
 
-    The code divides the sum over N*K examples by K, which makes its loss and gradients `ways` times
-    those of the mean: .4 there is 2.0 here for 5 ways.
+    The code divides the sum over N * K examples by K: its loss and gradients are N times those of the mean.
+
+    Example:
+      >>> rate_for_mean_loss(0.4, ways=5)
+      2.0
+
+    Args:
+      rate: inner rate in the paper's code.
+      ways: number of classes N.
     """
     return rate * ways

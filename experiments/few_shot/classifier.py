@@ -15,7 +15,8 @@ from experiments.few_shot import methods
 from experiments.few_shot.methods import Training
 from experiments.few_shot.options import Config, Prepared, QueryMode, Setting, Split
 from maml_jax import evaluation, losses
-from maml_jax.algorithms import per_step, running_statistics
+from maml_jax.algorithms import running_statistics
+from maml_jax.algorithms.maml_plus_plus import select_step
 from maml_jax.evaluation import Predictor, Protocol, Results
 from maml_jax.inner import adapted_part
 from maml_jax.nets import models
@@ -98,7 +99,7 @@ def _evaluation_of(
     judged = losses.log_probabilities(losses.inductive(apply) if seen == "one by one" else apply)
     if model.gathers:
         apply = models.apply_params(model.trained)
-        inner = inner._replace(params_at_step=per_step.select_step(models.norms_only))
+        inner = inner._replace(params_at_step=select_step(models.norms_only))
     mesh = local_mesh()
     learner = maml_jax.maml(losses.cross_entropy(apply), inner, optax.identity(), query_loss_fn=judged, mesh=mesh)
     evaluate = jax.jit(functools.partial(learner.evaluate, only_last=only_last), static_argnums=2)

@@ -9,15 +9,16 @@ import optax
 
 import maml_jax
 from maml_jax import losses
-from maml_jax.algorithms import heads, per_step, schedules
+from maml_jax.algorithms import heads
 from maml_jax.algorithms.imaml import imaml, with_proximal_term
+from maml_jax.algorithms.maml_plus_plus import maml_plus_plus, per_step_sgd
 from maml_jax.algorithms.meta_curvature import meta_curvature
 from maml_jax.algorithms.reptile import one_of_each_class, reptile
 from maml_jax.evaluation import Predictor
 from maml_jax.inner import InnerLearner
 from maml_jax.losses import Apply
 from maml_jax.nets import models
-from maml_jax.types import LossFn, Params, Task
+from maml_jax.types import Params, Task
 
 MethodName = Literal[
     "maml",
@@ -65,8 +66,6 @@ class Method(NamedTuple):
     """How a task is learned, in training and at test."""
     learner: Callable[..., maml_jax.MetaLearner]
     """`(loss_fn, **options of maml) -> MetaLearner`."""
-    start: Callable[[Params], Params] = lambda params: params
-    """From the net's own initial parameters to those that training starts with."""
     finish: Callable[[Params], Params] = lambda params: params
     """From trained parameters to those that tasks are learned from."""
 
@@ -121,7 +120,14 @@ def build(training: Training, net_apply: Apply, features: Apply, ways: int) -> M
     if name == "prototypes":
         return by_maml(maml_jax.sgd(rate, start=heads.prototypes(features), **options))
     if name == "maml++":
-        return _maml_plus_plus(training, loss_fn, outer, options)
+        options |= {"per_step": models.norms_only}
+
+        def plus_plus(**others: Any) -> maml_jax.MetaLearner:
+            return maml_plus_plus(
+                loss_fn, learning_rate=rate, outer=outer, meta_steps=training.steps, **options, **others
+            )
+
+        return Method(per_step_sgd(rate, **options), plus_plus)
     if name == "reptile":
         # Of everything: what the inner loop leaves as it is, Reptile does not learn.
         inner = maml_jax.sgd(rate, **options | {"trainable": None})
@@ -141,28 +147,6 @@ def build(training: Training, net_apply: Apply, features: Apply, ways: int) -> M
 
         return Method(maml_jax.sgd(rate, **options), joint, finish=lambda params: _other_head(params, ways))
     return by_maml(maml_jax.sgd(rate, **options))
-
-
-def _maml_plus_plus(
-    training: Training, loss_fn: LossFn, outer: optax.GradientTransformation, options: dict[str, Any]
-) -> Method:
-    """Of Antoniou et al. (2019): rates by layer and step, norm parameters by step, the multi-step loss, first order in
-    the first half, and a falling outer rate. Running statistics are the normalisation 'running', and their ensemble
-    of five models `experiments.evaluate --ensemble`."""
-    steps = training.inner_steps
-    inner = maml_jax.sgd(
-        training.inner_rate, learn_rates="layer_step", params_at_step=per_step.select_step(models.norms_only), **options
-    )
-
-    def learner(**others: Any) -> maml_jax.MetaLearner:
-        weights = schedules.multi_step_weights(steps, until=max(1, training.steps // 10))
-        both = [
-            maml_jax.maml(loss_fn, inner._replace(order=order), outer, step_weights=weights, **others)
-            for order in (1, training.order)
-        ]
-        return schedules.switch_learner(*both, after=max(1, training.steps // 2)) if training.order == 2 else both[0]
-
-    return Method(inner, learner, lambda params: per_step.replicate_per_step(params, models.norms_only(params), steps))
 
 
 def outer_rate(training: Training) -> float | Callable[[Any], Any]:

@@ -53,7 +53,7 @@ def main(prepared: Prepared) -> dict:
     learner = model.method.learner(task_batch_size=config.task_batch_size, mesh=task_mesh(setting.tasks))
     init_key, train_key, val_key, test_key = jax.random.split(jax.random.key(config.seed), 4)
     params = model.trained.init(init_key, jnp.zeros((1, *image_shape(data))))["params"]
-    state = learner.init(model.method.start(params))
+    state = learner.init(params)
     draw, train_data = drawn_from(prepared, train_key)
     val_tasks = fixed_tasks(val_key, data.val, prepared.val_tasks, shape)
 

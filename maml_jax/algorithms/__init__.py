@@ -1,1 +1,1 @@
-"""Meta-learning algorithms beside MAML."""
+"""Meta-learning algorithms built on the inner loop and the outer step of MAML."""

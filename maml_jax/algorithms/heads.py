@@ -1,7 +1,8 @@
-"""Where the last layer of a few-shot classifier starts from, so that the numbering of the classes says nothing.
+"""Initial heads for few-shot classifiers, independent of the numbering of the classes.
 
-A learned head has a column for every label, though labels are given to classes at random in each task;
-accuracy then varies with the numbering (Ye and Chao 2022). Both ways here are for `start=` of an inner learner.
+A learned head has one column for each label, although labels are assigned to classes at random in each task. The
+accuracy of a classifier then varies with the numbering (Ye and Chao 2022). Both functions here return a `start=` for
+an inner learner.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,49 +11,92 @@ import jax
 import jax.numpy as jnp
 
 from maml_jax.inner import Start
-from maml_jax.nets.models import HEAD
 from maml_jax.types import Batch, Params
 
 
-def shared(name: str = HEAD) -> Start:
-    """All classes start from one vector, the mean of the head's columns (UNICORN-MAML, Ye and Chao 2022).
+def shared(name: str = "head") -> Start:
+    """All classes start from one vector, the mean of the columns of the head (UNICORN-MAML).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from maml_jax.algorithms import heads
+      >>> params = {"head": {"kernel": jnp.array([[1.0, 3.0]]), "bias": jnp.array([0.0, 2.0])}}
+      >>> start = heads.shared()(params, None)
+      >>> start["head"]["kernel"].tolist(), start["head"]["bias"].tolist()
+      ([[2.0, 2.0]], [1.0, 1.0])
 
     Args:
-      name: of the head in the parameters, a mapping with `kernel` `[features, N]` and `bias` `[N]`.
+      name: key of the head in the parameters, a mapping with `kernel` `[features, N]` and `bias` `[N]`.
+
+    Returns:
+      A function `(params, support) -> params`, for `start=` of `sgd`.
+
+    Raises (when called):
+      ValueError: for parameters without a head of that name.
+
+    References:
+      Ye and Chao 2022, How to train your MAML to excel in few-shot classification, arXiv:2106.16245.
     """
 
     def start(params: Params, support: Batch) -> Params:
-        return {**params, name: jax.tree.map(_mean_for_all, _head(params, name))}
+        mean_of_columns = jax.tree.map(
+            lambda leaf: jnp.broadcast_to(leaf.mean(-1, keepdims=True), leaf.shape), _head(params, name)
+        )
+        return {**params, name: mean_of_columns}
 
     return start
 
 
-def prototypes(features: Callable[..., jax.Array], name: str = HEAD) -> Start:
-    """Each class starts from the mean of its support features, such that the first predictions are those of
-    prototypical networks (Proto-MAML, Triantafillou et al. 2020, section 3.1). A class of which there is no
-    example starts from zero.
+def prototypes(features: Callable[..., jax.Array], name: str = "head") -> Start:
+    """Each class starts from its prototype, the mean of its support features (Proto-MAML).
+
+    Before the first inner step the predictions are those of a prototypical network: the logits are the negative
+    squared distances to the prototypes, up to a constant. A class without support examples starts from zero.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from maml_jax.algorithms import heads
+      >>> params = {"head": {"kernel": jnp.zeros((1, 2)), "bias": jnp.zeros(2)}}
+      >>> support = (jnp.array([[1.0], [3.0], [5.0]]), jnp.array([0, 0, 1]))  # Prototypes 2 and 5.
+      >>> start = heads.prototypes(lambda params, inputs: inputs)(params, support)
+      >>> start["head"]["kernel"].tolist(), start["head"]["bias"].tolist()
+      ([[4.0, 10.0]], [-4.0, -25.0])
 
     Args:
-      features: `(params, inputs [B, ...]) -> [B, features]`, what goes into the head.
-      name: as in `shared`.
+      features: `(params, inputs [B, ...]) -> [B, features]`, the inputs of the head.
+      name: as for `shared`.
+
+    Returns:
+      A function `(params, support) -> params`, for `start=` of `sgd`. The support set is `(inputs [B, ...],
+      labels [B])`.
+
+    Raises (when called):
+      ValueError: for parameters without a head of that name.
+
+    References:
+      Triantafillou et al. 2020, Meta-Dataset, section 3.1, arXiv:1903.03096.
     """
 
     def start(params: Params, support: Batch) -> Params:
         inputs, labels = support
         x = features(params, inputs)
-        belongs = jax.nn.one_hot(labels, _head(params, name)["bias"].shape[-1], dtype=x.dtype)
-        means = belongs.T @ x / jnp.maximum(belongs.sum(0), 1)[:, None]
-        return {**params, name: {"kernel": 2 * means.T, "bias": -jnp.square(means).sum(-1)}}
+        ways = _head(params, name)["bias"].shape[-1]
+        one_hot = jax.nn.one_hot(labels, ways, dtype=x.dtype)
+        prototypes = one_hot.T @ x / jnp.maximum(one_hot.sum(0), 1)[:, None]
+        # -|x - p|^2 = 2 x'p - |p|^2 - |x|^2, and the last term is the same for all classes.
+        return {**params, name: {"kernel": 2 * prototypes.T, "bias": -jnp.square(prototypes).sum(-1)}}
 
     return start
 
 
 def _head(params: Params, name: str) -> Params:
-    if not isinstance(params, Mapping) or name not in params:
-        known = f"the names {', '.join(map(repr, params))}" if isinstance(params, Mapping) else "none, being no mapping"
-        raise ValueError(f"The head is to be at {name!r} in the parameters, but they have {known}. Give name=.")
+    if not isinstance(params, Mapping):
+        raise ValueError(
+            f"The parameters must be a mapping with the head at {name!r}, but they are a {type(params).__name__}."
+        )
+    if name not in params:
+        raise ValueError(
+            f"The parameters have no head {name!r}, only {', '.join(map(repr, params))}. Give the name of the last "
+            "layer with name=."
+        )
     return params[name]
-
-
-def _mean_for_all(leaf: jax.Array) -> jax.Array:
-    return jnp.broadcast_to(leaf.mean(-1, keepdims=True), leaf.shape)

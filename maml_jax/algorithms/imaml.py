@@ -1,13 +1,13 @@
-"""iMAML: the meta-gradient at the end of a regularised inner loop, whatever the way there (Rajeswaran et al. 2019)."""
+"""iMAML: the meta-gradient at the minimum of a regularised inner problem, without the path to it."""
 
 from typing import Any
 
 import jax
 import optax
-from jax.scipy.sparse.linalg import cg
 from jax.sharding import Mesh
 
 from maml_jax import validation
+from maml_jax.autodiff.conjugate_gradient import conjugate_gradient
 from maml_jax.autodiff.trees import combine, partition
 from maml_jax.inner import InnerLearner, inner_loop
 from maml_jax.meta import MetaLearner, meta_learner
@@ -28,21 +28,45 @@ def imaml(
 ) -> MetaLearner:
     """MAML with implicit gradients (Rajeswaran et al. 2019, algorithms 1 and 2).
 
-    The inner loop is to minimise the support loss plus `proximal_weight` / 2 times the squared distance from
-    where it started. At that minimum the meta-gradient solves a linear system in the Hessian, which
-    conjugate gradients do by Hessian-vector products: memory does not grow with the inner steps. It is
-    exact where the inner loop arrives at a minimum at which the loss is smooth.
+    The inner loop minimises the support loss plus `proximal_weight / 2` times the squared distance from the
+    initial parameters. At the minimum the meta-gradient is the solution of a linear system in the Hessian of the
+    support loss, `(I + Hessian / proximal_weight) x = query gradient`. Conjugate gradients solve it with
+    Hessian-vector products, so the memory does not grow with the inner steps. The meta-gradient is exact if the inner
+    loop reaches a minimum at which the support loss is smooth, and the conjugate gradients converge.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, maml_jax, optax
+      >>> def loss_fn(params, batch):
+      ...     return jnp.sum((params - batch) ** 2) / 2, {}
+      >>> learner = maml_jax.imaml(
+      ...     loss_fn, maml_jax.sgd(0.5, steps=50), optax.sgd(1.0), proximal_weight=1.0, cg_steps=1
+      ... )
+      >>> state = learner.init(jnp.zeros(1))
+      >>> task = maml_jax.Task(support=jnp.array([[2.0]]), query=jnp.array([[2.0]]))
+      >>> state, info = jax.jit(learner.step)(state, task)
+      >>> # The minimum is 1, half-way to 2. There the query gradient is -1, and (1 + 1) x = -1.
+      >>> print(jnp.round(state.params, 3))
+      [0.5]
 
     Args:
-      inner: how a task is learned, e.g. `sgd(0.1, steps=16)`; the regularisation is added to it. Its order
-        and checkpoint make no difference.
-      proximal_weight: of the regularisation, the paper's lambda.
-      cg_steps: iterations of conjugate gradients; the paper takes 5.
-      others: as those of `maml`.
+      loss_fn: `(params, batch) -> (scalar loss, aux)`, of one task.
+      inner: the inner learner, such as `sgd(0.1, steps=16)`, without the proximal term. `order` and `remat` have no
+        effect.
+      outer: the outer optimizer, any optax transformation.
+      proximal_weight: weight of the proximal term, lambda in the paper.
+      cg_steps: iterations of conjugate gradients for each task; the paper takes 5.
+      query_loss_fn, task_batch_size, mesh: as for `maml`.
+
+    Returns:
+      A `MetaLearner`. Its inner loop has the proximal term in evaluation and adaptation too.
 
     Raises:
-      TypeError, ValueError: as `maml`; for a proximal_weight that is not positive, fewer than 1 iteration, and an
-        inner learner with a start, a `params_at_step` or learned rates, of which there is no gradient here.
+      TypeError, ValueError: as `maml`; for a `proximal_weight` that is not positive, for fewer than 1 iteration, and
+        for an inner learner with a `start` or a `params_at_step`.
+      ValueError (by `init`): for an inner learner with learned parameters: they have no implicit gradient.
+
+    References:
+      Rajeswaran et al. 2019, Meta-learning with implicit gradients, arXiv:1909.04630.
     """
     validation.inner("inner", inner, InnerLearner)
     validation.at_least("cg_steps", cg_steps, 1)
@@ -56,30 +80,33 @@ def imaml(
 
     def gradient(shared: tuple[MetaParams, jax.Array], task: Task) -> tuple[Any, Any]:
         (params, inner_params), _ = shared
-        end, info = inner_loop(inner, support_loss, params, inner_params, task.support)
-        (loss, aux), of_query = jax.value_and_grad(query_loss, has_aux=True)(end, task.query)
-        adapted, fixed = partition(end, inner.trainable)
 
-        def of_support(adapted: Params) -> Params:
+        # Adapt to the support set, and differentiate the query loss at the adapted parameters.
+        minimum, info = inner_loop(inner, support_loss, params, inner_params, task.support)
+        (loss, aux), query_grads = jax.value_and_grad(query_loss, has_aux=True)(minimum, task.query)
+        adapted, fixed = partition(minimum, inner.trainable)
+        adapted_grads, fixed_grads = partition(query_grads, inner.trainable)
+
+        def support_grads(adapted: Params) -> Params:
             return jax.grad(lambda params: support_loss(params, task.support)[0])(combine(adapted, fixed))
 
-        def second_derivatives(direction: Params) -> tuple[Params, Params]:
-            along = jax.jvp(of_support, (adapted,), (direction,))[1]
-            return partition(along, inner.trainable)
+        def hessian_product(direction: Params) -> tuple[Params, Params]:
+            """The rows of the adapted parameters and those of the fixed ones, times a direction in the adapted."""
+            return partition(jax.jvp(support_grads, (adapted,), (direction,))[1], inner.trainable)
 
+        # Solve (I + Hessian / proximal_weight) x = query gradient, for the adapted parameters.
         def system(direction: Params) -> Params:
-            return optax.tree.add_scale(direction, 1 / proximal_weight, second_derivatives(direction)[0])
+            return optax.tree.add_scale(direction, 1 / proximal_weight, hessian_product(direction)[0])
 
-        wanted, of_fixed = partition(of_query, inner.trainable)
-        solution, _ = cg(system, wanted, tol=0.0, maxiter=cg_steps)
-        # What the inner loop leaves as it is moves the minimum too.
-        if of_fixed is not None:
-            of_fixed = optax.tree.add_scale(of_fixed, -1 / proximal_weight, second_derivatives(solution)[1])
-        return (loss, MetaParams(combine(solution, of_fixed), inner_params)), (aux, info)
+        solution = conjugate_gradient(system, adapted_grads, steps=cg_steps)
 
-    of_tasks = summed(gradient)
+        # The fixed parameters move the minimum too: add the mixed second derivatives times the solution.
+        if fixed_grads is not None:
+            fixed_grads = optax.tree.add_scale(fixed_grads, -1 / proximal_weight, hessian_product(solution)[1])
+        return (loss, MetaParams(combine(solution, fixed_grads), inner_params)), (aux, info)
+
     return meta_learner(
-        of_tasks,
+        summed(gradient),
         support_loss,
         query_loss,
         inner,
@@ -91,14 +118,35 @@ def imaml(
 
 
 def with_proximal_term(inner: InnerLearner, proximal_weight: float) -> InnerLearner:
-    """The same with `proximal_weight` / 2 times the squared distance from the start added to what is minimised.
+    """An inner learner that also minimises `proximal_weight / 2` times the squared distance from the start.
 
-    The support loss that is reported is without it (Rajeswaran et al. 2019, equation 3).
+    The support loss in `AdaptInfo` is reported without the proximal term (Rajeswaran et al. 2019, equation 3).
+
+    Example:
+      >>> import jax.numpy as jnp, maml_jax
+      >>> inner = with_proximal_term(maml_jax.sgd(0.5, steps=50), 1.0)
+      >>> params, _ = maml_jax.inner.inner_loop(
+      ...     inner, lambda params, batch: (jnp.sum((params - batch) ** 2) / 2, {}), jnp.zeros(1), (), jnp.array([2.0])
+      ... )
+      >>> print(jnp.round(params, 3))  # Half-way from the start 0 to the target 2.
+      [1.]
+
+    Args:
+      inner: the inner learner to extend.
+      proximal_weight: weight of the proximal term, lambda in the paper.
+
+    Raises:
+      ValueError: for a weight that is not positive and finite.
+
+    References:
+      Rajeswaran et al. 2019, Meta-learning with implicit gradients, arXiv:1909.04630.
     """
     validation.positive("proximal_weight", proximal_weight)
 
+    # The state of this transformation is the initial parameters.
     def update(grads: Params, start: Params, params: Params | None = None) -> tuple[Params, Params]:
-        return jax.tree.map(lambda g, at, begun: g + proximal_weight * (at - begun), grads, params, start), start
+        grads = jax.tree.map(lambda g, at, begun: g + proximal_weight * (at - begun), grads, params, start)
+        return grads, start
 
-    pull = optax.GradientTransformation(lambda params: params, update)
-    return inner._replace(optimizer=lambda inner_params: optax.chain(pull, inner.optimizer(inner_params)))
+    proximal_term = optax.GradientTransformation(lambda params: params, update)
+    return inner._replace(optimizer=lambda inner_params: optax.chain(proximal_term, inner.optimizer(inner_params)))

@@ -1,49 +1,68 @@
-"""Meta-curvature: an inner gradient that is transformed by learned matrices before its step (Park and Oliva 2019)."""
+"""Meta-curvature: gradient descent preconditioned by learned matrices."""
 
-from typing import Any
+import math
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from maml_jax import validation
-from maml_jax.inner import InnerLearner, inner_learner
+from maml_jax.inner import InnerLearner, InnerOptions, inner_learner
 from maml_jax.types import InnerParams, Params
 
 
-def meta_curvature(learning_rate: float | jax.Array, *, steps: int, **options: Any) -> InnerLearner:
-    """Gradient descent preconditioned by meta-learned matrices (Park and Oliva 2019, section 3).
+def meta_curvature(learning_rate: float | jax.Array, *, steps: int, **options: Unpack[InnerOptions]) -> InnerLearner:
+    """An inner learner that multiplies the inner gradient by meta-learned matrices (Park and Oliva 2019, section 3).
 
-    A gradient `[height, width, in, out]` of a convolution has a matrix for its outputs, one for its inputs
-    and one for its places (height and width together); a dense kernel `[in, out]` has two, a vector one.
-    They start as identities, so that what is learned starts as gradient descent.
+    Each axis of a parameter has one square matrix. A convolution kernel `[height, width, in, out]` has three: one for
+    its `height * width` places together, one for its inputs, one for its outputs. A dense kernel `[in, out]` has two,
+    a vector one, a scalar none. The matrices start as identities: meta-training starts from gradient descent.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, maml_jax, optax
+      >>> def loss_fn(params, batch):
+      ...     return jnp.mean((batch @ params["kernel"] - 1) ** 2), {}
+      >>> learner = maml_jax.maml(loss_fn, maml_jax.meta_curvature(0.1, steps=1), optax.adam(1e-3))
+      >>> state = learner.init({"kernel": jnp.zeros((3, 2))})
+      >>> [matrix.shape for matrix in state.inner_params["kernel"]]
+      [(3, 3), (2, 2)]
 
     Args:
-      learning_rate, steps, options: as in `sgd`, all but `learn_rates`.
+      learning_rate: step size, in units of the loss. The rate itself is not learned.
+      steps: inner steps in training, S.
+      options: see `InnerOptions`.
+
+    Returns:
+      An `InnerLearner` for `maml`. `inner_params` holds a list of matrices for each adapted parameter.
+
+    Raises:
+      ValueError: for a rate that is not positive and finite, and as `sgd`.
+
+    References:
+      Park and Oliva 2019, Meta-curvature, arXiv:1902.03356.
     """
     validation.positive("learning_rate", learning_rate)
 
     def init_inner_params(adapted: Params) -> InnerParams:
-        return jax.tree.map(lambda leaf: [jnp.eye(size, dtype=leaf.dtype) for size in _sizes(leaf)], adapted)
+        return jax.tree.map(lambda leaf: [jnp.eye(size, dtype=leaf.dtype) for size in _matrix_sizes(leaf)], adapted)
 
-    def preconditioned(inner_params: InnerParams) -> optax.GradientTransformation:
-        def transform(grad: jax.Array, matrices: list[jax.Array]) -> jax.Array:
-            out = grad.reshape(_sizes(grad))
+    def optimizer(matrices: InnerParams) -> optax.GradientTransformation:
+        def update(grad: jax.Array, matrices: list[jax.Array]) -> jax.Array:
+            # Multiply every axis of the gradient by its matrix.
+            product = grad.reshape(_matrix_sizes(grad))
             for axis, matrix in enumerate(matrices):
-                out = jnp.moveaxis(jnp.tensordot(matrix, out, (1, axis)), 0, axis)
-            return -learning_rate * out.reshape(grad.shape)
+                product = jnp.moveaxis(jnp.tensordot(matrix, product, (1, axis)), 0, axis)
+            return -learning_rate * product.reshape(grad.shape)
 
-        return optax.stateless(lambda grads, _: jax.tree.map(transform, grads, inner_params))
+        return optax.stateless(lambda grads, _: jax.tree.map(update, grads, matrices))
 
-    return inner_learner(preconditioned, init_inner_params, steps=steps, **options)
+    return inner_learner(optimizer, init_inner_params, steps=steps, **options)
 
 
-def _sizes(leaf: jax.Array) -> tuple[int, ...]:
-    """Sizes of the axes that have a matrix: those of space count as one."""
+def _matrix_sizes(leaf: jax.Array) -> tuple[int, ...]:
+    """Sizes of the axes with a matrix: the spatial axes of a convolution kernel count as one."""
     if leaf.ndim <= 2:
         return leaf.shape
     *space, inputs, outputs = leaf.shape
-    size = 1
-    for length in space:
-        size *= length
-    return size, inputs, outputs
+    return math.prod(space), inputs, outputs

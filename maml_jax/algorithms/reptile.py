@@ -1,4 +1,4 @@
-"""Reptile: moves the parameters towards where adaptation took them, with no derivative of it (Nichol et al. 2018)."""
+"""Reptile: moves the parameters towards the adapted parameters, without differentiating through adaptation."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ from maml_jax.parallel.task_axis import TaskBatchSize, summed
 from maml_jax.types import Batch, LossFn, MetaParams, Task
 
 Batches = Callable[[Batch, int], Batch]
-"""`(support, steps) -> batches` of the inner steps in training: every leaf has a leading axis `[steps]`."""
+"""`(support, steps) -> batches`: one batch for each inner step in training, every leaf `[steps, ...]`."""
 
 
 def reptile(
@@ -30,20 +30,39 @@ def reptile(
 ) -> MetaLearner:
     """Reptile with batches of tasks (Nichol et al. 2018, algorithm 2).
 
-    The gradient of a task is where it started minus where it arrived, so `optax.sgd(e)` as `outer` moves
-    the parameters by the fraction e towards the mean of the adapted ones. Only the support set is
-    learned from; the query set is there for the metrics. With a single inner step it is joint training.
-    What the inner learner leaves as it is (`trainable`) is not meta-learned either.
+    The meta-gradient of a task is its initial parameters minus its adapted parameters. With `optax.sgd(e)` as `outer`,
+    the parameters move by the fraction e towards the mean of the adapted parameters. Training uses the support set
+    alone; the query set gives the metrics. With one inner step Reptile is joint training.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, maml_jax, optax
+      >>> def loss_fn(params, batch):
+      ...     return jnp.sum((params - batch) ** 2) / 2, {}
+      >>> learner = maml_jax.reptile(loss_fn, maml_jax.sgd(0.5, steps=2), optax.sgd(0.1))
+      >>> state = learner.init(jnp.zeros(1))
+      >>> task = maml_jax.Task(support=jnp.array([[4.0]]), query=jnp.array([[4.0]]))
+      >>> state, info = jax.jit(learner.step)(state, task)  # The adapted parameter is 3.
+      >>> print(jnp.round(state.params, 3))
+      [0.3]
 
     Args:
-      batches: what of the support set each inner step sees in training, such as `one_of_each_class(N)`; None:
-        all of it. Where steps see different examples, what one learns is made to help with the others
-        (section 5.1).
-      others: as those of `maml`.
+      loss_fn: `(params, batch) -> (scalar loss, aux)`, of one task.
+      inner: the inner learner, such as `sgd(0.1, steps=5)`. Parameters that it does not adapt (`trainable`) are not
+        meta-learned either. `order` and `remat` have no effect.
+      outer: the outer optimizer. It is given no loss, as the meta-gradient is not the derivative of one.
+      batches: the batch of each inner step in training, such as `one_of_each_class(N)`. None: the whole support set.
+        Reptile gains from steps on different examples (section 5.1).
+      query_loss_fn, task_batch_size, mesh: as for `maml`.
+
+    Returns:
+      A `MetaLearner`. `MetaInfo.grad_norm` is the distance to the mean of the adapted parameters.
 
     Raises:
-      TypeError, ValueError: as `maml`, and for an inner learner with a start, a `params_at_step` or learned rates:
-        Reptile has no gradient of them.
+      TypeError, ValueError: as `maml`, and for an inner learner with a `start` or a `params_at_step`.
+      ValueError (by `init`): for an inner learner with learned parameters: Reptile has no gradient of them.
+
+    References:
+      Nichol, Achiam and Schulman 2018, On first-order meta-learning algorithms, arXiv:1803.02999.
     """
     validation.inner("inner", inner, InnerLearner)
     if inner.start is not None or inner.params_at_step is not None:
@@ -51,28 +70,34 @@ def reptile(
             "reptile takes an inner learner without start and params_at_step: it moves the parameters towards the "
             "adapted parameters."
         )
+    validation.transformation("outer", outer)
     support_loss = validation.checked_loss(loss_fn)
     query_loss = validation.checked_loss(query_loss_fn or loss_fn)
 
     def gradient(shared: tuple[MetaParams, jax.Array], task: Task) -> tuple[Any, Any]:
         (params, inner_params), _ = shared
+
+        # Adapt to the support set, or to one batch of it in each inner step.
         support = task.support if batches is None else batches(task.support, inner.steps)
         adapted, info = inner_loop(
             inner, support_loss, params, inner_params, support, batch_per_step=batches is not None
         )
-        loss, aux = query_loss(adapted, task.query)
-        return (loss, MetaParams(jax.tree.map(jnp.subtract, params, adapted), inner_params)), (aux, info)
 
-    validation.transformation("outer", outer)
-    # What is no gradient of the loss is not to be set beside it, as an optimizer that is given both would.
-    plain = optax.GradientTransformation(outer.init, lambda way, state, params=None: outer.update(way, state, params))
-    of_tasks = summed(gradient)
+        # The query loss is a metric. The meta-gradient points from the adapted parameters to the initial ones.
+        loss, aux = query_loss(adapted, task.query)
+        direction = jax.tree.map(jnp.subtract, params, adapted)
+        return (loss, MetaParams(direction, inner_params)), (aux, info)
+
+    # Without extra arguments of `update`, the outer optimizer is not given a loss that does not fit its gradient.
+    outer_without_loss = optax.GradientTransformation(
+        outer.init, lambda grads, state, params=None: outer.update(grads, state, params)
+    )
     return meta_learner(
-        of_tasks,
+        summed(gradient),
         support_loss,
         query_loss,
         inner,
-        plain,
+        outer_without_loss,
         learns_inner_params=False,
         task_batch_size=task_batch_size,
         mesh=mesh,
@@ -80,17 +105,24 @@ def reptile(
 
 
 def one_of_each_class(ways: int) -> Batches:
-    """Step i sees the i-th example of every class, and after the last the first again.
+    """For `batches=` of `reptile`: inner step i sees the i-th example of every class, and starts over after the last.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> support = jnp.array([0, 1, 10, 11])  # Two classes of two examples.
+      >>> one_of_each_class(ways=2)(support, 3).tolist()
+      [[0, 10], [1, 11], [0, 10]]
 
     Args:
-      ways: N; the support set `[N * K, ...]` holds the K examples of a class together, as `episodes` do.
+      ways: number of classes N. The support set `[N * K, ...]` has the K examples of a class in a row, as the episodes
+        of `tasks.episodes` do.
     """
 
     def batches(support: Batch, steps: int) -> Batch:
-        def of_leaf(leaf: jax.Array) -> jax.Array:
+        def select(leaf: jax.Array) -> jax.Array:
             by_shot = leaf.reshape(ways, -1, *leaf.shape[1:]).swapaxes(0, 1)
             return by_shot[jnp.arange(steps) % len(by_shot)]
 
-        return jax.tree.map(of_leaf, support)
+        return jax.tree.map(select, support)
 
     return batches

@@ -1,7 +1,7 @@
-"""Running statistics for each inner step, so that a query can be normalised without the others of its task.
+"""Running statistics of the normalisation for each inner step, for inductive evaluation.
 
-MAML++ (Antoniou et al. 2019, section 4) averages statistics along the training, for each inner step its own.
-Here they are gathered when it has ended, with its final parameters, from tasks of the training classes.
+MAML++ (Antoniou et al. 2019, section 4) averages statistics during training, separately for each inner step. Here they
+are gathered after training, with the final parameters, from tasks of the training classes.
 """
 
 from typing import Any
@@ -24,41 +24,57 @@ def gather(
     *,
     steps: int,
 ) -> Params:
-    """Parameters for the same net with the normalisation 'running', for `per_step.select_step(models.norms_only)`.
+    """Parameters for the same net with the normalisation 'running'.
+
+    Evaluate them with `params_at_step=select_step(models.norms_only)`, from `maml_plus_plus`.
 
     Args:
-      net: as it was trained, with the normalisation 'batch'.
-      inner: how a task is learned.
+      net: the trained net, with the normalisation 'batch'.
+      inner: the inner learner.
       loss_fn: the support loss.
-      params: meta-trained.
-      inner_params: meta-trained inner_params of the inner loop.
-      tasks: of the training classes, with queries as many as there will be.
+      params: meta-trained parameters.
+      inner_params: meta-trained parameters of the inner update.
+      tasks: tasks of the training classes, `[T, ...]`, with as many queries as at test.
       steps: inner steps, S.
 
     Returns:
-      `params` with, in each normalisation, `mean` and `variance` `[S + 1, C]`: of the batch of queries after 0 to S
-      inner steps, averaged over the tasks; and the offset as often.
+      `params`, in which each normalisation has `mean` and `variance` `[S + 1, C]`, the moments of the batch of queries
+      after 0 to S inner steps averaged over the tasks, and `offset` `[S + 1, C]`.
+
+    References:
+      Antoniou, Edwards and Storkey 2019, How to train your MAML, arXiv:1810.09502.
     """
 
-    def moments(params: Params, inputs: jax.Array) -> Any:
-        return net.apply({"params": params}, inputs, mutable=["intermediates"])[1]["intermediates"]
+    def query_moments(params: Params, queries: jax.Array) -> Any:
+        return net.apply({"params": params}, queries, mutable=["intermediates"])[1]["intermediates"]
 
-    def one(task: Task) -> Any:
+    def moments_along_inner_steps(task: Task) -> Any:
+        queries = task.query[0]
         _, info = inner_loop(
-            inner, loss_fn, params, inner_params, task.support, steps=steps, probe=lambda p: moments(p, task.query[0])
+            inner,
+            loss_fn,
+            params,
+            inner_params,
+            task.support,
+            steps=steps,
+            probe=lambda params: query_moments(params, queries),
         )
         return info.probes
 
-    means = jax.tree.map(lambda leaf: leaf.mean(0), jax.vmap(one)(tasks))
+    averages = jax.tree.map(lambda leaf: leaf.mean(0), jax.vmap(moments_along_inner_steps)(tasks))
     gathered = {}
-    for layer, found in means.items():
-        mean, variance = (leaf.reshape(steps + 1, -1) for leaf in found["moments"][0])
-        gathered[layer] = {"offset": _of_every_step(params[layer]["offset"], steps), "mean": mean, "variance": variance}
+    for layer, sown in averages.items():
+        mean, variance = (leaf.reshape(steps + 1, -1) for leaf in sown["moments"][0])
+        gathered[layer] = {
+            "offset": _offset_per_step(params[layer]["offset"], steps),
+            "mean": mean,
+            "variance": variance,
+        }
     return {**params, **gathered}
 
 
-def _of_every_step(offset: jax.Array, steps: int) -> jax.Array:
-    """`[S + 1, C]` from one for all, or from those of the steps in training, of which the last is taken on."""
+def _offset_per_step(offset: jax.Array, steps: int) -> jax.Array:
+    """`[S + 1, C]` from one offset `[C]`, or from one per training step, of which the last is repeated."""
     if offset.ndim == 1:
         return jnp.broadcast_to(offset, (steps + 1, *offset.shape))
     return offset[jnp.minimum(jnp.arange(steps + 1), len(offset) - 1)]

@@ -1,1 +1,1 @@
-"""Derivatives of the inner loop: forward over reverse, hoisting, trees and finite differences."""
+"""Differentiation through the inner loop: forward over reverse, hoisting, and checks by finite differences."""

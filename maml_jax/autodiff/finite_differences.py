@@ -1,4 +1,4 @@
-"""Derivatives held against central differences, and pytrees of numbers against each other."""
+"""Compares derivatives with central differences, and pytrees of numbers with each other."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,10 +20,16 @@ def coarsest_type(jaxpr: Any) -> np.dtype:
 
 
 def gradient_checker(tolerance: float, coarsest: np.dtype, directions: int, seed: int) -> "GradientChecker":
-    """A checker of what is computed in that precision, from the tolerance of float64.
+    """A checker for functions that compute in the given precision.
 
-    Its steps are near the best for central differences, the cube root of the precision. Wider steps suffer from
-    curvature and from kinks (a ReLU that switches in between), narrower ones from rounding; the best of several counts.
+    The best step of central differences is near the cube root of the precision. Longer steps suffer from curvature and
+    from kinks, such as a ReLU that switches within the step; shorter ones from rounding. The checker tries several.
+
+    Args:
+      tolerance: of the relative difference in float64. Other types have at least the fourth root of their precision.
+      coarsest: floating-point type of the lowest precision in the function.
+      directions: number of random directions.
+      seed: of the directions.
     """
     precision = float(jnp.finfo(coarsest).eps)
     best = precision ** (1 / 3)
@@ -33,78 +39,77 @@ def gradient_checker(tolerance: float, coarsest: np.dtype, directions: int, seed
 
 
 class GradientChecker(NamedTuple):
-    """How differences are taken, and what counts as agreement."""
+    """Compares gradients with central differences along random directions."""
 
     tolerance: float
-    """Relative difference up to which two results agree."""
+    """Largest relative difference that counts as agreement."""
     steps: tuple[float, ...]
-    """Lengths on either side, of which the best counts."""
+    """Step lengths of the central differences. The one with the smallest error counts."""
     directions: int
-    """Random directions along which a derivative is looked at."""
+    """Number of random directions."""
     seed: int
-    """Of the directions."""
+    """Seed of the directions."""
 
     def error(self, fn: Callable[[Any], jax.Array], at: Any, gradient: Any) -> float:
-        """The largest relative error of `gradient` along the random directions; NaN if it is not finite."""
+        """The largest relative error of `gradient` over the directions; NaN if it is not finite."""
         random = np.random.default_rng(self.seed)
-        return float(
-            np.max([self._along(fn, at, gradient, drawn_direction(random, at)) for _ in range(self.directions)])
-        )
+        errors = [self._error_along(fn, at, gradient, random_direction(random, at)) for _ in range(self.directions)]
+        return float(np.max(errors))
 
     def failing_leaves(self, fn: Callable[[Any], jax.Array], at: Any, gradient: Any) -> str:
-        """Names the leaves along which `gradient` is wrong."""
-        wrong = []
+        """Names the leaves in which `gradient` is wrong; empty if there are none."""
+        failing = []
         for index, (path, _) in enumerate(jax.tree_util.tree_leaves_with_path(at)):
-            error = self._along(fn, at, gradient, drawn_direction(np.random.default_rng(self.seed), at, only=index))
-            if not error <= self.tolerance:
-                wrong.append(path)
-        return f", along {listed(wrong)}" if wrong else ""
+            direction = random_direction(np.random.default_rng(self.seed), at, only=index)
+            if not self._error_along(fn, at, gradient, direction) <= self.tolerance:
+                failing.append(path)
+        return leaf_names(failing)
 
-    def _along(self, fn: Callable[[Any], jax.Array], at: Any, gradient: Any, direction: Any) -> float:
+    def _error_along(self, fn: Callable[[Any], jax.Array], at: Any, gradient: Any, direction: Any) -> float:
         claimed = dot(gradient, direction)
         size = sum(leaf.size for leaf in jax.tree.leaves(at))
-        # A direction that happens to lie across the gradient is measured against the typical slope.
+        # Along a direction nearly orthogonal to the gradient, errors are relative to the typical slope.
         typical = norm(gradient) / size**0.5
 
         def error(step: float) -> float:
-            def moved(x: Any, d: np.ndarray) -> np.ndarray:
+            def move(x: Any, d: np.ndarray) -> np.ndarray:
                 return (np.asarray(x) + step * d).astype(x.dtype)
 
-            ahead = fn(jax.tree.map(moved, at, direction))
-            behind = fn(jax.tree.map(lambda x, d: moved(x, -d), at, direction))
+            ahead = fn(jax.tree.map(move, at, direction))
+            behind = fn(jax.tree.map(lambda x, d: move(x, -d), at, direction))
             slope = float(ahead - behind) / (2 * step)
             scale = max(abs(slope), abs(claimed), typical)
             return 0.0 if scale == 0 else abs(slope - claimed) / scale
 
         errors = np.array([error(step) for step in self.steps])
-        # A wide step may leave the loss's domain; where all do, or the gradient is no number, that is the finding.
+        # A long step may leave the domain of the loss. If all do, or the gradient is not finite, the error is NaN.
         return float(np.nan if np.isnan(errors).all() else np.nanmin(errors))
 
 
 def cast(tree: Any, dtype: Any) -> Any:
-    """Floating-point leaves as NumPy arrays of that type, integers no wider than it; the others as they are."""
+    """Casts floating-point leaves to NumPy arrays of `dtype`, and wider integers to int32; keeps other leaves."""
 
-    def of_leaf(leaf: Any) -> Any:
+    def cast_leaf(leaf: Any) -> Any:
         kind = jnp.result_type(leaf)
         if jnp.issubdtype(kind, jnp.floating):
             return np.asarray(leaf, dtype)
         wide = jnp.issubdtype(kind, jnp.integer) and np.dtype(kind).itemsize > np.dtype(dtype).itemsize
         return np.asarray(leaf, np.int32) if wide else leaf
 
-    return jax.tree.map(of_leaf, tree)
+    return jax.tree.map(cast_leaf, tree)
 
 
-def listed(paths: list[Any]) -> str:
-    """Names of leaves, the first of them if they are many."""
+def leaf_names(paths: list[Any]) -> str:
+    """The names of leaves, at most six of them."""
     names = [jax.tree_util.keystr(path) for path in paths]
-    return f"{', '.join(names[:6])}{' and more' if len(names) > 6 else ''}"
+    return f"{', '.join(names[:6])}{' and others' if len(names) > 6 else ''}"
 
 
-# NumPy from here on: compiling each of these small sums would take longer than all the rest.
+# In NumPy from here on: compiling these small sums with JAX would take longer than the check.
 
 
-def drawn_direction(random: np.random.Generator, like: Any, only: int | None = None) -> Any:
-    """A random direction of norm 1, within one leaf if `only` is its index."""
+def random_direction(random: np.random.Generator, like: Any, only: int | None = None) -> Any:
+    """A random direction of norm 1 in the space of a pytree, or of its leaf of index `only`."""
     leaves, structure = jax.tree.flatten(like)
     drawn = [random.standard_normal(leaf.shape) for leaf in leaves]
     if only is not None:
@@ -114,16 +119,16 @@ def drawn_direction(random: np.random.Generator, like: Any, only: int | None = N
 
 
 def dot(a: Any, b: Any) -> float:
-    """Sum of the products of all numbers of two pytrees."""
+    """The inner product of two pytrees."""
     return sum(float(np.vdot(x, y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
 def norm(tree: Any) -> float:
-    """Root of the sum of the squares of all numbers."""
+    """The Euclidean norm of all numbers in a pytree."""
     return dot(tree, tree) ** 0.5
 
 
 def relative_difference(a: Any, b: Any) -> float:
-    """Norm of the difference of two pytrees over the norm of `b`; 0 if both are 0, infinite if `b` alone is."""
-    apart, size = norm(jax.tree.map(lambda x, y: np.asarray(x) - np.asarray(y), a, b)), norm(b)
-    return 0.0 if apart == 0 else apart / size if size else float("inf")
+    """Norm of the difference of two pytrees over the norm of `b`; 0 if both are 0, infinite if only `b` is."""
+    difference, size = norm(jax.tree.map(lambda x, y: np.asarray(x) - np.asarray(y), a, b)), norm(b)
+    return 0.0 if difference == 0 else difference / size if size else float("inf")

@@ -1,9 +1,9 @@
-"""The gradient of a loss, with a derivative of its own that keeps nothing of how the gradient was computed.
+"""The gradient of a loss, whose own derivative is taken in forward mode and stores no intermediate values.
 
-To differentiate a gradient backwards keeps all that it computed. Yet what is wanted of the matrix of
-second derivatives is its product with one vector, and as that matrix is symmetric, the product is also
-the derivative of the gradient in the direction of that vector, which can be taken forwards, while the
-gradient is computed once more (MixFlow-MG, Kemaev et al. 2025).
+Reverse mode over a gradient stores everything that the gradient computed. The second-order meta-gradient needs only
+the product of the Hessian with one vector. As the Hessian is symmetric, this product is also the derivative of the
+gradient along the vector, which forward mode computes together with the gradient, from the parameters alone
+(MixFlow-MG, Kemaev et al. 2025, arXiv:2505.00793).
 """
 
 from collections.abc import Callable
@@ -17,52 +17,68 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from maml_jax.autodiff.trees import divide, join
 from maml_jax.types import Params
 
+LossWithInputs = Callable[[Params, Any], tuple[jax.Array, Any]]
+"""`(params, inputs) -> (loss, aux)`, with any pytree of inputs."""
+
 ValueAndGrad = Callable[[Params, Any], tuple[tuple[jax.Array, Any], Params]]
+"""`(params, inputs) -> ((loss, aux), gradient in params)`."""
 
 
-def forward_over_reverse(loss_fn: Callable[[Params, Any], tuple[jax.Array, Any]]) -> ValueAndGrad:
-    """`jax.value_and_grad(loss_fn, has_aux=True)` of `(params, others) -> (loss, aux)`, derived as said above.
+def forward_over_reverse(loss_fn: LossWithInputs) -> ValueAndGrad:
+    """`jax.value_and_grad(loss_fn, has_aux=True)`, with a reverse-mode derivative that stores its inputs alone.
 
-    Its derivative in `params` and in whatever is floating-point of `others`, and of what the loss closes
-    over, is exact. Aux counts as constant, and forward-mode derivatives are not defined.
+    The derivative is exact in `params`, in the floating-point leaves of the inputs, and in values that the loss closes
+    over. It treats aux as constant. Forward-mode derivatives of the result are not defined.
+
+    Example:
+      >>> import jax
+      >>> value_and_grad = forward_over_reverse(lambda params, scale: (scale * params**3, {}))
+      >>> jax.grad(lambda params: value_and_grad(params, 2.0)[1])(1.0).item()  # 2 * 6 * params
+      12.0
+
+    Args:
+      loss_fn: `(params, inputs) -> (loss, aux)`.
+
+    References:
+      Kemaev et al. 2025, Scalable meta-learning via mixed-mode differentiation, arXiv:2505.00793.
     """
 
-    def value_and_grad(params: Params, others: Any) -> tuple[tuple[jax.Array, Any], Params]:
-        # What the loss closes over is an input too: it may depend on what is differentiated.
-        closed, shapes = jax.make_jaxpr(loss_fn, return_shape=True)(params, others)
+    def value_and_grad(params: Params, inputs: Any) -> tuple[tuple[jax.Array, Any], Params]:
+        # Values that the loss closes over become inputs too: they may depend on what is differentiated.
+        closed, shapes = jax.make_jaxpr(loss_fn, return_shape=True)(params, inputs)
 
-        def loss(params: Params, inputs: Any) -> tuple[jax.Array, Any]:
-            others, captured = inputs
-            outputs = jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, captured))(*jax.tree.leaves((params, others)))
+        def loss(params: Params, all_inputs: Any) -> tuple[jax.Array, Any]:
+            inputs, captured = all_inputs
+            outputs = jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, captured))(*jax.tree.leaves((params, inputs)))
             loss, aux = jax.tree.unflatten(jax.tree.structure(shapes), outputs)
             return loss, jax.lax.stop_gradient(aux)
 
-        return _value_and_grad(loss, params, (others, closed.consts))
+        return _value_and_grad(loss, params, (inputs, closed.consts))
 
     return value_and_grad
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _value_and_grad(loss: Callable[[Params, Any], tuple[jax.Array, Any]], params: Params, inputs: Any) -> Any:
+def _value_and_grad(loss: LossWithInputs, params: Params, inputs: Any) -> Any:
     return jax.value_and_grad(loss, has_aux=True)(params, inputs)
 
 
-def _forward(loss: Callable[[Params, Any], tuple[jax.Array, Any]], params: Params, inputs: Any) -> Any:
+def _forward(loss: LossWithInputs, params: Params, inputs: Any) -> Any:
     return _value_and_grad(loss, params, inputs), (params, inputs)
 
 
-def _backward(loss: Callable[[Params, Any], tuple[jax.Array, Any]], kept: Any, cotangent: Any) -> Any:
-    params, inputs = kept
-    (along_loss, _), direction = cotangent
-    floating, rest = divide(inputs, jax.tree.map(_is_floating, inputs))
+def _backward(loss: LossWithInputs, residuals: Any, cotangent: Any) -> Any:
+    params, inputs = residuals
+    (loss_cotangent, _), direction = cotangent
+    floating, others = divide(inputs, jax.tree.map(_is_floating, inputs))
 
     def gradients(params: Params) -> Any:
-        return jax.grad(lambda params, floating: loss(params, join(floating, rest))[0], (0, 1))(params, floating)
+        return jax.grad(lambda params, floating: loss(params, join(floating, others))[0], (0, 1))(params, floating)
 
-    # The row of mixed derivatives for an input, times the direction in the parameters, is the derivative
-    # of that input's gradient along the direction.
+    # The cotangent of the gradient is a direction in the parameters. Its product with the (mixed) second derivatives
+    # is the derivative of the gradients along this direction.
     first, second = jax.jvp(gradients, (params,), (direction,))
-    return jax.tree.map(lambda gradient, along: along_loss * gradient + along, first, second)
+    return jax.tree.map(lambda gradient, along: loss_cotangent * gradient + along, first, second)
 
 
 def _is_floating(leaf: Any) -> bool:

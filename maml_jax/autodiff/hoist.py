@@ -1,7 +1,7 @@
-"""What does not change from one inner step to the next, computed once before the first.
+"""Loop-invariant code motion: computes before a loop what is the same in all its steps.
 
-Such as the features of a body that is not adapted (ANIL), or the moments of the inputs. A loop of JAX computes what its
-body closes over anew each time round, and XLA moves no costly operation out of it.
+Examples are the features of a body that the inner loop does not adapt (ANIL), and the moments of the inputs. A JAX loop
+recomputes them in each step, and XLA moves no costly operation out of a loop.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,63 +12,74 @@ from jax.core import eval_jaxpr
 from jax.extend.core import Literal
 
 EXPANDING = {"broadcast_in_dim", "iota", "reshape", "squeeze", "transpose", "convert_element_type", "copy"}
-"""Cheap to do again, and often larger than what they are made of: these stay in the loop."""
+"""Primitives that stay in the loop: cheap to recompute, and their results are often larger than their inputs."""
 
 
 def hoist(step: Callable[..., Any], *args: Any) -> Callable[..., Any]:
-    """`step`, with all that depends on nothing but what it closes over computed now.
+    """Computes now all that `step` computes from closed-over values alone.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> matrix = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+      >>> step = hoist(lambda x: (matrix @ matrix) @ x, jax.ShapeDtypeStruct((2,), jnp.float32))
+      >>> step(jnp.ones(2)).tolist()  # One product of a matrix with a vector.
+      [17.0, 37.0]
 
     Args:
-      step: a function of pytrees, to be called many times with what changes; what it closes over stays the same.
-      args: of the shapes and types of those to come, such as `jax.ShapeDtypeStruct`s.
+      step: a function of pytrees that is called many times. The values that it closes over stay the same.
+      args: arguments with the shapes and types of later calls, such as `jax.ShapeDtypeStruct`s.
 
     Returns:
-      A function with the same results and derivatives.
+      A function with the same results and derivatives as `step`.
     """
-    closed, shape = jax.make_jaxpr(step, return_shape=True)(*args)
-    whole = closed.jaxpr
-    made_by: dict[Any, int] = {
-        variable: place for place, equation in enumerate(whole.eqns) for variable in equation.outvars
+    closed, out_shapes = jax.make_jaxpr(step, return_shape=True)(*args)
+    program = closed.jaxpr
+    defined_by: dict[Any, int] = {
+        variable: place for place, equation in enumerate(program.eqns) for variable in equation.outvars
     }
 
-    changing: set[Any] = set(whole.invars)
-    inside: set[int] = set()
-    for place, equation in enumerate(whole.eqns):
-        if equation.effects or not changing.isdisjoint(_variables(equation.invars)):
-            changing.update(equation.outvars)
-            inside.add(place)
+    # 1. Equations that depend on the arguments, or have effects, stay in the loop.
+    varying: set[Any] = set(program.invars)
+    in_loop: set[int] = set()
+    for place, equation in enumerate(program.eqns):
+        if equation.effects or not varying.isdisjoint(_variables(equation.invars)):
+            varying.update(equation.outvars)
+            in_loop.add(place)
 
-    kept: dict[Any, None] = {}  # In order, and once each.
-    wanted = [*_variables(whole.outvars), *(v for place in inside for v in _variables(whole.eqns[place].invars))]
-    while wanted:
-        variable = wanted.pop()
-        maker = made_by.get(variable)
-        if variable in changing or maker in inside:
+    # 2. Find the invariant variables that the loop needs. Those of expanding primitives are recomputed in the loop.
+    needed: dict[Any, None] = {}  # An ordered set.
+    pending = [*_variables(program.outvars), *(v for place in in_loop for v in _variables(program.eqns[place].invars))]
+    while pending:
+        variable = pending.pop()
+        definition = defined_by.get(variable)
+        if variable in varying or definition in in_loop:
             continue
-        if maker is None or whole.eqns[maker].primitive.name not in EXPANDING:
-            kept[variable] = None
+        if definition is None or program.eqns[definition].primitive.name not in EXPANDING:
+            needed[variable] = None
         else:
-            inside.add(maker)
-            wanted += _variables(whole.eqns[maker].invars)
+            in_loop.add(definition)
+            pending += _variables(program.eqns[definition].invars)
 
+    # 3. Equations that these variables depend on move before the loop.
     before: set[int] = set()
-    wanted = [*kept]
-    while wanted:
-        maker = made_by.get(wanted.pop())
-        if maker is not None and maker not in before:
-            before.add(maker)
-            wanted += _variables(whole.eqns[maker].invars)
+    pending = [*needed]
+    while pending:
+        definition = defined_by.get(pending.pop())
+        if definition is not None and definition not in before:
+            before.add(definition)
+            pending += _variables(program.eqns[definition].invars)
 
-    equations = [[whole.eqns[place] for place in sorted(places)] for places in (before, inside)]
-    once = whole.replace(constvars=[], invars=whole.constvars, outvars=[*kept], eqns=equations[0])
-    loop = whole.replace(constvars=[], invars=[*whole.invars, *kept], eqns=equations[1])
-    values = eval_jaxpr(once, [], *closed.consts)
+    # 4. Evaluate the program before the loop, and return the program of a step.
+    before_equations, loop_equations = ([program.eqns[place] for place in sorted(s)] for s in (before, in_loop))
+    before_loop = program.replace(constvars=[], invars=program.constvars, outvars=[*needed], eqns=before_equations)
+    loop = program.replace(constvars=[], invars=[*program.invars, *needed], eqns=loop_equations)
+    values = eval_jaxpr(before_loop, [], *closed.consts)
 
-    def call(*args: Any) -> Any:
+    def hoisted_step(*args: Any) -> Any:
         leaves = eval_jaxpr(loop, [], *jax.tree.leaves(args), *values)
-        return jax.tree.unflatten(jax.tree.structure(shape), leaves)
+        return jax.tree.unflatten(jax.tree.structure(out_shapes), leaves)
 
-    return call
+    return hoisted_step
 
 
 def _variables(atoms: Iterable[Any]) -> list[Any]:

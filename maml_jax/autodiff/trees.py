@@ -1,4 +1,4 @@
-"""Division of a pytree into two of the same structure, each with None for what the other has."""
+"""Splits a pytree into two of the same structure, each with None at the leaves of the other."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ import numpy as np
 from maml_jax.types import Params
 
 Mask = Any
-"""A pytree of bools shaped like (or a prefix of) the parameters, or a function from parameters to one."""
+"""A pytree of bools with the structure of the parameters, a prefix of one, or a function from parameters to either."""
 
 
 def divide(tree: Any, mask: Any) -> tuple[Any, Any]:
-    """The leaves where `mask`, a tree of bools of the same structure, is True, and the others."""
+    """Splits leaves by a pytree of bools of the same structure: those where it is True, and the others."""
     return (
         jax.tree.map(lambda keep, leaf: leaf if keep else None, mask, tree),
         jax.tree.map(lambda keep, leaf: None if keep else leaf, mask, tree),
@@ -20,12 +20,12 @@ def divide(tree: Any, mask: Any) -> tuple[Any, Any]:
 
 
 def join(first: Any, second: Any) -> Any:
-    """What `divide` has divided."""
+    """The inverse of `divide`."""
     return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda leaf: leaf is None)
 
 
 def partition(params: Params, mask: Mask | None) -> tuple[Params, Params]:
-    """Splits leaves into adapted and fixed; each half keeps the structure, with None for what it lacks.
+    """Splits parameters into adapted and fixed; each half keeps the structure, with None at the leaves of the other.
 
     Raises:
       TypeError: for a mask of anything but bools.
@@ -33,29 +33,45 @@ def partition(params: Params, mask: Mask | None) -> tuple[Params, Params]:
     """
     if mask is None:
         return params, None
-    # A module of equinox is a tree and callable at once.
+    mask = mask_tree("trainable", mask, params)
+    if not any(jax.tree.leaves(mask)):
+        raise ValueError("trainable selects no parameter at all, so the inner loop has nothing to adapt.")
+    return divide(params, mask)
+
+
+def mask_tree(name: str, mask: Mask, params: Params) -> Any:
+    """A mask as a pytree of bools with the structure of the parameters.
+
+    Args:
+      name: of the argument, for messages.
+      mask: a pytree of bools, a prefix of one, or a function from the parameters to either.
+      params: the parameters.
+
+    Raises:
+      TypeError: for a mask of anything but bools.
+      ValueError: for a mask that does not fit the parameters.
+    """
+    # An equinox module is both a pytree and callable: as a mask it is a pytree of bools.
     if callable(mask) and not all(isinstance(leaf, bool) for leaf in jax.tree.leaves(mask)):
         mask = mask(params)
     try:
         mask = jax.tree.broadcast(mask, params)
     except ValueError as error:
         raise ValueError(
-            "trainable must be a pytree of bools with the structure of the parameters, or a prefix of it. "
+            f"{name} must be a pytree of bools with the structure of the parameters, or a prefix of it. "
             f"The parameters are {jax.tree.structure(params)}, the mask is {jax.tree.structure(mask)}."
         ) from error
     for path, leaf in jax.tree_util.tree_leaves_with_path(mask):
         if not (isinstance(leaf, bool) or (np.shape(leaf) == () and getattr(leaf, "dtype", None) == np.bool_)):
             raise TypeError(
-                "trainable must hold True or False for each array of parameters, but at "
+                f"{name} must hold True or False for each array of parameters, but at "
                 f"{jax.tree_util.keystr(path) or 'the array itself'} it has {leaf!r}."
             )
-    if not any(jax.tree.leaves(mask)):
-        raise ValueError("trainable selects no parameter at all, so the inner loop has nothing to adapt.")
-    return divide(params, mask)
+    return mask
 
 
 def combine(adapted: Params, fixed: Params) -> Params:
-    """What `partition` has split."""
+    """The inverse of `partition`."""
     if fixed is None:
         return adapted
     return join(adapted, fixed)

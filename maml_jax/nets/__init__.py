@@ -1,1 +1,1 @@
-"""Layers and networks with fast exact derivatives of any order."""
+"""Layers and networks with fast, exact derivatives of any order."""

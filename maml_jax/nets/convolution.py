@@ -1,19 +1,18 @@
-"""One convolution, `conv`, made of three operations that are each other's derivatives.
+"""A convolution made of three operations that are each other's derivatives.
 
-A convolution is linear in the images and linear in the kernel, so its two derivatives are sums over
-the same triples of an image pixel, a kernel entry and an output pixel, and so are theirs:
+A convolution is linear in the images and linear in the kernel. It sums over triples of an image pixel, a kernel entry
+and an output pixel, and so do its two derivatives:
 
     conv(x, kernel) -> y                sums over image pixels
     input_gradient(y, kernel) -> x      sums over output pixels
-    kernel_gradient(x, y) -> kernel     sums over pixels of both
+    kernel_gradient(x, y) -> kernel     sums over image and output pixels
 
-Whatever is differentiated, forwards or backwards, a first time or a fifth, the result is made of these
-three again. As primitives of JAX they say so themselves, and each has implementations of its own: in
-meta-learning the gradients are most of the work, every task has kernels of its own, and what a backend
-makes of the derivatives of its own convolution can be a hundred times slower than the arithmetic needs.
+Every derivative of these three, of any order and in forward or reverse mode, is made of these three again. Here each
+is a JAX primitive with several implementations. In meta-learning the gradients are most of the work and every task has
+its own kernels. XLA's derivatives of its own convolution can then be a hundred times slower than the arithmetic needs.
 
-Dimensions: `B` images of `H x W` with `C` channels, kernels of `h x w`, outputs of `H' x W'` with `D`
-features. Inside, operands have a leading axis `G` of kernels that differ, which `vmap` over tasks fills.
+Dimensions: `B` images of `H x W` with `C` channels, kernels of `h x w`, outputs of `H' x W'` with `D` features. The
+operands of the primitives have a leading axis `G` of different kernels, which `vmap` over tasks fills.
 """
 
 import functools
@@ -37,22 +36,29 @@ ImplementationName = Literal["patches", "direct", "im2col", "lax"]
 def conv(
     x: jax.Array, kernel: jax.Array, *, stride: int = 1, implementation: ImplementationName | None = None
 ) -> jax.Array:
-    """Two-dimensional convolution with 'SAME' padding (and no bias), differentiable at any order.
+    """Two-dimensional convolution with 'SAME' padding and no bias, differentiable at any order.
 
-    In a `jax.shard_map` of one's own it needs `check_vma=False`, as `maml` has it with a mesh.
+    A `jax.shard_map` around it needs `check_vma=False`, as `maml` sets it for a mesh.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> images, kernel = jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 1))
+      >>> print(conv(images, kernel, stride=2)[0, :, :, 0])
+      [[9. 6.]
+       [6. 4.]]
 
     Args:
       x: images `[B, H, W, C]`.
       kernel: `[h, w, C, D]`.
-      stride: in both directions. 'SAME' pads as TensorFlow and XLA do: the output has
-        `ceil(H / stride)` rows, and an odd padding is larger at the end.
-      implementation: None takes what suits the backend and the shapes.
+      stride: in both directions. 'SAME' pads as TensorFlow and XLA do: the output has `ceil(H / stride)` rows, and odd
+        padding is larger at the end.
+      implementation: None chooses by backend and shapes.
 
     Returns:
       `[B, ceil(H / stride), ceil(W / stride), D]`.
 
     Raises:
-      ValueError: for an implementation that does not exist, and for shapes that do not fit.
+      ValueError: for an unknown implementation, a stride below 1, and shapes that do not fit.
     """
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, but got {implementation!r}.")
@@ -64,16 +70,16 @@ def conv(
     validation.at_least("stride", stride, 1)
     dtype = jnp.promote_types(x.dtype, kernel.dtype)
     geometry = Geometry((x.shape[1], x.shape[2]), (kernel.shape[0], kernel.shape[1]), stride)
-    # Of one kernel: vmap fills the axis that is added here.
+    # A leading axis of one kernel, which vmap extends.
     x, kernel = x.astype(dtype)[None], kernel.astype(dtype)[None]
     return conv_p.bind(x, kernel, geometry=geometry, implementation=implementation)[0]
 
 
 def windows(x: jax.Array, window: tuple[int, ...], stride: int = 1) -> jax.Array:
-    """What each output pixel of a convolution sees: `[B, H, W, C] -> [B, H', W', h * w * C]`, zero outside the image.
+    """The window of each output pixel of a convolution, `[B, H, W, C] -> [B, H', W', h * w * C]`, padded with zeros.
 
     Args:
-      x: images.
+      x: images `[B, H, W, C]`.
       window: rows and columns of the kernel, `(h, w)`.
       stride: as in `conv`.
     """
@@ -81,15 +87,15 @@ def windows(x: jax.Array, window: tuple[int, ...], stride: int = 1) -> jax.Array
 
 
 class Geometry(NamedTuple):
-    """What the three operations have in common."""
+    """Sizes that the three operations share."""
 
     image: tuple[int, int]
     window: tuple[int, int]
     stride: int
     kernels: int = 1
-    """The size of the axis `G`, over which an implementation is mapped."""
-    at_once: int = 0
-    """Entries of the windows that may be made at once, of all kernels; never less than those of an image."""
+    """Size of the axis `G`, over which an implementation is mapped."""
+    window_batch_size: int = 0
+    """Entries of windows that may be computed together, over all kernels. One image is the least."""
 
     @property
     def output(self) -> tuple[int, int]:
@@ -98,47 +104,47 @@ class Geometry(NamedTuple):
 
     @property
     def pads(self) -> list[tuple[int, int]]:
-        """Zeros before and after the rows and the columns of `x`."""
+        """Padding before and after the rows and the columns of `x`."""
         return lax.padtype_to_pads(self.image, self.window, (self.stride, self.stride), "SAME")
 
 
 class Implementation(NamedTuple):
-    """The three operations with one kernel: `x [B, H, W, C]`, `kernel [h, w, C, D]`, `y [B, H', W', D]`."""
+    """The three operations for one kernel: `x [B, H, W, C]`, `kernel [h, w, C, D]`, `y [B, H', W', D]`."""
 
     conv: Callable[[jax.Array, jax.Array, Geometry], jax.Array]
     input_gradient: Callable[[jax.Array, jax.Array, Geometry], jax.Array]
     kernel_gradient: Callable[[jax.Array, jax.Array, Geometry], jax.Array]
 
 
-# --- Matrix products with the windows of the images as rows, of as many images at a time as stay in a core's
-# caches, or in an accelerator's memory.
+# --- Implementation by matrix products with the windows of the images as rows. Images are processed in groups whose
+# windows fit the caches of a CPU core, or the memory of an accelerator.
 
 
 def _in_groups(fn: Callable[..., jax.Array], geometry: Geometry, channels: int, x: jax.Array) -> jax.Array:
-    """`fn` of groups of images, whose results are put one after the other."""
-    count, groups = _groups(len(x), geometry, channels)
+    """Applies `fn` to groups of images and concatenates the results."""
+    count, groups = image_groups(len(x), geometry, channels)
     if groups == 1:
         return fn(x)
-    out = lax.map(fn, _grouped(x, count, groups))
+    out = lax.map(fn, _split_into_groups(x, count, groups))
     return out.reshape(-1, *out.shape[2:])[: len(x)]
 
 
-def _groups(images: int, geometry: Geometry, channels: int) -> tuple[int, int]:
-    """Images in a group, and groups; the last may have fewer."""
-    if math.prod(geometry.window) * geometry.stride == 1:  # Then the images are the windows.
+def image_groups(images: int, geometry: Geometry, channels: int) -> tuple[int, int]:
+    """Images in a group, and the number of groups; the last group may have fewer images."""
+    if math.prod(geometry.window) * geometry.stride == 1:  # The images are their own windows.
         return images, 1
-    row = math.prod((*geometry.output, *geometry.window, channels))
-    largest = max(1, min(images, geometry.at_once // (row * geometry.kernels)))
+    entries = math.prod((*geometry.output, *geometry.window, channels))
+    largest = max(1, min(images, geometry.window_batch_size // (entries * geometry.kernels)))
     count = max(n for n in range(1, largest + 1) if images % n == 0)
-    if 2 * count < largest:  # Equal groups would be far smaller than they may be.
+    if 2 * count < largest:  # Equal groups would be much smaller than allowed.
         count = largest
     return count, -(-images // count)
 
 
-def _grouped(x: jax.Array, count: int, groups: int) -> jax.Array:
-    """`[B, ...] -> [groups, count, ...]`, filled up with zeros, of which all three operations make zeros."""
-    filled = jnp.pad(x, ((0, count * groups - len(x)), *((0, 0),) * (x.ndim - 1)))
-    return filled.reshape(groups, count, *x.shape[1:])
+def _split_into_groups(x: jax.Array, count: int, groups: int) -> jax.Array:
+    """`[B, ...] -> [groups, count, ...]`, padded with zeros, which all three operations map to zeros."""
+    padded = jnp.pad(x, ((0, count * groups - len(x)), *((0, 0),) * (x.ndim - 1)))
+    return padded.reshape(groups, count, *x.shape[1:])
 
 
 def _windows(x: jax.Array, geometry: Geometry) -> jax.Array:
@@ -164,28 +170,28 @@ def _patches_conv(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Ar
 
 
 def _from_windows(windows: jax.Array, geometry: Geometry) -> jax.Array:
-    """The transpose of `_windows`: every entry added to the pixel that it came from.
+    """The transpose of `_windows`: adds every entry to its pixel, `[B, H', W', h * w * C] -> [B, H, W, C]`.
 
-    Pixels whose places agree modulo the stride are summed as one image, without the gaps that the
-    others leave, and then the images are interlaced.
+    Pixels with the same position modulo the stride form an image without gaps. Each of these images is summed
+    separately, and then they are interlaced.
     """
     (height, width), (rows, columns), stride = geometry.window, geometry.output, geometry.stride
     windows = windows.reshape(*windows.shape[:3], height, width, -1)
     more_rows, more_columns = (height - 1) // stride, (width - 1) // stride
 
-    def pixels(row: int, column: int) -> jax.Array:
-        places = [(i, j) for i in range(row, height, stride) for j in range(column, width, stride)]
+    def summed(row: int, column: int) -> jax.Array:
+        entries = [(i, j) for i in range(row, height, stride) for j in range(column, width, stride)]
         shifted = []
-        for i, j in places:
+        for i, j in entries:
             down, right = i // stride, j // stride
             pads = ((0, 0), (down, more_rows - down), (right, more_columns - right), (0, 0))
             shifted.append(jnp.pad(windows[:, :, :, i, j], pads))
-        if not places:  # A stride beyond the window leaves pixels out.
+        if not entries:  # A stride larger than the window skips pixels.
             shape = (len(windows), rows + more_rows, columns + more_columns, windows.shape[5])
             return jnp.zeros(shape, windows.dtype)
         return functools.reduce(jnp.add, shifted)
 
-    x = jnp.stack([jnp.stack([pixels(i, j) for j in range(stride)], 3) for i in range(stride)], 2)
+    x = jnp.stack([jnp.stack([summed(i, j) for j in range(stride)], 3) for i in range(stride)], 2)
     x = x.reshape(len(x), x.shape[1] * stride, x.shape[3] * stride, -1)
     cuts = [
         (-before, before + size - have) for (before, _), size, have in zip(geometry.pads, geometry.image, x.shape[1:3])
@@ -198,39 +204,39 @@ def _patches_input_gradient(y: jax.Array, kernel: jax.Array, geometry: Geometry)
     return _in_groups(lambda y: _from_windows(y @ columns, geometry), geometry, kernel.shape[2], y)
 
 
-def _patches_kernel_gradient(x: jax.Array, y: jax.Array, geometry: Geometry, turned: bool = True) -> jax.Array:
-    count, groups = _groups(len(x), geometry, x.shape[3])
+def _patches_kernel_gradient(x: jax.Array, y: jax.Array, geometry: Geometry, transpose: bool = True) -> jax.Array:
+    count, groups = image_groups(len(x), geometry, x.shape[3])
     if groups == 1:
-        rows = _product_with_windows(x, y, geometry, turned)
+        rows = _product_with_windows(x, y, geometry, transpose)
     else:
 
         def add_group(total: jax.Array, group: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
             x, y = group
-            return total + _product_with_windows(x, y, geometry, turned), None
+            return total + _product_with_windows(x, y, geometry, transpose), None
 
-        wide = jnp.promote_types(x.dtype, jnp.float32)  # Or many small parts would be lost in a large sum.
+        wide = jnp.promote_types(x.dtype, jnp.float32)  # A sum of many groups in bfloat16 would stop growing.
         zeros = jnp.zeros((y.shape[3], math.prod(geometry.window) * x.shape[3]), wide)
-        parts = tuple(_grouped(operand, count, groups) for operand in (x, y))
+        parts = tuple(_split_into_groups(operand, count, groups) for operand in (x, y))
         rows = lax.scan(add_group, zeros, parts)[0].astype(x.dtype)
     return rows.T.reshape(*geometry.window, x.shape[3], y.shape[3])
 
 
-def _product_with_windows(x: jax.Array, y: jax.Array, geometry: Geometry, turned: bool) -> jax.Array:
-    """The kernel's gradient as `[D, h * w * C]`."""
+def _product_with_windows(x: jax.Array, y: jax.Array, geometry: Geometry, transpose: bool) -> jax.Array:
+    """The gradient of the kernel as `[D, h * w * C]`."""
     windows = _windows(x, geometry)
     windows, y = windows.reshape(-1, windows.shape[3]), y.reshape(-1, y.shape[3])
-    # CPUs have no fast form of a product that sums over the rows of both operands. So one is turned, behind a
-    # barrier that keeps XLA from taking it back.
-    if not turned or windows.shape[1] < y.shape[1]:  # With few channels it is not worth it.
+    # XLA's CPU backend is slow for a product that sums over the rows of both operands. So one operand is transposed,
+    # behind a barrier that keeps XLA from undoing it. With few channels the transpose costs more than it saves.
+    if not transpose or windows.shape[1] < y.shape[1]:
         return (windows.T @ y).T
     if geometry.kernels > 1:
         return (lax.optimization_barrier(windows.T) @ y).T
-    # y is smaller. Its product comes out turned, behind another barrier; of a batch of products, XLA's
-    # compiler for CPUs would make a layout then that it has no code for, and end the process.
+    # One kernel: transpose y, the smaller operand. The product is then transposed too, behind a second barrier. For
+    # several kernels XLA's CPU compiler would choose a layout here that it has no code for, and abort the process.
     return lax.optimization_barrier(lax.optimization_barrier(y.T) @ windows)
 
 
-# --- XLA's convolution, and what JAX derives from it: fast where a library knows all three.
+# --- Implementation by XLA's convolution and the derivatives that JAX has for it.
 
 
 def _lax_conv(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
@@ -248,19 +254,19 @@ def _lax_kernel_gradient(x: jax.Array, y: jax.Array, geometry: Geometry) -> jax.
     return jax.linear_transpose(lambda kernel: _lax_conv(x, kernel, geometry), kernel)(y)[0]
 
 
-# --- XLA's forward convolution alone, which is fast on a CPU for stride 1 and enough channels.
+# --- The input gradient by XLA's forward convolution, fast on a CPU for stride 1 and enough channels.
 
 
 def _direct_input_gradient(y: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
-    # Behind a barrier, or XLA folds the turned kernel into a convolution that it has no fast form of.
-    turned = lax.optimization_barrier(jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
+    # The barrier keeps XLA from folding the flip into a convolution that it has no fast code for.
+    flipped = lax.optimization_barrier(jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
     pads = []
     for size, rows, window, (before, _) in zip(geometry.image, geometry.output, geometry.window, geometry.pads):
         before = window - 1 - before
         pads.append((before, size + window - 1 - before - ((rows - 1) * geometry.stride + 1)))
     return lax.conv_general_dilated(
         y,
-        turned,
+        flipped,
         (1, 1),
         pads,
         lhs_dilation=(geometry.stride, geometry.stride),
@@ -271,7 +277,9 @@ def _direct_input_gradient(y: jax.Array, kernel: jax.Array, geometry: Geometry) 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "patches": Implementation(_patches_conv, _patches_input_gradient, _patches_kernel_gradient),
     "direct": Implementation(_lax_conv, _direct_input_gradient, _patches_kernel_gradient),
-    "im2col": Implementation(_patches_conv, _patches_input_gradient, partial(_patches_kernel_gradient, turned=False)),
+    "im2col": Implementation(
+        _patches_conv, _patches_input_gradient, partial(_patches_kernel_gradient, transpose=False)
+    ),
     "lax": Implementation(_lax_conv, _lax_input_gradient, _lax_kernel_gradient),
 }
 
@@ -280,14 +288,19 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 
 
 class _Merge(NamedTuple):
-    """Where a batch axis goes that one operand has alone: a free axis of it, and of the result."""
+    """The axes that a batch axis of one operand alone is merged into: one of that operand, one of the result."""
 
     operand: int
     result: int
 
 
 def _primitive(name: str, first: _Merge, second: _Merge) -> Primitive:
-    """An operation on operands with a leading axis `G`, with parameters `geometry` and `implementation`."""
+    """A primitive on operands with a leading axis `G`, with parameters `geometry` and `implementation`.
+
+    Args:
+      name: a field of `Implementation`.
+      first, second: the axes for a batch axis that the first or the second operand has alone.
+    """
     primitive = Primitive(f"maml_jax_{name}")
 
     def compute(
@@ -295,9 +308,9 @@ def _primitive(name: str, first: _Merge, second: _Merge) -> Primitive:
     ) -> jax.Array:
         channels = b.shape[3] if name == "input_gradient" else a.shape[4]
         chosen = implementation or backend.convolution(platform, name, channels, geometry.window, geometry.stride)
-        geometry = geometry._replace(kernels=len(a), at_once=backend.windows_at_once(platform))
+        geometry = geometry._replace(kernels=len(a), window_batch_size=backend.window_batch_size(platform))
         one = partial(getattr(IMPLEMENTATIONS[chosen], name), geometry=geometry)
-        # Spared the batching where there is one kernel: products of plain matrices run faster.
+        # No vmap for one kernel: products of plain matrices run faster.
         return one(a[0], b[0])[None] if len(a) == 1 else jax.vmap(one)(a, b)
 
     def shape(a: Any, b: Any, *, geometry: Geometry, implementation: ImplementationName | None) -> Any:
@@ -306,17 +319,18 @@ def _primitive(name: str, first: _Merge, second: _Merge) -> Primitive:
         return a.update(shape=out.shape, dtype=out.dtype, weak_type=False)
 
     def batch(operands: Any, axes: Any, **params: Any) -> tuple[jax.Array, int]:
-        if None not in axes:  # Kernels that differ: more of them.
+        if None not in axes:  # Both operands are batched: more kernels, along G.
             operands = [jnp.moveaxis(operand, axis, 0) for operand, axis in zip(operands, axes)]
             count = len(operands[0])
             out = primitive.bind(*(operand.reshape(-1, *operand.shape[2:]) for operand in operands), **params)
             return out.reshape(count, -1, *out.shape[1:]), 0
-        alone = axes.index(None) ^ 1
-        merge = (first, second)[alone]
-        operand = jnp.moveaxis(operands[alone], axes[alone], merge.operand)
+        # One operand is batched: merge the batch axis into another axis of it, and split that axis of the result.
+        batched = axes.index(None) ^ 1
+        merge = (first, second)[batched]
+        operand = jnp.moveaxis(operands[batched], axes[batched], merge.operand)
         before, (count, _, *after) = operand.shape[: merge.operand], operand.shape[merge.operand :]
         operand = operand.reshape(*before, -1, *after)
-        out = primitive.bind(*((operand, operands[1]) if alone == 0 else (operands[0], operand)), **params)
+        out = primitive.bind(*((operand, operands[1]) if batched == 0 else (operands[0], operand)), **params)
         before, (_, *after) = out.shape[: merge.result], out.shape[merge.result :]
         return out.reshape(*before, count, -1, *after), merge.result
 
@@ -330,14 +344,14 @@ def _primitive(name: str, first: _Merge, second: _Merge) -> Primitive:
     return primitive
 
 
-# Axes of x are [G, B, H, W, C], of the kernel [G, h, w, C, D], of y [G, B, H', W', D]. Images alone make
-# the batch larger, kernels alone have more channels or features.
+# Axes: x [G, B, H, W, C], kernel [G, h, w, C, D], y [G, B, H', W', D]. A batch axis of images alone is merged into B,
+# one of kernels alone into C or D.
 conv_p = _primitive("conv", first=_Merge(1, 1), second=_Merge(4, 4))
 input_gradient_p = _primitive("input_gradient", first=_Merge(1, 1), second=_Merge(3, 4))
 kernel_gradient_p = _primitive("kernel_gradient", first=_Merge(4, 3), second=_Merge(4, 4))
 
 
-# For each operation, the transposes in its first and in its second operand: from a cotangent of its result.
+# The derivatives: for each operation, its transposes in the first and in the second operand.
 ad.defbilinear(
     conv_p,
     lambda y, x, kernel, **params: input_gradient_p.bind(y, kernel, **params),

@@ -1,8 +1,8 @@
-"""The paper's networks in linen, with the initialisation of the authors' code.
+"""The networks of the MAML paper in linen, with the initialisation of the authors' code.
 
-Both take `(inputs, context=None)`: `context` `[B', ...]`, the inputs of the support set, is what a
-normalisation by the support set has to see beside the queries; others make nothing of it. With
-`head=False` they return features, what goes into the last layer.
+Both networks take `(inputs, context=None)`. `context` `[B', ...]` is the inputs of the support set, for a
+normalisation that needs them beside the queries (`NEEDS_CONTEXT`); the others ignore them. With `head=False` the
+networks return features, the inputs of the last layer.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,16 +19,23 @@ from maml_jax.nets.normalisation import NEEDS_CONTEXT, Norm, Normalisation
 from maml_jax.types import Params
 
 HEAD = "head"
-"""Name of the last layer in the parameters of both nets."""
+"""Name of the last layer in the parameters of both networks."""
 
-small_normal = nn.initializers.truncated_normal(0.01)  # Cut off at two standard deviations, as TensorFlow's.
+small_normal = nn.initializers.truncated_normal(0.01)  # Truncated at two standard deviations, as TensorFlow's.
 
 
 class MLP(nn.Module):
     """Fully connected ReLU network on flattened inputs, `[B, ...] -> [B, outputs]`.
 
-    The sinusoid net is `MLP((40, 40), 1)` (paper, section 5.1); the Omniglot net without convolutions
+    The sinusoid network is `MLP((40, 40), 1)` (paper, section 5.1); the Omniglot network without convolutions
     is `MLP((256, 128, 64, 64), ways, "batch")` (section 5.2).
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> net = MLP((40, 40), 1)
+      >>> params = jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, 1)))["params"]
+      >>> net.apply({"params": params}, jnp.zeros((5, 1))).shape
+      (5, 1)
     """
 
     hidden: Sequence[int]
@@ -37,10 +44,10 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, context: jax.Array | None = None, *, head: bool = True) -> jax.Array:
-        x, support = _beside(context, x, self.normalisation)
+        x, support = _with_context(x, context, self.normalisation)
         x = x.reshape(x.shape[0], -1)
         for features in self.hidden:
-            # A bias before the normalisation would be taken away again by it.
+            # No bias before a normalisation, which would subtract it.
             x = Dense(features, use_bias=self.normalisation is None, kernel_init=small_normal)(x)
             x = nn.relu(x if self.normalisation is None else Norm(self.normalisation)(x, support))
         x = x[support:]
@@ -50,8 +57,16 @@ class MLP(nn.Module):
 class ConvNet(nn.Module):
     """Four blocks of 3x3 convolution, normalisation and ReLU, `[B, H, W, C] -> logits [B, ways]` (section 5.2).
 
-    Strided, for Omniglot: convolutions of stride 2, then the mean over space. Pooled, for
-    MiniImagenet: 2x2 max-pooling after each block, then all that is left (5x5 from 84x84) flattened.
+    For Omniglot: convolutions of stride 2, then the mean over space. With `pooled`, for MiniImagenet: 2x2 max-pooling
+    after each block, then the flattened features (5x5 from images of 84x84).
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> net = ConvNet(ways=5, filters=8)
+      >>> images = jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32)
+      >>> params = jax.eval_shape(net.init, jax.random.key(0), images)["params"]
+      >>> sorted(params)[-1], params["head"]["kernel"].shape
+      ('head', (8, 5))
     """
 
     ways: int
@@ -62,7 +77,7 @@ class ConvNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, context: jax.Array | None = None, *, head: bool = True) -> jax.Array:
-        x, support = _beside(context, x, self.normalisation)
+        x, support = _with_context(x, context, self.normalisation)
         for block in range(4):
             layer = PooledConv if self.pooled else partial(Conv, stride=2)
             convolution = layer(self.filters, implementation=self.implementation, name=f"Conv_{block}")
@@ -72,43 +87,48 @@ class ConvNet(nn.Module):
         return Dense(self.ways, kernel_init=init, name=HEAD)(x) if head else x
 
 
-def _beside(
-    context: jax.Array | None, x: jax.Array, normalisation: Normalisation | None
+def _with_context(
+    x: jax.Array, context: jax.Array | None, normalisation: Normalisation | None
 ) -> tuple[jax.Array, int | None]:
-    """The inputs with the support set before them, and how many these are, where the normalisation has to see it."""
+    """The support set followed by the inputs, and its size, if the normalisation needs it; else the inputs and None."""
     if context is None or normalisation not in NEEDS_CONTEXT:
         return x, None
     return jnp.concatenate([context, x]), len(context)
 
 
 def apply_params(net: nn.Module, **options: Any) -> Callable[..., jax.Array]:
-    """The net as a function `(params, inputs, ...) -> outputs`, the form in which losses take a model."""
+    """The network as a function `(params, inputs, ...) -> outputs`, as `losses` take a model.
+
+    Args:
+      net: any linen module.
+      options: keyword arguments of its call, such as `head=False`.
+    """
     return lambda params, *inputs: cast(jax.Array, net.apply({"params": params}, *inputs, **options))
 
 
-# Masks for `trainable=`: which parameters the inner loop adapts.
+# Masks of parameters, for `trainable=` and `per_step=`. They go by the names of the layers.
 
 
 def all_but_norms(params: Params) -> Any:
-    """All but what belongs to normalisations, as in the paper's code."""
-    return _where(params, lambda layer: not layer.startswith("Norm_"))
+    """Selects everything but the parameters of normalisations, as the paper's code adapts."""
+    return _select_layers(params, lambda layer: not layer.startswith("Norm_"))
 
 
 def head_only(params: Params) -> Any:
-    """The last layer alone (ANIL, Raghu et al. 2020)."""
-    return _where(params, lambda layer: layer == HEAD)
+    """Selects the last layer (ANIL, Raghu et al. 2020, arXiv:1909.09157)."""
+    return _select_layers(params, lambda layer: layer == HEAD)
 
 
 def body_only(params: Params) -> Any:
-    """All but the last layer and normalisations (BOIL, Oh et al. 2021)."""
-    return _where(params, lambda layer: layer != HEAD and not layer.startswith("Norm_"))
+    """Selects everything but the last layer and normalisations (BOIL, Oh et al. 2021, arXiv:2008.08882)."""
+    return _select_layers(params, lambda layer: layer != HEAD and not layer.startswith("Norm_"))
 
 
 def norms_only(params: Params) -> Any:
-    """What belongs to normalisations; for `per_step.replicate_per_step`."""
-    return _where(params, lambda layer: layer.startswith("Norm_"))
+    """Selects the parameters of normalisations, such as for `per_step=` of `maml_plus_plus`."""
+    return _select_layers(params, lambda layer: layer.startswith("Norm_"))
 
 
-def _where(params: Params, chosen: Callable[[str], bool]) -> Any:
-    """Bools shaped like the parameters, from the name of the layer that each belongs to."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: chosen(path[0].key), params)
+def _select_layers(params: Params, selected: Callable[[str], bool]) -> Any:
+    """A pytree of bools shaped like the parameters, by the name of the layer of each parameter."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: selected(path[0].key), params)

@@ -1,7 +1,7 @@
-"""Normalisation of activations, with what the statistics are of in its name.
+"""Normalisation of activations, named by the examples that its statistics come from.
 
-In few-shot learning this decides what a query may know of the other queries, and with it the accuracy
-(Bronskill et al. 2020). All kinds are made of the moments of each image.
+In few-shot learning this choice decides whether a prediction depends on the other queries of its task (transductive
+or inductive), and with it the accuracy (Bronskill et al. 2020).
 """
 
 from typing import Literal, NamedTuple, get_args
@@ -11,20 +11,22 @@ import jax
 import jax.numpy as jnp
 
 Normalisation = Literal["batch", "support", "tasknorm", "instance", "layer", "group", "running"]
-"""'batch': statistics of the batch at hand, as in the paper's code; in training and at test alike, so that
-the queries of a task see each other (transductive). 'support': of the support set, for queries too.
-'tasknorm': of the support set and of the example itself, in a learned mixture (TaskNorm-I, Bronskill et
-al. 2020, equation 7). 'instance', 'layer', 'group': of the example itself, over a channel, all channels,
-or groups of 16. 'running': what `running.gather` has gathered from other tasks, for queries after training
-with 'batch' (MAML++, Antoniou et al. 2019). With all but 'batch', the queries of a task are independent of
-each other."""
+"""The examples that the statistics come from.
+
+- 'batch': the batch at hand, in training and at test, as in the code of the MAML paper. The only transductive one.
+- 'support': the support set, for queries too.
+- 'tasknorm': a learned mixture of the support set and the example itself (TaskNorm-I, arXiv:2003.03284, equation 7).
+- 'instance', 'layer', 'group': the example itself, over one channel, all channels, or groups of 16 channels.
+- 'running': other tasks, as gathered by `running_statistics.gather` after training with 'batch' (MAML++,
+  arXiv:1810.09502).
+"""
 
 NORMALISATIONS: tuple[Normalisation, ...] = get_args(Normalisation)
 
 NEEDS_CONTEXT = ("support", "tasknorm")
-"""Those that have to see the support set beside the queries."""
+"""Normalisations that need the support set beside the queries."""
 
-GROUP = 16  # Channels, the better of the two choices of Wu and He (2018).
+GROUP = 16  # Channels of a group, the better of the two choices of Wu and He (2018).
 
 
 class Moments(NamedTuple):
@@ -34,25 +36,29 @@ class Moments(NamedTuple):
     variance: jax.Array
 
 
-def of_all(x: jax.Array) -> Moments:
-    """Over all axes but the last: `[..., C] -> [C]`."""
+def moments_over_batch(x: jax.Array) -> Moments:
+    """Moments over all axes but the last: `[B, ..., C] -> [C]`."""
     return _moments(x, tuple(range(x.ndim - 1)), keep=False)
 
 
-def of_each(x: jax.Array) -> Moments:
-    """Of each example: `[B, ..., C] -> [B, C]`."""
+def moments_per_example(x: jax.Array) -> Moments:
+    """Moments over all axes but the first and the last: `[B, ..., C] -> [B, C]`."""
     return _moments(x, tuple(range(1, x.ndim - 1)), keep=False)
 
 
-def together(each: Moments, axis: int = 0) -> Moments:
-    """Of parts of one size along `axis`, kept as an axis of size 1, the moments of the whole: the law of total
-    variance."""
-    mean, between = _moments(each.mean, axis, keep=True)
-    return Moments(mean, each.variance.mean(axis, keepdims=True) + between)
+def pooled_moments(parts: Moments, axis: int = 0) -> Moments:
+    """Moments of the union of equally large parts, by the law of total variance.
+
+    Args:
+      parts: moments of each part, along `axis`.
+      axis: reduced to size 1.
+    """
+    mean, between = _moments(parts.mean, axis, keep=True)
+    return Moments(mean, parts.variance.mean(axis, keepdims=True) + between)
 
 
-def mixed(first: Moments, second: Moments, share: jax.Array) -> Moments:
-    """Of a mixture in which `share` is of the first and the rest of the second."""
+def interpolate(first: Moments, second: Moments, share: jax.Array) -> Moments:
+    """Moments of a mixture, with weight `share` on `first` and `1 - share` on `second`."""
     mean = share * first.mean + (1 - share) * second.mean
     spread = [part.variance + jnp.square(part.mean - mean) for part in (first, second)]
     return Moments(mean, share * spread[0] + (1 - share) * spread[1])
@@ -65,29 +71,39 @@ def _moments(x: jax.Array, axes: int | tuple[int, ...], *, keep: bool) -> Moment
 
 
 class Norm(nn.Module):
-    """Normalisation of `[B, ..., C]` to mean 0 and variance 1, with an offset and no scale, as the paper's code.
+    """Normalises `[B, ..., C]` to mean 0 and variance 1, with a learned offset and no scale, as the MAML paper's code.
 
-    Called with `support`, the number of examples at the beginning of the batch that are the support set
-    (None: all of it), and with `each`, the moments of each example `[B, C]` where these are not those of `x`.
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> norm, x = Norm("batch"), jnp.array([[1.0], [3.0]])
+      >>> params = norm.init(jax.random.key(0), x)
+      >>> print(jnp.round(norm.apply(params, x), 2))
+      [[-1.]
+       [ 1.]]
+
+    Call arguments:
+      x: activations `[B, ..., C]`.
+      support: number of examples at the start of the batch that are the support set; None: all of them.
+      moments: moments of each example `[B, C]`, where they are not those of `x`.
     """
 
     kind: Normalisation = "batch"
     epsilon: float = 1e-3
 
-    def __call__(self, x: jax.Array, support: int | None = None, each: Moments | None = None) -> jax.Array:
-        if each is None:
-            each = of_all(x) if self.kind == "batch" else of_each(x)
-        mean, scale, offset = self.affine(each, support)
-        if mean.ndim > 1:  # [B or 1, C], with an axis for every one of space.
+    def __call__(self, x: jax.Array, support: int | None = None, moments: Moments | None = None) -> jax.Array:
+        if moments is None:
+            moments = moments_over_batch(x) if self.kind == "batch" else moments_per_example(x)
+        mean, scale, offset = self.affine(moments, support)
+        if mean.ndim > 1:  # [B or 1, C]: add the spatial axes.
             mean, scale = (leaf.reshape(len(leaf), *[1] * (x.ndim - 2), -1) for leaf in (mean, scale))
         return (x - mean) * scale + offset
 
     @nn.compact
     def affine(self, moments: Moments, support: int | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Mean, scale and offset, with which `x` becomes `(x - mean) * scale + offset`.
+        """The normalisation as an affine map, `x -> (x - mean) * scale + offset`.
 
         Args:
-          moments: of each example, `[B, C]`; for 'batch' those of all together, `[C]`, will do.
+          moments: of each example, `[B, C]`; for 'batch' also those of the whole batch, `[C]`.
           support: as in a call.
 
         Returns:
@@ -97,28 +113,27 @@ class Norm(nn.Module):
         mean, variance = self.statistics(moments, support)
         return mean, jax.lax.rsqrt(variance + self.epsilon), offset
 
-    def seen(self, batch: Moments) -> Moments:
-        """The same, left for `running.gather` to collect."""
-        self.sow("intermediates", "moments", batch)
-        return batch
-
-    def statistics(self, each: Moments, support: int | None) -> Moments:
-        """What each example is normalised by, `[B, C]` or `[1, C]`, from the moments of each; `[C]` from `[C]`."""
+    def statistics(self, moments: Moments, support: int | None) -> Moments:
+        """The mean and variance that each example is normalised by, `[B, C]`, `[1, C]` or `[C]`."""
         if self.kind == "batch":
-            return self.seen(each if each.mean.ndim == 1 else together(each))
+            batch = moments if moments.mean.ndim == 1 else pooled_moments(moments)
+            self.sow("intermediates", "moments", batch)  # For `running_statistics.gather`.
+            return batch
+        channels = moments.mean.shape[-1]
         if self.kind == "running":
-            shape = each.mean.shape[-1:]
-            mean = self.param("mean", nn.initializers.zeros, shape)
-            return Moments(mean[None], self.param("variance", nn.initializers.ones, shape)[None])
+            mean = self.param("mean", nn.initializers.zeros, (channels,))
+            variance = self.param("variance", nn.initializers.ones, (channels,))
+            return Moments(mean[None], variance[None])
         if self.kind == "instance":
-            return each
+            return moments
         if self.kind in ("layer", "group"):
-            size = min(GROUP, each.mean.shape[-1]) if self.kind == "group" else each.mean.shape[-1]
-            groups = Moments(*(leaf.reshape(len(leaf), -1, size) for leaf in each))
-            return Moments(*(jnp.repeat(leaf[..., 0], size, -1) for leaf in together(groups, -1)))
-        of_support = together(Moments(*(leaf[:support] for leaf in each)))
+            size = min(GROUP, channels) if self.kind == "group" else channels
+            groups = Moments(*(leaf.reshape(len(leaf), -1, size) for leaf in moments))
+            return Moments(*(jnp.repeat(leaf[..., 0], size, -1) for leaf in pooled_moments(groups, -1)))
+        support_moments = pooled_moments(Moments(*(leaf[:support] for leaf in moments)))
         if self.kind == "support":
-            return of_support
-        count = len(each.mean) if support is None else support
+            return support_moments
+        # TaskNorm: the share of the support set is a sigmoid of a learned affine function of its size.
+        size = len(moments.mean) if support is None else support
         scale, shift = (self.param(name, nn.initializers.zeros, ()) for name in ("share_scale", "share_shift"))
-        return mixed(of_support, each, nn.sigmoid(scale * count + shift))
+        return interpolate(support_moments, moments, nn.sigmoid(scale * size + shift))

@@ -1,7 +1,6 @@
-"""The one place where the backend and the sizes decide how something is computed; what is computed is the same.
+"""Choices of implementation by backend and sizes: they change the speed of a computation, never its result.
 
-The bounds are from measurements on CPUs with AVX2 and with AVX-512; the choices for accelerators from an H200, and
-for TPUs they are not measured.
+The limits come from measurements on CPUs with AVX2 and AVX-512, and on an H200 for accelerators. TPUs are not measured.
 """
 
 import math
@@ -11,65 +10,83 @@ from typing import Any, Literal
 
 import jax
 
-LARGE_PARAMS = 1 << 14
-"""Parameters beyond which tasks side by side leave a core's caches."""
+CACHED_PARAMS = 1 << 14
+"""Parameters up to which the tasks of a meta-batch stay in the caches of a CPU core together."""
 
-GROUP_OF_WINDOWS = 1 << 20
-"""Entries of a matrix of windows that a core's caches hold, with what is made of it."""
+WINDOW_ENTRIES = 1 << 20
+"""Entries of a matrix of windows that stay in the caches of a CPU core, together with the product."""
 
-LARGE_GROUP_OF_WINDOWS = 1 << 28
-"""The same for an accelerator, whose memory is the bound: a GiB in float32."""
+ACCELERATOR_WINDOW_ENTRIES = 1 << 28
+"""The same for an accelerator, limited by its memory: 1 GiB in float32."""
 
-LARGE_OUTPUT = 1 << 19
-"""Entries of a convolution that a core's caches no longer hold, with what is made of it."""
+CACHED_OUTPUT = 1 << 19
+"""Entries of the output of a convolution up to which it stays in the caches of a CPU core."""
 
 FEW_CHANNELS = 16
-"""Below this, XLA's convolution on a CPU has too short sums to be fast."""
+"""Channels below which XLA's convolution on a CPU is slow, because its sums are short."""
 
 
 def task_batch_size(params: Any) -> int | None:
-    """How many tasks are computed together: one keeps a CPU's caches warm, an accelerator wants all (None)."""
+    """Tasks computed together: 1 on a CPU for large models, which keeps its caches warm; None, all, otherwise."""
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return 1 if jax.default_backend() == "cpu" and size > LARGE_PARAMS else None
+    return 1 if jax.default_backend() == "cpu" and size > CACHED_PARAMS else None
 
 
 def policy_batch_size() -> Literal[1, "all"]:
-    """How many policies are differentiated together: the thousands of steps of each fill a CPU's caches alone."""
+    """Policies differentiated together: 1 on a CPU, as the thousands of samples of one policy fill its caches."""
     return 1 if jax.default_backend() == "cpu" else "all"
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def convolution(platform: str, operation: str, channels: int, window: Sequence[int], stride: int) -> str:
-    """The implementation of one operation of `maml_jax.nets.convolution`, for the platform that is compiled for."""
-    if platform != "cpu":  # Kernels of every task become grouped convolutions, which take a GPU several times as long.
+    """The implementation of an operation of `maml_jax.nets.convolution`.
+
+    Args:
+      platform: that the program is compiled for; any name but 'cpu' is an accelerator.
+      operation: 'conv', 'input_gradient' or 'kernel_gradient'.
+      channels: of the operand that is convolved.
+      window: rows and columns of the kernel.
+      stride: of the convolution.
+    """
+    if platform != "cpu":  # One kernel for each task makes a grouped convolution, several times slower on a GPU.
         return "im2col"
-    if math.prod(window) * stride == 1:  # A product of matrices as it is.
+    if math.prod(window) * stride == 1:  # A matrix product.
         return "patches"
     fast_in_xla = operation != "kernel_gradient" and stride == 1 and channels >= FEW_CHANNELS
     return "direct" if fast_in_xla else "patches"
 
 
-def windows_at_once(platform: str) -> int:
-    """Entries of a matrix of windows that are made at once, the rest in a loop after them."""
-    return GROUP_OF_WINDOWS if platform == "cpu" else LARGE_GROUP_OF_WINDOWS
+def window_batch_size(platform: str) -> int:
+    """Entries of a matrix of windows that are computed together; more are computed in a loop."""
+    return WINDOW_ENTRIES if platform == "cpu" else ACCELERATOR_WINDOW_ENTRIES
 
 
-def one_image_at_a_time(images: Sequence[int], channels: int, features: int) -> bool:
-    """Whether the convolution of images `[B, H, W]` is made image by image, for the caches' sake.
+def maps_over_images(images: Sequence[int], channels: int, features: int) -> bool:
+    """Whether to compute a convolution one image at a time, which keeps the output in the caches of a CPU core.
 
-    Where it is the largest array of all, and with so few channels that making it again costs little.
+    True if the output is large, and few channels make it cheap to recompute.
+
+    Args:
+      images: shape `[B, H, W]` of the images.
+      channels: C of the images.
+      features: of the output.
     """
-    large = math.prod(images) * features > LARGE_OUTPUT
+    large = math.prod(images) * features > CACHED_OUTPUT
     return jax.default_backend() == "cpu" and large and channels < FEW_CHANNELS
 
 
 def normalises_kernel(entries: int, features: int) -> bool:
-    """Whether a layer of windows of so many entries normalises its kernel in place of its output.
+    """Whether a convolution normalises its kernel in place of its output.
 
-    On a CPU, where passes over a large output cost more than the products of so few entries.
+    True on a CPU if a window has few entries: passes over a large output cost more there than the products that the
+    moments take.
+
+    Args:
+      entries: of a window, `h * w * C`.
+      features: of the output.
     """
     return jax.default_backend() == "cpu" and entries <= features

@@ -1,4 +1,4 @@
-"""`check_meta_gradient` finds what is wrong, and says where."""
+"""`check_meta_gradient` finds faults and names the place."""
 
 import flax.linen as nn
 import jax
@@ -10,7 +10,7 @@ from helpers.model_zoo import drawn_params, plain_dict, tasks
 
 import maml_jax
 from maml_jax import check_meta_gradient, losses
-from maml_jax.algorithms import schedules
+from maml_jax.algorithms.maml_plus_plus import multi_step_weights
 from maml_jax.nets import layers
 from maml_jax.nets.convolution import conv
 
@@ -19,7 +19,7 @@ def failed(report):
     return {finding.name for finding in report.findings if not finding.passed}
 
 
-def test_passes_a_sound_loss_in_float32_and_says_so():
+def test_a_sound_loss_in_float32_is_exact():
     loss_fn, params = plain_dict()
     report = check_meta_gradient(loss_fn, params, tasks(2), maml_jax.sgd(0.3, steps=2))
     assert report.exact and "is exact" in str(report)
@@ -63,11 +63,10 @@ def test_finds_a_wrong_second_derivative_behind_a_right_first_one():
     assert "second derivative" in report["meta-gradient"].meaning
 
 
-def test_finds_a_program_that_disagrees_with_itself():
-    """A maximum over windows whose derivative asks for the bits of the maximum, after another rounding.
+def test_finds_a_derivative_that_rounds_differently():
+    """A maximum over windows, whose derivative compares the entries with a maximum of another rounding.
 
-    What a compiler does when it computes the entries a second time, done by hand: the forward pass
-    selects and the derivative compares with values that are a rounding away.
+    A compiler causes this if it computes the entries a second time.
     """
     _, params = plain_dict()
 
@@ -140,13 +139,13 @@ def test_finds_a_loss_that_remembers_its_calls():
     assert "jit" in failed(check_meta_gradient(loss, params, tasks(2), maml_jax.sgd(0.3, steps=1)))
 
 
-def test_calls_first_order_an_approximation():
+def test_first_order_is_an_approximation():
     loss_fn, params = plain_dict()
     report = check_meta_gradient(loss_fn, params, tasks(2), maml_jax.sgd(0.3, steps=2, order=1))
     assert failed(report) == {"meta-gradient"} and "first order" in report["meta-gradient"].meaning
 
 
-def test_explains_the_square_root_of_adam():
+def test_adam_without_eps_root_is_explained():
     loss_fn, params = plain_dict()
     (x, labels), query = tasks(2)
     batch = maml_jax.Task((x.at[..., 0].set(0), labels), query)  # A row of w1 has a gradient of exactly zero.
@@ -156,8 +155,8 @@ def test_explains_the_square_root_of_adam():
     assert check_meta_gradient(loss_fn, params, batch, sound)["finite"].passed
 
 
-def test_the_parameters_themselves_must_give_finite_gradients():
-    """A step away, where all else is compared, no gradient is exactly zero; where training starts, one is."""
+def test_gradients_must_be_finite_at_the_given_parameters():
+    """At the given parameters a gradient is exactly zero; a random step away, none is."""
     loss_fn, params = plain_dict()
     start = params | {"w2": jnp.zeros_like(params["w2"])}
     report = check_meta_gradient(loss_fn, start, tasks(2), maml_jax.unrolled(optax.adam(0.1), steps=2))
@@ -167,26 +166,26 @@ def test_the_parameters_themselves_must_give_finite_gradients():
 
 
 @pytest.mark.parametrize(
-    ("where", "rate", "told"),
+    ("where", "rate", "message"),
     [
         ("support", 0.3, "before any adaptation"),
-        ("query", 0.3, "the query sets hold what is not finite"),
-        (None, 1e30, "a smaller inner rate"),
+        ("query", 0.3, "check the query sets"),
+        (None, 1e30, "use a smaller inner rate"),
     ],
 )
-def test_what_is_not_finite_is_told_first_and_alone(where, rate, told):
+def test_values_that_are_not_finite_are_the_only_finding(where, rate, message):
     def loss_fn(params, batch):
         return jnp.square(batch @ params).mean() ** 2, {}
 
     batch = maml_jax.Task(*np.random.default_rng(0).standard_normal((2, 2, 4, 3)))
     if where:
-        getattr(batch, where)[1, 2, 0] = np.nan  # Of the second task.
+        getattr(batch, where)[1, 2, 0] = np.nan  # In the second task.
     report = check_meta_gradient(loss_fn, jnp.ones(3), batch, maml_jax.sgd(rate, steps=6))
     (finding,) = report.findings
-    assert not report.exact and finding.name == "finite" and told in finding.meaning
+    assert not report.exact and finding.name == "finite" and message in finding.meaning
 
 
-def test_a_gradient_of_zero_is_no_exact_one():
+def test_a_gradient_of_zero_is_not_exact():
     loss_fn, params = plain_dict()
 
     def rounded(params, batch):
@@ -201,8 +200,8 @@ def test_a_gradient_of_zero_is_no_exact_one():
     assert failed(report) == {"meta-gradient"} and "query loss" in report["meta-gradient"].meaning
 
 
-def test_a_step_out_of_the_losses_domain_is_no_finding():
-    """The wide ones of the differences go below zero, of which there is no logarithm."""
+def test_difference_steps_may_leave_the_domain_of_the_loss():
+    """The longest steps of the differences go below zero, where the logarithm is not defined."""
 
     def loss_fn(params, batch):
         return jnp.square(jnp.log(params["scale"])).sum() + 0 * batch[0].sum(), {}
@@ -211,8 +210,8 @@ def test_a_step_out_of_the_losses_domain_is_no_finding():
     assert report["loss gradient"].passed and report["meta-gradient"].passed
 
 
-def test_a_task_that_is_at_rest_is_no_fault():
-    """A hinge whose margin all examples of the first task have has no gradient there."""
+def test_a_task_without_gradient_is_not_a_failure():
+    """The hinge loss is zero for all examples of the first task."""
 
     def hinge(params, batch):
         return jax.nn.relu(batch @ params - 1).mean(), {}
@@ -224,7 +223,7 @@ def test_a_task_that_is_at_rest_is_no_fault():
     assert report.exact, str(report)
 
 
-def test_what_overflows_in_float32_alone_is_finite_for_whom_trains_in_float64(x64_everywhere):
+def test_finite_is_about_the_precision_of_training(x64_everywhere):
     def large(params, batch):
         return jnp.square(1e30 * (batch @ params)).mean() * 1e-60, {}
 
@@ -235,7 +234,7 @@ def test_what_overflows_in_float32_alone_is_finite_for_whom_trains_in_float64(x6
     assert failed(report) == {"finite"} and "in float32" in report["finite"].meaning
 
 
-def test_a_loss_in_bfloat16_is_judged_as_coarsely_as_it_computes():
+def test_the_tolerance_follows_a_loss_in_bfloat16():
     loss_fn, params = plain_dict()
     report = check_meta_gradient(
         lambda params, batch: (loss_fn(params, batch)[0].astype(jnp.bfloat16), {}),
@@ -244,15 +243,15 @@ def test_a_loss_in_bfloat16_is_judged_as_coarsely_as_it_computes():
     assert report["finite"].passed and "bfloat16" in report["precision"].meaning
 
 
-def test_leaves_that_the_loss_does_not_use_are_told():
+def test_leaves_that_the_loss_does_not_use_are_named():
     loss_fn, params = plain_dict()
     report = check_meta_gradient(loss_fn, params | {"spare": jnp.ones(3)}, tasks(2), maml_jax.sgd(0.3, steps=1))
-    assert report.exact and "['spare'] it is zero" in report["meta-gradient"].meaning
+    assert report.exact and "zero in .params['spare']" in report["meta-gradient"].meaning
 
 
 def test_step_weights_may_follow_the_meta_step():
     loss_fn, params = plain_dict()
-    weights = schedules.multi_step_weights(2, until=10)
+    weights = multi_step_weights(2, until=10)
     as_numbers, followed = (
         check_meta_gradient(loss_fn, params, tasks(2), maml_jax.sgd(0.3, steps=2), step_weights=given)
         for given in (np.asarray(weights(0)).tolist(), weights)
@@ -262,8 +261,8 @@ def test_step_weights_may_follow_the_meta_step():
         check_meta_gradient(loss_fn, params, tasks(2), maml_jax.sgd(0.3, steps=3), step_weights=weights)
 
 
-def test_zero_biases_and_blank_inputs_are_no_fault():
-    """Initial biases of zero put a ReLU on its kink for a blank input; that says nothing of the model."""
+def test_zero_biases_and_blank_inputs_are_not_a_failure():
+    """Initial biases of zero put a ReLU on its kink for a blank input."""
     net = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(4)])
     batch = tasks(2)
     batch = jax.tree.map(lambda leaf: leaf * (jnp.arange(leaf.shape[1]) > 1)[None, :, None].astype(leaf.dtype)
@@ -276,19 +275,19 @@ def test_zero_biases_and_blank_inputs_are_no_fault():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_low_precision_inside_is_told_and_not_called_a_fault(dtype):
+def test_low_precision_in_the_model_is_information_and_not_a_failure(dtype):
     net = nn.Sequential([nn.Dense(8, dtype=dtype), nn.tanh, nn.Dense(3, dtype=dtype)])
     batch = tasks(2)
     batch = maml_jax.Task(*((x, x) for x, _ in batch))
     params = drawn_params(net, batch.support[0][0])
     loss_fn = losses.mean_squared_error(lambda params, x: net.apply({"params": params}, x))
     report = check_meta_gradient(loss_fn, params, batch, maml_jax.sgd(0.1, steps=1))
-    assert f"computes in {dtype} whatever it is given" in report["precision"].meaning
+    assert f"computes in {dtype} whatever the type of its inputs" in report["precision"].meaning
     assert report.exact, report
 
 
-def test_a_plain_maximum_in_pooling_is_judged_by_what_it_does_here():
-    """Under vmap with several inner steps some compilers make its gradient wrong: the check must say what is true."""
+def test_a_maximum_reduction_fails_where_the_compiler_makes_it_wrong():
+    """Under vmap with several inner steps some compilers make its gradient wrong, and some do not."""
 
     def reduced(x):
         return x.reshape(x.shape[0], x.shape[1] // 2, 2, x.shape[2] // 2, 2, x.shape[3]).max((2, 4))
@@ -326,7 +325,7 @@ def test_a_plain_maximum_in_pooling_is_judged_by_what_it_does_here():
     assert report.exact == same, report
 
 
-def test_an_unknown_finding_and_no_inner_step_are_errors():
+def test_wrong_arguments_are_refused():
     loss_fn, params = plain_dict()
     with pytest.raises(KeyError):
         check_meta_gradient(loss_fn, params, tasks(1), maml_jax.sgd(0.3, steps=1))["other"]
@@ -336,7 +335,7 @@ def test_an_unknown_finding_and_no_inner_step_are_errors():
         check_meta_gradient(loss_fn, params, tasks(1), optax.sgd(0.1))
 
 
-def test_tells_that_second_order_vanishes_for_a_linear_loss():
+def test_first_order_equals_second_for_a_linear_loss():
     def linear(params, batch):
         return jnp.vdot(params["w"], batch), {}
 

@@ -127,7 +127,7 @@ def test_every_path_against_one_slow_reference(pooled, implementation, policy, o
     loss_fn = losses.cross_entropy(models.apply_params(SmallNet(pooled, implementation)))
     inner = maml_jax.sgd(0.3, steps=2, order=order, remat=remat)
     if pooled:  # As large images are.
-        monkeypatch.setattr(backend, "one_image_at_a_time", lambda images, channels, features: True)
+        monkeypatch.setattr(backend, "maps_over_images", lambda images, channels, features: True)
     (got, _), _ = meta_gradient(loss_fn, inner, params, images_of_two_tasks(), **POLICIES[policy])
     assert_same(got, expected, rtol=1e-8, atol=1e-12)
 

@@ -1,11 +1,14 @@
-"""The nets are the paper's: sizes, initial distributions and what enters the inner loop."""
+"""The networks are the paper's: sizes, initial distributions, and the parameters that the inner loop adapts."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from helpers.algorithm_cases import LOSS, start_params
+from helpers.model_zoo import tasks
 
-from maml_jax import losses
+import maml_jax
 from maml_jax.nets import models
 
 
@@ -15,7 +18,7 @@ def initial(net, *shape):
 
 @pytest.mark.parametrize(
     ("net", "shape", "size"),
-    [  # Without the biases that a normalisation follows: they change nothing.
+    [  # Without biases before a normalisation, which would subtract them.
         (models.MLP((40, 40), 1), (1, 1), 80 + 1640 + 41),
         (models.MLP((256, 128, 64, 64), 5, "batch"), (1, 28, 28, 1), 784 * 256 + 256 * 128 + 128 * 64
          + 64 * 64 + (256 + 128 + 64 + 64) + 64 * 5 + 5),
@@ -41,46 +44,28 @@ def test_initial_distributions():
     head = np.asarray(pooled["head"]["kernel"])
     assert np.isclose(head.std(), np.sqrt(2 / (800 + 5)), rtol=0.05)
     first = np.asarray(mlp["Dense_0"]["kernel"])
-    # A normal of .01 cut at two standard deviations, as TensorFlow's truncated_normal: its deviation is .0088.
+    # A normal of 0.01 truncated at two standard deviations, as TensorFlow's: its deviation is 0.0088.
     assert np.abs(first).max() <= 0.02 and np.isclose(first.std(), 0.0088, rtol=0.02)
     for params in (strided, pooled, mlp):
         assert not np.any(params["head"]["bias"])
 
 
-def test_the_mask_leaves_out_norms_only():
+def test_all_but_norms_leaves_out_norms_only():
     params = jax.eval_shape(models.ConvNet(5).init, jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
     mask = models.all_but_norms(params)
     assert mask["Norm_0"] == {"offset": False}
     assert mask["Conv_0"] == {"kernel": True} and mask["head"] == {"kernel": True, "bias": True}
 
 
-def test_rate_for_mean_loss_makes_the_papers_update():
-    """The code's loss is the sum over N*K examples over K; its rate .4 and ours must move parameters alike."""
-    ways, shots, rate = 5, 2, 0.4
-    logits = jax.random.normal(jax.random.key(0), (ways * shots, ways))
-    labels = jnp.arange(ways).repeat(shots)
-    mean = losses.cross_entropy(lambda params, x: x + params)
-    ours = jax.grad(lambda p: mean(p, (logits, labels))[0])(jnp.zeros(ways))
-    one_hot = jax.nn.one_hot(labels, ways)
-    paper = jax.grad(lambda p: -jnp.sum(one_hot * jax.nn.log_softmax(logits + p)) / shots)(jnp.zeros(ways))
-    np.testing.assert_allclose(losses.rate_for_mean_loss(rate, ways) * ours, rate * paper, rtol=1e-5, atol=1e-6)
-
-
-def test_losses_have_their_values():
-    batch = (jnp.array([[1.0], [2.0]]), jnp.array([[2.0], [5.0]]))
-    loss, aux = losses.mean_squared_error(lambda params, x: params * x)(1.0, batch)
-    assert loss == 5.0 and aux == {}
-    logits = jnp.log(jnp.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]))
-    loss, aux = losses.cross_entropy(lambda params, x: x)(None, (logits, jnp.array([0, 0])))
-    np.testing.assert_allclose(loss, -np.log([0.5, 0.1]).mean(), rtol=1e-6)
-    assert aux["accuracy"] == 0.5
-
-
-def test_one_by_one_hides_examples_from_each_other():
-    def centred(params, inputs, context=None):
-        return inputs - (inputs if context is None else context).mean(0) + params
-
-    inputs, context = jnp.array([[0.0], [2.0]]), jnp.array([[3.0]])
-    np.testing.assert_array_equal(centred(1.0, inputs), [[0.0], [2.0]])
-    np.testing.assert_array_equal(losses.inductive(centred)(1.0, inputs), [[1.0], [1.0]])
-    np.testing.assert_array_equal(losses.inductive(centred)(1.0, inputs, context), [[-2.0], [0.0]])
+def test_masks_of_anil_and_boil():
+    batch = jax.tree.map(lambda leaf: leaf[0], tasks(1))
+    params = start_params()
+    for mask, adapts in ((models.head_only, {"head"}), (models.body_only, {"Dense_0", "Dense_1"})):
+        learner = maml_jax.maml(LOSS, maml_jax.sgd(0.3, steps=2, trainable=mask), optax.sgd(1.0))
+        adapted, _ = learner.adapt(learner.init(params), batch.support)
+        changed = {
+            layer
+            for layer, leaves in params.items()
+            if any(not np.array_equal(leaf, adapted[layer][name]) for name, leaf in leaves.items())
+        }
+        assert changed == adapts

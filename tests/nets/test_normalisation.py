@@ -1,15 +1,12 @@
-"""Each normalisation takes its statistics from what its name says, and nothing else reaches an example."""
+"""Each normalisation takes its statistics from the examples in its name, and from no others."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from helpers.model_zoo import drawn_params
 
-import maml_jax
 from maml_jax import Task, losses
-from maml_jax.algorithms import per_step, running_statistics
 from maml_jax.nets import models
 from maml_jax.nets.normalisation import NEEDS_CONTEXT, Norm
 
@@ -41,13 +38,13 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("kind", EXPECTED)
-def test_statistics_are_what_the_name_says(kind, x64):
+def test_statistics_come_from_the_examples_in_the_name(kind, x64):
     np.testing.assert_allclose(normalised(kind, support=SUPPORT), EXPECTED[kind], rtol=1e-9, atol=1e-12)
     params = Norm(kind).init(jax.random.key(0), X)["params"]
     assert jax.tree.map(jnp.shape, params) == {"offset": (32,)}
 
 
-def test_tasknorm_mixes_support_and_example_in_a_learned_share(x64):
+def test_tasknorm_mixes_support_and_example_with_a_learned_weight(x64):
     """Bronskill et al. 2020, equation 7, and its limits."""
     scale, shift = 0.3, -0.7
     share = 1 / (1 + np.exp(-(scale * SUPPORT + shift)))
@@ -73,7 +70,7 @@ NETS = {
     [("strided", "batch"), ("strided", "layer"), ("strided", "tasknorm"), ("pooled", "tasknorm"), ("pooled", "batch"),
      ("no convolutions", "support")],
 )  # fmt: skip
-def test_queries_see_each_other_only_in_the_batch_at_hand(net, kind, x64):
+def test_only_batch_normalisation_is_transductive(net, kind, x64):
     net, shape = NETS[net](kind)
     random = np.random.default_rng(1)
     support, queries = random.standard_normal((3, *shape)), random.standard_normal((4, *shape))
@@ -82,14 +79,14 @@ def test_queries_see_each_other_only_in_the_batch_at_hand(net, kind, x64):
     together = apply(params, queries, support)
     alone = jnp.concatenate([apply(params, query[None], support) for query in queries])
     assert np.allclose(together, alone, rtol=1e-9) == (kind != "batch")
-    # And the support set is seen where it is to be.
+    # Predictions depend on the support set only through a normalisation that needs it.
     other = apply(params, queries, support + random.standard_normal(support.shape))
     assert np.allclose(together, other, rtol=1e-9) == (kind not in NEEDS_CONTEXT)
-    # The support set itself is normalised as in the inner loop, by what it is.
+    # The support set itself is normalised as in the inner loop.
     np.testing.assert_allclose(apply(params, support, support), apply(params, support), rtol=1e-9)
 
 
-def test_queries_in_context_reach_the_net(x64):
+def test_query_with_support_passes_the_support_set_to_the_net(x64):
     net, shape = NETS["no convolutions"]("support")
     random = np.random.default_rng(2)
     task = Task(
@@ -104,35 +101,3 @@ def test_queries_in_context_reach_the_net(x64):
         loss = jax.jit(loss_fn)(params, query)[0]
         np.testing.assert_allclose(loss, -jax.nn.log_softmax(logits)[jnp.arange(4), task.query[1]].mean(), rtol=1e-9)
     assert abs(losses.cross_entropy(apply)(params, task.query)[0] - loss) > 1e-6
-
-
-def test_running_statistics_of_one_task_are_those_of_its_own_batch(x64):
-    """After each inner step; and with them queries are independent of each other."""
-    shape, random = (6,), np.random.default_rng(3)
-    task = Task(
-        (random.standard_normal((1, 3, *shape)), jnp.arange(3)[None]),
-        (random.standard_normal((1, 4, *shape)), jnp.array([[0, 1, 2, 0]])),
-    )
-    trained, judged = models.MLP((8, 8), 3, "batch"), models.MLP((8, 8), 3, "running")
-    params = drawn_params(trained, task.query[0][0])
-    loss_fn, checker = (losses.cross_entropy(models.apply_params(net)) for net in (trained, judged))
-    inner = maml_jax.sgd(0.5, steps=2, trainable=models.all_but_norms)
-    expected = maml_jax.maml(loss_fn, inner, optax.identity())
-    batch = jax.jit(expected.evaluate)(expected.init(params), task)
-
-    gather = jax.jit(lambda task: running_statistics.gather(trained, inner, loss_fn, params, (), task, steps=2))
-    gathered = gather(task)
-    per_step_inner = inner._replace(params_at_step=per_step.select_step(models.norms_only))
-
-    def evaluated(checker):
-        learner = maml_jax.maml(loss_fn, per_step_inner, optax.identity(), query_loss_fn=checker)
-        return jax.jit(learner.evaluate)(learner.init(gathered), task)
-
-    same = evaluated(checker)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), same, batch)
-    alone = evaluated(losses.cross_entropy(losses.inductive(models.apply_params(judged))))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), alone, same)
-    # With statistics of two tasks it is neither's.
-    both = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf[:, ::-1] ** 2]), task)
-    gathered = gather(both)
-    assert np.abs(evaluated(checker).loss - batch.loss).max() > 1e-3

@@ -1,0 +1,60 @@
+"""The implicit meta-gradient is that of the minimum."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers.algorithm_cases import LOSS, assert_close, meta_gradient, start_params
+from helpers.model_zoo import ZOO, tasks
+
+import maml_jax
+from maml_jax.algorithms import heads
+from maml_jax.algorithms.imaml import imaml, with_proximal_term
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def test_implicit_gradient_of_a_quadratic_in_closed_form():
+    """Support loss p'Ap/2 - b'p, query loss |p - c|^2 / 2: the minimum and its derivative are linear algebra."""
+    random = np.random.default_rng(3)
+    half = random.standard_normal((4, 4))
+    hessian, linear, aim, at = half @ half.T, *random.standard_normal((3, 4))
+    proximal_weight = 2.0
+
+    def support(params, batch):
+        return params["p"] @ hessian @ params["p"] / 2 - batch[0] @ params["p"], {}
+
+    def query(params, batch):
+        return jnp.sum((params["p"] - batch[0]) ** 2) / 2, {}
+
+    inner = maml_jax.sgd(0.05, steps=3000)
+    learner = imaml(support, inner, optax.sgd(1.0), proximal_weight=proximal_weight, cg_steps=4, query_loss_fn=query)
+    task = maml_jax.Task((jnp.asarray(linear)[None],), (jnp.asarray(aim)[None],))
+    gradient, _ = meta_gradient(learner, learner.init({"p": jnp.asarray(at)}), task)
+    system = hessian + proximal_weight * np.eye(4)
+    minimum = np.linalg.solve(system, linear + proximal_weight * at)
+    assert_close(gradient["p"], proximal_weight * np.linalg.solve(system, minimum - aim), rtol=1e-8)
+
+
+def test_implicit_gradient_is_that_of_the_long_unrolled_inner_loop():
+    """On a small net without kinks, with parameters that the inner loop does not adapt."""
+    (loss_fn, params), batch = ZOO["dict"](), tasks(2)
+    inner = maml_jax.sgd(0.1, steps=300, trainable={"w1": True, "b1": True, "w2": True, "b2": False})
+    implicit = imaml(loss_fn, inner, optax.sgd(1.0), proximal_weight=6.0, cg_steps=60)
+    unrolled = maml_jax.maml(loss_fn, with_proximal_term(inner, 6.0), optax.sgd(1.0))
+    expected = meta_gradient(unrolled, unrolled.init(params), batch)
+    assert_close(meta_gradient(implicit, implicit.init(params), batch), expected, rtol=1e-6, atol=1e-9)
+    few = imaml(loss_fn, inner, optax.sgd(1.0), proximal_weight=6.0, cg_steps=1)
+    gradient, _ = meta_gradient(few, few.init(params), batch)
+    assert np.abs(gradient["w1"] - expected[0]["w1"]).max() > 1e-5
+
+
+def test_wrong_arguments_are_refused():
+    with pytest.raises(ValueError, match="without start and params_at_step"):
+        inner = maml_jax.sgd(0.3, steps=2, start=heads.shared())
+        imaml(LOSS, inner, optax.sgd(1.0), proximal_weight=1.0, cg_steps=5)
+    with pytest.raises(ValueError, match="proximal_weight must be positive"):
+        imaml(LOSS, maml_jax.sgd(0.3, steps=1), optax.sgd(1.0), proximal_weight=0.0, cg_steps=5)
+    with pytest.raises(ValueError, match="no gradient for learned rates"):
+        inner = maml_jax.sgd(0.3, steps=2, learn_rates="layer")
+        imaml(LOSS, inner, optax.sgd(1.0), proximal_weight=1.0, cg_steps=2).init(start_params())

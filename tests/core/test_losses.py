@@ -1,0 +1,39 @@
+"""Losses have their values, and `inductive` makes predictions independent."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maml_jax import losses
+
+
+def test_rate_for_mean_loss_makes_the_papers_update():
+    """In the paper's code the loss is the sum over N * K examples divided by K, and the rate 0.4."""
+    ways, shots, rate = 5, 2, 0.4
+    logits = jax.random.normal(jax.random.key(0), (ways * shots, ways))
+    labels = jnp.arange(ways).repeat(shots)
+    mean = losses.cross_entropy(lambda params, x: x + params)
+    ours = jax.grad(lambda p: mean(p, (logits, labels))[0])(jnp.zeros(ways))
+    one_hot = jax.nn.one_hot(labels, ways)
+    paper = jax.grad(lambda p: -jnp.sum(one_hot * jax.nn.log_softmax(logits + p)) / shots)(jnp.zeros(ways))
+    np.testing.assert_allclose(losses.rate_for_mean_loss(rate, ways) * ours, rate * paper, rtol=1e-5, atol=1e-6)
+
+
+def test_losses_have_their_values():
+    batch = (jnp.array([[1.0], [2.0]]), jnp.array([[2.0], [5.0]]))
+    loss, aux = losses.mean_squared_error(lambda params, x: params * x)(1.0, batch)
+    assert loss == 5.0 and aux == {}
+    logits = jnp.log(jnp.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]))
+    loss, aux = losses.cross_entropy(lambda params, x: x)(None, (logits, jnp.array([0, 0])))
+    np.testing.assert_allclose(loss, -np.log([0.5, 0.1]).mean(), rtol=1e-6)
+    assert aux["accuracy"] == 0.5
+
+
+def test_inductive_hides_examples_from_each_other():
+    def centred(params, inputs, context=None):
+        return inputs - (inputs if context is None else context).mean(0) + params
+
+    inputs, context = jnp.array([[0.0], [2.0]]), jnp.array([[3.0]])
+    np.testing.assert_array_equal(centred(1.0, inputs), [[0.0], [2.0]])
+    np.testing.assert_array_equal(losses.inductive(centred)(1.0, inputs), [[1.0], [1.0]])
+    np.testing.assert_array_equal(losses.inductive(centred)(1.0, inputs, context), [[-2.0], [0.0]])
