@@ -126,7 +126,7 @@ def check_meta_gradient(
         validation.weights("step_weights", weights, inner.steps + 1)
     validation.at_least("directions", directions, 1)
     validation.positive("tolerance", tolerance)
-    validation.task_axis(tasks)
+    validation.num_tasks(tasks)
     validation.floating_params(params)
     support_loss = validation.checked_loss(loss_fn)
     query_loss = validation.checked_loss(query_loss_fn or loss_fn)
@@ -329,7 +329,7 @@ def _vmap(checker: GradientChecker, problem: _Problem, gradient: Any) -> Finding
 
 
 def _each_task(tasks: Task) -> list[Task]:
-    return [jax.tree.map(operator.itemgetter(index), tasks) for index in range(validation.task_axis(tasks))]
+    return [jax.tree.map(operator.itemgetter(index), tasks) for index in range(validation.num_tasks(tasks))]
 
 
 def _order(problem: _Problem, gradient: Any) -> Finding:

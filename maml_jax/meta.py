@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from maml_jax import validation
 from maml_jax.inner import InnerLearner, adapted_part, inner_loop, update
-from maml_jax.parallel.task_axis import TaskBatchSize, each, task_axis
+from maml_jax.parallel.task_axis import TaskBatchSize, per_task, task_axis
 from maml_jax.types import AdaptInfo, Batch, Evaluation, InnerParams, LossFn, MetaInfo, MetaState, Params, Task
 
 
@@ -43,7 +43,8 @@ class MetaLearner(NamedTuple):
 
 Gradient = Callable[[tuple[tuple[Params, InnerParams], jax.Array], Task], tuple[Any, Any]]
 """`((meta_params, meta-step), tasks) -> ((loss, gradient of meta_params), (aux, AdaptInfo))`, of a group of
-tasks `[G, ...]`: the first summed over it, the second of each task. `task_axis.summed` makes it of one task's."""
+tasks `[G, ...]`: the first summed over it, the second of each task. `task_axis.sum_over_tasks` makes it of one
+task's."""
 
 StepWeights = Sequence[float] | Callable[[jax.Array], jax.Array]
 
@@ -95,7 +96,7 @@ def maml(
                 f"step_weights must be {inner.steps + 1} weights, one before the first inner step and one after each, "
                 f"but has the shape {shape}."
             )
-        per_task_loss = each(partial(task_loss, support_loss, query_loss, inner, step_weights=weights))
+        per_task_loss = per_task(partial(task_loss, support_loss, query_loss, inner, step_weights=weights))
 
         # Of the sum, not of each task: so the parameters that tasks share get one gradient in one product.
         def total(meta_params: tuple[Params, InnerParams]) -> tuple[jax.Array, Any]:
@@ -150,7 +151,7 @@ def meta_learner(
         )
 
     def evaluate(state: MetaState, tasks: Task, steps: int | None = None, *, only_last: bool = False) -> Evaluation:
-        validation.task_axis(tasks)
+        validation.num_tasks(tasks)
         if steps is not None:
             validation.at_least("steps", steps, 0)
 

@@ -71,8 +71,8 @@ def train(
       state: where to start, `learner.init(params)` or an earlier run's.
       draw: `(data, step) -> tasks`.
       data: what `draw` draws from, kept on the device; or, where that is too small, a function `(first step, count)
-        -> data of a call` of `count` meta-steps, such as `host.by_step` gives, that runs in a thread, one
-        call ahead of the device. All calls ask for as many steps, though the last may take fewer.
+        -> data of a call` of `count` meta-steps, such as `host_memory.episodes_by_step` gives, that runs in a thread,
+        one call ahead of the device. All calls ask for as many steps, though the last may take fewer.
       steps: meta-steps in all, counting those that `state` has behind it.
       steps_per_call: meta-steps per device call; the last call may be shorter.
       stop: asked after every call whether to end early. Of several processes any one can end the training, of all

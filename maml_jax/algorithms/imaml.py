@@ -11,7 +11,7 @@ from maml_jax import validation
 from maml_jax.autodiff.trees import combine, partition
 from maml_jax.inner import InnerLearner, inner_loop
 from maml_jax.meta import MetaLearner, meta_learner
-from maml_jax.parallel.task_axis import TaskBatchSize, summed
+from maml_jax.parallel.task_axis import TaskBatchSize, sum_over_tasks
 from maml_jax.types import InnerParams, LossFn, Params, Task
 
 
@@ -77,7 +77,7 @@ def imaml(
             of_fixed = optax.tree.add_scale(of_fixed, -1 / proximal_weight, second_derivatives(solution)[1])
         return (loss, (combine(solution, of_fixed), inner_params)), (aux, info)
 
-    of_tasks = summed(gradient)
+    of_tasks = sum_over_tasks(gradient)
     return meta_learner(
         of_tasks,
         support_loss,

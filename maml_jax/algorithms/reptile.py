@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from maml_jax import validation
 from maml_jax.inner import InnerLearner, inner_loop
 from maml_jax.meta import MetaLearner, meta_learner
-from maml_jax.parallel.task_axis import TaskBatchSize, summed
+from maml_jax.parallel.task_axis import TaskBatchSize, sum_over_tasks
 from maml_jax.types import Batch, InnerParams, LossFn, Params, Task
 
 Batches = Callable[[Batch, int], Batch]
@@ -66,7 +66,7 @@ def reptile(
     validation.transformation("outer", outer)
     # What is no gradient of the loss is not to be set beside it, as an optimizer that is given both would.
     plain = optax.GradientTransformation(outer.init, lambda way, state, params=None: outer.update(way, state, params))
-    of_tasks = summed(gradient)
+    of_tasks = sum_over_tasks(gradient)
     return meta_learner(
         of_tasks,
         support_loss,
