@@ -222,7 +222,8 @@ def _from_csv(tree: Tree, root: str, lists: str) -> Files:
     if missing:
         raise DataError(
             f"The CSVs in {tree.where} list {total:,} files, of which {len(missing):,} are missing: "
-            f"{_shorten(missing)}. Files are searched in images/ and beside it, and there in a folder with the name of the label."
+            f"{_shorten(missing)}. Files are searched in images/ and beside it, and there in a folder with the name of "
+            "the label."
         )
     for classes in found.values():
         for paths in classes.values():
