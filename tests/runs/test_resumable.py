@@ -59,7 +59,7 @@ def process(environment, *arguments):
     """A process whose output is read line by line, and which ends with the block."""
     command = [sys.executable, *map(str, arguments)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as child:
-        watchdog = threading.Timer(90, child.kill)  # Reading the output must not wait for ever.
+        watchdog = threading.Timer(600, child.kill)  # Reading the output must not wait for ever.
         watchdog.start()
         try:
             yield child

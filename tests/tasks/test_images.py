@@ -52,9 +52,9 @@ def test_caltech_as_archive_and_as_folders(shared_data, tmp_path):
     read = load(write(tmp_path / "unpacked", unpacked), tmp_path / "cache")
     assert_same(read, load(write(tmp_path / "folders", folders), tmp_path / "cache"))
     for split in image_sources.SPLITS:
-        whole, part = getattr(data, split), getattr(read, split)
-        assert part.counts == (3,) * len(whole.counts)
-        np.testing.assert_array_equal(part.images, whole.images[(whole.first[:, None] + np.arange(3)).ravel()])
+        all_data, part = getattr(data, split), getattr(read, split)
+        assert part.counts == (3,) * len(all_data.counts)
+        np.testing.assert_array_equal(part.images, all_data.images[(all_data.first[:, None] + np.arange(3)).ravel()])
     first = sorted(name for name, label in some["train"].items() if label == data.names["train"][0])[0]
     with Image.open(io.BytesIO(content[first])) as image:  # 84x84, so it is not resized.
         np.testing.assert_array_equal(data.train.images[0], np.asarray(image.convert("RGB")))

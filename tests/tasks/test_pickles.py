@@ -72,19 +72,19 @@ def test_pickles_of_python_2(expected, tmp_path):
         def text(value):
             return b"U" + bytes([len(value)]) + value.encode()
 
-        def whole(number):
+        def integer(number):
             return b"J" + struct.pack("<i", number)
 
-        shape = b"(" + b"".join(map(whole, data.images.shape)) + b"t"
+        shape = b"(" + b"".join(map(integer, data.images.shape)) + b"t"
         array = (
-            b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(" + whole(0) + b"t" + text("b") + b"tR("
-            + whole(1) + shape + b"cnumpy\ndtype\n(" + text("u1") + whole(0) + whole(1) + b"tR("
-            + whole(3) + text("|") + b"NNN" + whole(-1) + whole(-1) + whole(0) + b"tb" + b"I00\n"
+            b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(" + integer(0) + b"t" + text("b") + b"tR("
+            + integer(1) + shape + b"cnumpy\ndtype\n(" + text("u1") + integer(0) + integer(1) + b"tR("
+            + integer(3) + text("|") + b"NNN" + integer(-1) + integer(-1) + integer(0) + b"tb" + b"I00\n"
             + b"T" + struct.pack("<i", data.images.nbytes) + data.images.tobytes() + b"tb"
         )  # fmt: skip
         classes = b"}"
         for name, first, count in zip(expected.names[split], data.first, data.counts):
-            members = b"".join(map(whole, range(first, first + count)))
+            members = b"".join(map(integer, range(first, first + count)))
             classes += text(name) + b"(" + members + b"ls"
         content = b"\x80\x02}" + text("image_data") + array + b"s" + text("class_dict") + classes + b"s."
         (tmp_path / f"cache-{split}.pkl").write_bytes(content)
