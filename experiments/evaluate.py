@@ -24,7 +24,7 @@ from experiments.table.rows import EXPERIMENTS
 from maml_jax import evaluation, validation
 from maml_jax.nets.normalisation import Normalisation
 from maml_jax.runs import model_file
-from maml_jax.runs.files import now, plain
+from maml_jax.runs.files import now, to_jsonable
 from maml_jax.runs.provenance import provenance
 from maml_jax.types import MetaState
 
@@ -183,7 +183,8 @@ def main(prepared: tuple[Config, list[Model]]) -> dict[str, Any]:
             rows[label]["first_minus_this"] = {"inner_steps": step, **difference._asdict()}
             print(f"The first minus this after {step} inner steps, paired over the tasks: {difference}", end="\n\n")
     if config.output is not None:
-        config.output.write_text(json.dumps(plain({"made_by": made_by | {"finished": now()}, "test": rows}), indent=1))
+        content = to_jsonable({"made_by": made_by | {"finished": now()}, "test": rows})
+        config.output.write_text(json.dumps(content, indent=1))
         plots.inner_steps(config.output.with_suffix(".png"), rows)
     return rows
 

@@ -71,7 +71,7 @@ def prepare(config: Config) -> Prepared:
         size=config.size,
         resampling=config.resampling,
         division=config.division,
-        least=setting.shots + setting.queries,
+        min_images=setting.shots + setting.queries,
         expect=config.expect,
     )
     about = found.describe()

@@ -19,8 +19,8 @@ import tyro
 
 from experiments.shared import command_line, plots
 from experiments.table import page
-from maml_jax.runs.files import WorkdirError, read_json, write
-from maml_jax.runs.tensorboard import training_of
+from maml_jax.runs.files import WorkdirError, read_json, write_file
+from maml_jax.runs.loggers import labels_and_numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,7 @@ def prepare(config: Config) -> tuple[list[Run], Path]:
 def main(prepared: tuple[list[Run], Path]) -> None:
     """Writes the page."""
     runs, output = prepared
-    write(output, html(runs).encode())
+    write_file(output, html(runs).encode())
     print(f"Wrote {output}.")
 
 
@@ -136,7 +136,7 @@ def training_curves(runs: Sequence[Run]) -> dict[str, dict[str, tuple[list[float
         for row in run.rows:
             if not _is_training(row):
                 continue
-            labels, numbers = training_of(row)
+            labels, numbers = labels_and_numbers(row)
             name = ", ".join([*([run.label] if len(runs) > 1 or not labels else []), *labels])
             for metric, value in numbers.items():
                 steps, values = curves.setdefault(metric, {}).setdefault(name, ([], []))

@@ -269,7 +269,7 @@ def main(config: Config) -> dict:
         "rows": rows,
     }
     print(table(config, results))
-    run.write_params({name: state.params for name, state in states.items()})
+    maml_jax.save(run.path / "params.msgpack", {name: state.params for name, state in states.items()})
     path = run.write_results(results)
     plots.sinusoid_errors(run.path / "errors.png", [row for row in rows if row["seed"] == config.seeds[-1]], PAPER)
     rates = {(row["method"], row["shots"]): row["rate"] for row in rows}

@@ -154,7 +154,7 @@ def check_meta_gradient(
         validation.weights("step_weights", weights, inner.steps + 1)
     validation.at_least("directions", directions, 1)
     validation.positive("tolerance", tolerance)
-    validation.task_axis(tasks)
+    validation.num_tasks(tasks)
     validation.floating_params(params)
     support_loss = validation.checked_loss(loss_fn)
     query_loss = validation.checked_loss(query_loss_fn or loss_fn)
@@ -230,7 +230,7 @@ class _Problem:
 
     def each_task(self) -> list[Task]:
         return [
-            jax.tree.map(operator.itemgetter(index), self.tasks) for index in range(validation.task_axis(self.tasks))
+            jax.tree.map(operator.itemgetter(index), self.tasks) for index in range(validation.num_tasks(self.tasks))
         ]
 
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from maml_jax import validation
 from maml_jax.inner import InnerLearner, adapted_part, inner_loop, update
-from maml_jax.parallel.task_axis import TaskAxis, TaskBatchSize, each, task_axis
+from maml_jax.parallel.task_axis import TaskAxis, TaskBatchSize, per_task, task_axis
 from maml_jax.types import AdaptInfo, Batch, Evaluation, LossFn, MetaInfo, MetaParams, MetaState, Params, Task
 
 
@@ -43,7 +43,7 @@ class MetaLearner(NamedTuple):
 
 Gradient = Callable[[tuple[MetaParams, jax.Array], Task], tuple[Any, Any]]
 """`((meta_params, step), tasks) -> ((loss, gradient), (aux, AdaptInfo))` of a group of tasks `[G, ...]`: loss and
-gradient summed over the group, aux and info for each task. `task_axis.summed` makes one from a function of one task."""
+gradient sum_over_tasks over the group, aux and info for each task. `task_axis.sum_over_tasks` makes one from a function of one task."""
 
 StepWeights = Sequence[float] | Callable[[jax.Array], jax.Array]
 
@@ -110,7 +110,7 @@ def maml(
                 f"step_weights must be {inner.steps + 1} weights, one before the first inner step and one after each, "
                 f"but has the shape {shape}."
             )
-        per_task_loss = each(partial(task_loss, support_loss, query_loss, inner, step_weights=weights))
+        per_task_loss = per_task(partial(task_loss, support_loss, query_loss, inner, step_weights=weights))
 
         # The gradient of the sum over the tasks, not the sum of their gradients: the parameters that tasks share then
         # get their gradient in one matrix product.
@@ -194,7 +194,7 @@ def meta_learner(
         return MetaState(state.step + 1, params, inner_params, opt_state), MetaInfo(loss, aux, info.loss, grad_norm)
 
     def evaluate(state: MetaState, tasks: Task, steps: int | None = None, *, only_last: bool = False) -> Evaluation:
-        validation.task_axis(tasks)
+        validation.num_tasks(tasks)
         if steps is not None:
             validation.at_least("steps", steps, 0)
         return run_evaluate(state.meta_params, tasks, steps, only_last)

@@ -1,6 +1,6 @@
-"""Checks of what a user gives, made in plain Python while building or tracing, never at run time.
+"""Checks of arguments, in Python while a function is built or traced; compiled programs contain none of them.
 
-Every message says what was given, what is allowed, and what to do.
+Every message names the argument, the allowed values and the given value.
 """
 
 import functools
@@ -15,7 +15,7 @@ from maml_jax.types import LossFn, Params, Task
 
 
 def positive(name: str, value: Any) -> None:
-    """Raises ValueError unless `value` is a positive, finite number. Traced values pass: they have none yet."""
+    """Raises ValueError unless `value` is a positive, finite number. Traced values pass, because they are unknown."""
     if isinstance(value, jax.core.Tracer):
         return
     try:
@@ -26,47 +26,47 @@ def positive(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be positive and finite, but got {number:g}.")
 
 
-def at_least(name: str, value: Any, least: int) -> None:
-    """Raises ValueError unless `value` is an integer not below `least`."""
+def at_least(name: str, value: Any, minimum: int) -> None:
+    """Raises ValueError unless `value` is an integer of at least `minimum`."""
     if isinstance(value, jax.core.Tracer):
-        raise ValueError(f"{name} must be known when the function is traced: mark it static, as in static_argnums.")
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, but got {value!r}.")
+        raise ValueError(f"{name} must be static, but is traced: name it in static_argnums or static_argnames of jit.")
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < minimum:
+        raise ValueError(f"{name} must be an integer of at least {minimum}, but got {value!r}.")
 
 
 def seed(name: str, value: Any) -> None:
-    """Raises ValueError unless `value` is an integer from 0 to 2**32 - 1: JAX takes larger ones for smaller."""
+    """Raises ValueError unless `value` is an integer from 0 to 2**32 - 1; `jax.random.key` drops the bits above."""
     _within(name, value, 0, 2**32 - 1)
 
 
 def meta_steps(name: str, value: Any) -> None:
-    """Raises ValueError unless `value` is an integer from 1 to 2**31 - 1, as far as a state can count."""
+    """Raises ValueError unless `value` is an integer from 1 to 2**31 - 1, the largest int32 of `MetaState.step`."""
     _within(name, value, 1, 2**31 - 1)
 
 
-def _within(name: str, value: Any, least: int, most: int) -> None:
-    at_least(name, value, least)
-    if value > most:
-        raise ValueError(f"{name} must be an integer of at most {most}, but got {value!r}.")
+def _within(name: str, value: Any, minimum: int, maximum: int) -> None:
+    at_least(name, value, minimum)
+    if value > maximum:
+        raise ValueError(f"{name} must be an integer of at most {maximum}, but got {value!r}.")
 
 
 def weights(name: str, value: Any, count: int) -> None:
-    """Raises ValueError unless `value` is `count` finite numbers that are not negative, and not all zero."""
+    """Raises ValueError unless `value` holds `count` finite numbers of at least 0 that are not all 0."""
     try:
         numbers = [float(number) for number in value]
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} must be {count} numbers, but got {value!r}.") from error
     if len(numbers) != count or not all(0 <= number < math.inf for number in numbers) or not any(numbers):
         raise ValueError(
-            f"{name} must be {count} finite numbers that are not negative and not all zero, one before the first and "
-            f"one after each inner step, but got {value!r}."
+            f"{name} must be {count} finite numbers of at least 0 that are not all 0, one before the first inner step "
+            f"and one after each, but got {value!r}."
         )
 
 
 def different(name: str, values: Collection[Any]) -> None:
-    """Raises ValueError unless there is at least one of `values`, and none twice."""
+    """Raises ValueError unless there is at least one value and no value is repeated."""
     if not values:
-        raise ValueError(f"{name} must name at least one, but got none.")
+        raise ValueError(f"{name} must have at least one value, but got none.")
     if len(set(values)) < len(values):
         raise ValueError(f"{name} must be different from each other, but got {', '.join(map(str, values))}.")
 
@@ -84,17 +84,17 @@ def transformation(name: str, value: Any) -> None:
 
 
 def inner(name: str, value: Any, kind: type) -> None:
-    """Raises TypeError unless `value` is an inner learner."""
+    """Raises TypeError unless `value` is an inner learner, of type `kind`."""
     if not isinstance(value, kind):
         raise TypeError(f"{name} must come from maml_jax.sgd or maml_jax.unrolled, but got {value!r}.")
 
 
 def checked_loss(loss_fn: LossFn) -> LossFn:
-    """Wraps a user's loss so that a wrong return value is explained where it happens.
+    """Wraps a loss function with a check of its return value.
 
-    Raises (when called):
-      TypeError: the loss returned no `(loss, aux)` pair.
-      ValueError: the loss is not a floating-point scalar.
+    Raises:
+      TypeError: if `loss_fn` is not callable; when called, if it does not return a pair `(loss, aux)`.
+      ValueError: when called, if the loss is not a floating-point scalar.
     """
     name = getattr(loss_fn, "__qualname__", None) or repr(loss_fn)
     if not callable(loss_fn):
@@ -106,7 +106,7 @@ def checked_loss(loss_fn: LossFn) -> LossFn:
         if not (isinstance(out, tuple) and len(out) == 2):
             raise TypeError(
                 f"The loss function {name} must return a pair (scalar loss, aux), but returned "
-                f"{_describe(out)}. If there is nothing to report beside the loss, `return loss, {{}}`."
+                f"{_describe(out)}. Without aux, `return loss, {{}}`."
             )
         loss, aux = out
         if not hasattr(loss, "dtype") and not isinstance(loss, float):
@@ -125,48 +125,58 @@ def checked_loss(loss_fn: LossFn) -> LossFn:
 
 
 def floating_params(params: Params) -> None:
-    """Raises TypeError, naming the leaf, if a parameter is not a floating-point array; ValueError if there is none."""
+    """Checks that all parameters are floating-point arrays.
+
+    Raises:
+      TypeError: if a leaf is not a floating-point array; the message names the leaf.
+      ValueError: if there is no leaf.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if not leaves:
-        raise ValueError("params holds no arrays at all, so there is nothing to meta-learn.")
+        raise ValueError("params must hold at least one array, but holds none.")
     for path, leaf in leaves:
         if isinstance(leaf, float) and not hasattr(leaf, "dtype"):
             raise TypeError(f"params{jax.tree_util.keystr(path)} is a Python number: give jnp.asarray({leaf!r}).")
         if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(
-                f"params{jax.tree_util.keystr(path)} is {_describe(leaf)}, which no gradient can change. Give only "
-                "floating-point arrays: split the rest off first, as nnx.split(model, nnx.Param, ...) or "
-                "eqx.partition(model, eqx.is_inexact_array) do, and close over it in the loss."
+                f"params{jax.tree_util.keystr(path)} must be a floating-point array, but is {_describe(leaf)}. "
+                "Separate other leaves, for example with nnx.split(model, nnx.Param, ...) or eqx.partition(model, "
+                "eqx.is_inexact_array), and close over them in the loss."
             )
 
 
-def task_axis(tasks: Task) -> int:
-    """Returns `T`, the number of tasks; raises ValueError, naming two leaves, if the leading axes disagree."""
+def num_tasks(tasks: Task) -> int:
+    """Returns the number of tasks in a batch, `T`.
+
+    Raises:
+      TypeError: if `tasks` is not a `Task`.
+      ValueError: if the leading axes of the leaves differ, or if there is no task; the message names two leaves.
+    """
     if not isinstance(tasks, Task):
         raise TypeError(
             f"tasks must be a maml_jax.Task(support, query) whose leaves have a leading task axis, but got "
             f"{type(tasks).__name__}."
         )
-    return leading_axis(tasks)
+    return leading_axis_size(tasks)
 
 
-def leading_axis(tasks: Any) -> int:
-    """As `task_axis`, of any pytree."""
+def leading_axis_size(tasks: Any) -> int:
+    """Returns the size of the leading axis that all leaves share, as `num_tasks`, for any pytree."""
     leaves = [(f"tasks{jax.tree_util.keystr(p)}", x) for p, x in jax.tree_util.tree_leaves_with_path(tasks)]
     if not leaves:
-        raise ValueError("tasks holds no arrays.")
+        raise ValueError("tasks must hold at least one array, but holds none.")
     for path, leaf in leaves:
         if jnp.ndim(leaf) == 0:
             raise ValueError(
                 f"{path} is a scalar, but every leaf of a batch of tasks needs a leading axis over tasks. "
-                "Repeat it for each task, or close over it in the loss."
+                "Repeat the value for each task, or close over it in the loss."
             )
     (first, reference), *others = leaves
     size = jnp.shape(reference)[0]
     for path, leaf in others:
         if jnp.shape(leaf)[0] != size:
             raise ValueError(
-                f"The leaves of a batch of tasks must agree in their leading axis, the number of tasks, but {first} "
+                f"The leaves of a batch of tasks must have the same leading axis, the number of tasks, but {first} "
                 f"has shape {jnp.shape(reference)} and {path} has shape {jnp.shape(leaf)}."
             )
     if size == 0:

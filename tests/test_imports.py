@@ -51,7 +51,7 @@ MAY_IMPORT = {  # A folder, and which others may be imported in it; "" is the to
     "parallel": {"types", "validation"},
     "": {"autodiff", "parallel"},
     "nets": {"types", "validation", "parallel"},
-    "tasks": {"types", "validation", "parallel"},
+    "tasks": {"types", "validation", "atomic", "parallel"},
     "algorithms": {"", "autodiff", "parallel", "nets"},
     "rl": {"", "autodiff", "parallel", "nets"},
     "rl/envs": {"validation", "parallel", "rl"},

@@ -145,7 +145,7 @@ def drawn_from(prepared: Prepared, key: jax.Array) -> tuple[Callable[[Any, jax.A
         shape = shape._replace(shots=max(shape.shots, min(REPTILE_SHOTS, min(data.counts) - shape.queries)))
     elif prepared.config.method == "pretrained":
         shape = EpisodeShape(min(JOINT_CLASSES, len(data.counts)), 1, 1, shape.rotations, labels="classes")
-    return host_memory.by_step(key, data, tasks, shape, mesh=task_mesh(tasks))
+    return host_memory.episodes_by_step(key, data, tasks, shape, mesh=task_mesh(tasks))
 
 
 REPTILE_SHOTS = 10
@@ -158,7 +158,7 @@ JOINT_CLASSES = 64
 def fixed_tasks(key: jax.Array, data: ImageClasses, count: int, shape: EpisodeShape) -> Callable[[], Iterable[Task]]:
     """The same `count` tasks at every call, in groups that fit into memory."""
     shape.check(data)
-    choice = jax.tree.map(np.asarray, episodes.choose(key, data.counts, count, shape))
+    choice = jax.tree.map(np.asarray, episodes.choose_images(key, data.counts, count, shape))
     entries = shape.ways * (shape.shots + shape.queries) * int(np.prod(data.images.shape[1:]))
     group = max(n for n in range(1, count + 1) if count % n == 0 and (n == 1 or n * entries <= GROUP_ENTRIES))
 

@@ -87,7 +87,7 @@ def main(prepared: Prepared) -> dict:
         steps_per_call=STEPS_PER_CALL,
         run=run,
         save_every=SAVE_EVERY,
-        validate=Validate(validate_every, validated, lambda row: row["val_accuracy"]),
+        validate=Validate(validate_every, validated),
         rates={"inner": setting.inner_rate, "outer": methods.outer_rate(model.training)},
         profile=config.profile,
     ):

@@ -124,7 +124,8 @@ def run(
         "rows": rows,
     }
     print(table(results))
-    directory.write_params({method: trained.state.params for method, trained in policies.items()})
+    params = {method: trained.state.params for method, trained in policies.items()}
+    maml_jax.save(directory.path / "params.msgpack", params)
     path = directory.write_results(results)
     print(f"Wrote {path}, and params.msgpack beside it.")
     return directory, results, directory.rows(), policies

@@ -11,7 +11,7 @@ from maml_jax.autodiff.conjugate_gradient import conjugate_gradient
 from maml_jax.autodiff.trees import combine, partition
 from maml_jax.inner import InnerLearner, inner_loop
 from maml_jax.meta import MetaLearner, meta_learner
-from maml_jax.parallel.task_axis import TaskBatchSize, summed
+from maml_jax.parallel.task_axis import TaskBatchSize, sum_over_tasks
 from maml_jax.types import LossFn, MetaParams, Params, Task
 
 
@@ -106,7 +106,7 @@ def imaml(
         return (loss, MetaParams(combine(solution, fixed_grads), inner_params)), (aux, info)
 
     return meta_learner(
-        summed(gradient),
+        sum_over_tasks(gradient),
         support_loss,
         query_loss,
         inner,

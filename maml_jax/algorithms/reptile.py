@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from maml_jax import validation
 from maml_jax.inner import InnerLearner, inner_loop
 from maml_jax.meta import MetaLearner, meta_learner
-from maml_jax.parallel.task_axis import TaskBatchSize, summed
+from maml_jax.parallel.task_axis import TaskBatchSize, sum_over_tasks
 from maml_jax.types import Batch, LossFn, MetaParams, Task
 
 Batches = Callable[[Batch, int], Batch]
@@ -93,7 +93,7 @@ def reptile(
         outer.init, lambda grads, state, params=None: outer.update(grads, state, params)
     )
     return meta_learner(
-        summed(gradient),
+        sum_over_tasks(gradient),
         support_loss,
         query_loss,
         inner,

@@ -1,7 +1,7 @@
-"""Several processes as one run: JAX's own runtime connects them, and here is what they have to agree on.
+"""Several processes as one run: connection, exchange of data, and arrays on all devices.
 
-Process 0 leads: it alone reads and writes the work directory. Where there is one process, it leads, and nothing
-here costs anything.
+Process 0 is the leader: it alone reads and writes the run directory. A single process is the leader, and the functions
+of this module then cost nothing. JAX's distributed runtime connects the processes.
 """
 
 import contextlib
@@ -21,34 +21,36 @@ from maml_jax import validation
 T = TypeVar("T")
 
 AUTO = "auto"
-LONG = 7 * 24 * 3600  # Seconds: the others wait for process 0, which evaluates alone.
-GRACE = 2.0  # Seconds that process 0 lets the others talk, before it ends them by ending.
-HEARTBEATS = 30  # Seconds without one, after which a process counts as lost.
+SHUTDOWN_TIMEOUT = 7 * 24 * 3600  # Seconds that other processes wait for process 0, which evaluates alone.
+EXIT_DELAY = 2.0  # Seconds before process 0 exits after an error, in which the other processes report theirs.
+HEARTBEAT_TIMEOUT = 30  # Seconds without a heartbeat after which a process counts as lost.
+MAX_BYTES = 4096  # The longest text of `all_gather_text`.
 
 
 class LeaderError(OSError):
-    """Process 0 found what keeps all processes from going on."""
+    """Process 0 raised an error, so no process can continue."""
 
 
 def connect(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """Makes this process one of several; without a coordinator it is the only one. Before JAX is used.
+    """Connects this process with the other processes of a run. Call this function before JAX is used.
 
-    From then on an error that nobody catches ends the process at once, without waiting for the others as JAX does at
-    an orderly end: they notice, and end too. So let one process alone end by `exit_process`, not by SystemExit.
+    Without a coordinator this process is the only one. After connecting, an uncaught error ends this process at once,
+    and the other processes notice and end too; JAX would instead wait for all processes to exit. To end one process
+    alone, call `exit_process`, not `sys.exit`.
 
     Args:
-      coordinator: `HOST:PORT` of process 0, which the others can reach; 'auto' where JAX finds out by itself who the
-        processes are: on Cloud TPU, under Slurm and under Open MPI.
-      processes: how many.
-      process: which of them this is, from 0.
+      coordinator: `HOST:PORT` of process 0, reachable from all processes. 'auto' lets JAX detect the processes, on
+        Cloud TPU, under Slurm and under Open MPI. None runs a single process.
+      processes: the number of processes.
+      process: the index of this process, from 0.
 
     Raises:
-      ValueError: naming the argument, what was given and what is allowed; if the processes have not as many devices.
+      ValueError: if an argument is missing or not allowed, or if the processes have different numbers of devices.
     """
     numbers = {"processes": processes, "process": process}
     if coordinator is None or coordinator == AUTO:
         if given := " and ".join(f"{name} {value}" for name, value in numbers.items() if value is not None):
-            raise ValueError(f"{given} is for a coordinator HOST:PORT, but got coordinator {coordinator}.")
+            raise ValueError(f"{given} needs a coordinator HOST:PORT, but got coordinator {coordinator}.")
         if coordinator == AUTO:
             _connect()
         return
@@ -56,7 +58,7 @@ def connect(coordinator: str | None, processes: int | None, process: int | None)
     if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
         raise ValueError(f"coordinator must be HOST:PORT of process 0, or 'auto', but got {coordinator!r}.")
     if processes is None or process is None:
-        raise ValueError(f"coordinator {coordinator} needs processes and process too, but got {numbers}.")
+        raise ValueError(f"coordinator {coordinator} needs both processes and process, but got {numbers}.")
     validation.at_least("processes", processes, 1)
     if not 0 <= process < processes:
         raise ValueError(f"process must be from 0 to {processes - 1}, one less than processes, but got {process}.")
@@ -69,43 +71,43 @@ def _connect(
     process: int | None = None,
     cluster_detection_method: str | None = None,
 ) -> None:
-    def ended(*error: Any) -> None:
+    def exit_on_error(*error: Any) -> None:
         sys.__excepthook__(*error)
         exit_process(1)
 
-    # JAX's own would take the first SIGTERM, and here `signals` grants it.
+    # JAX's preemption service would catch the first SIGTERM, which `runs.signals` handles.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         coordinator,
         processes,
         process,
         cluster_detection_method=cluster_detection_method,
-        shutdown_timeout_seconds=LONG,
-        heartbeat_timeout_seconds=HEARTBEATS,
+        shutdown_timeout_seconds=SHUTDOWN_TIMEOUT,
+        heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
     )
-    sys.excepthook = ended
+    sys.excepthook = exit_on_error
     counts = [len(jax.local_devices(number)) for number in range(jax.process_count())]
     if len(set(counts)) > 1:
         raise ValueError(
-            f"processes must have as many devices each, but got {counts}: restrict those that have more, such as by "
-            "CUDA_VISIBLE_DEVICES or taskset."
+            f"All processes must have the same number of devices, but got {counts}: restrict the devices, for example "
+            "with CUDA_VISIBLE_DEVICES or taskset."
         )
 
 
 def exit_process(status: int) -> NoReturn:
-    """Ends this process, at once where there are several: else it would wait for the others, and they for it."""
+    """Exits with `status`; with several processes at once, without waiting for the others."""
     if multiple():
         with contextlib.suppress(BrokenPipeError):
             sys.stdout.flush()
         sys.stderr.flush()
         if is_leader():
-            time.sleep(GRACE)  # The others end with it: first they may say why.
+            time.sleep(EXIT_DELAY)  # The exit of process 0 ends the others.
         os._exit(status)
     raise SystemExit(status)
 
 
 def multiple() -> bool:
-    """Whether there is more than one process."""
+    """Whether the run has more than one process."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
@@ -115,92 +117,119 @@ def is_leader() -> bool:
 
 
 def put(tree: Any, sharding: Sharding) -> Any:
-    """A tree that every process has as a whole, on all the devices of a sharding; what spans processes already stays.
+    """Places arrays that every process holds in full on the devices of `sharding`.
 
-    As `jax.device_put`, which between processes would send everything through the network to compare it.
+    Like `jax.device_put`, which between processes would send all arrays over the network to compare them. Arrays that
+    already span several processes stay where they are.
     """
     if not multiple():
         return jax.device_put(tree, sharding)
 
-    def one(leaf: Any) -> jax.Array:
+    def put_leaf(leaf: Any) -> jax.Array:
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
             return leaf
         if _is_key(leaf):
-            return jax.random.wrap_key_data(one(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
+            return jax.random.wrap_key_data(put_leaf(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
         values = np.asarray(leaf)
         return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(put_leaf, tree)
+
+
+def is_sharded(leaf: Any) -> bool:
+    """Whether `leaf` is an array that is divided over devices, so no device holds all of it."""
+    return isinstance(leaf, jax.Array) and not leaf.sharding.is_fully_replicated
+
+
+def put_unless_sharded(tree: Any, sharding: Sharding) -> Any:
+    """Places every leaf as `put` does, except leaves that are divided over devices already."""
+    return jax.tree.map(lambda leaf: leaf if is_sharded(leaf) else put(leaf, sharding), tree)
 
 
 def local(tree: Any) -> Any:
-    """Of arrays that are the same on all devices, this process's own copy: to be computed with by one process alone."""
+    """Returns this process's copy of arrays that are equal on all devices, for computations by one process alone."""
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree) if multiple() else tree
 
 
 def broadcast_from_leader(fn: Callable[[], T]) -> T:
-    """What `fn` returns in process 0, which alone calls it, in all processes: anything for JSON.
+    """Calls `fn` in process 0 and returns its result in all processes.
+
+    Args:
+      fn: returns any value that JSON can hold. With a single process the value is returned as it is.
 
     Raises:
-      LeaderError: in the others, if `fn` raised in process 0.
+      LeaderError: in the other processes, if `fn` raised in process 0. Process 0 raises the error of `fn`.
     """
     if not multiple():
         return fn()
-    said: dict[str, Any] = {}
+    message: dict[str, Any] = {}
     error: Exception | None = None
     if is_leader():
         try:
-            said = {"value": fn()}
-        except Exception as raised:  # Raised again below, once the others know.
-            error, said = raised, {"error": str(raised)}
-    said = json.loads(_broadcast_bytes(json.dumps(said).encode()))
+            message = {"value": fn()}
+        except Exception as raised:  # Raised again below, after the other processes are informed.
+            error, message = raised, {"error": str(raised)}
+    message = json.loads(_broadcast_bytes(json.dumps(message).encode()))
     if error is not None:
         raise error
-    if "error" in said:
-        raise LeaderError(f"process 0: {said['error']}")
-    return said["value"]
+    if "error" in message:
+        raise LeaderError(f"process 0: {message['error']}")
+    return message["value"]
 
 
 def broadcast_arrays_from_leader(tree: Any, like: Any) -> Any:
-    """The arrays that process 0 has, placed as those of `like`; the others give any of the same shapes."""
+    """Returns the arrays of process 0 in all processes.
+
+    Args:
+      tree: the arrays; in the other processes only their shapes and types matter.
+      like: arrays of the same structure, whose placement the result gets.
+    """
     from jax.experimental import multihost_utils
 
     if not multiple():
         return tree
 
-    def one(leaf: Any, placed: Any) -> jax.Array:
+    def broadcast(leaf: Any, placed: Any) -> jax.Array:
         if _is_key(placed):
-            data = one(jax.random.key_data(leaf) if _is_key(leaf) else leaf, jax.random.key_data(placed))
+            data = broadcast(jax.random.key_data(leaf) if _is_key(leaf) else leaf, jax.random.key_data(placed))
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(placed))
         values = np.asarray(leaf)
-        # As bytes: JAX sends numbers by adding zeros, which makes 0 of -0.
-        sent = np.asarray(multihost_utils.broadcast_one_to_all(np.frombuffer(values.tobytes(), np.uint8)))
-        return put(sent.view(values.dtype).reshape(values.shape), placed.sharding)
+        # Sent as bytes: JAX broadcasts numbers by adding zeros, which turns -0 into 0.
+        received = np.asarray(multihost_utils.broadcast_one_to_all(np.frombuffer(values.tobytes(), np.uint8)))
+        return put(received.view(values.dtype).reshape(values.shape), placed.sharding)
 
-    return jax.tree.map(one, tree, like)
+    return jax.tree.map(broadcast, tree, like)
 
 
 def all_gather_text(text: str) -> list[str]:
-    """What every process says, in at most `MAX_BYTES` bytes each."""
+    """Returns the texts of all processes, by process index. Texts are cut after `MAX_BYTES` bytes."""
     from jax.experimental import multihost_utils
 
     if not multiple():
         return [text]
-    said = np.frombuffer(text.encode()[:MAX_BYTES].ljust(MAX_BYTES, b"\0"), np.uint8)
-    return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in multihost_utils.process_allgather(said)]
+    content = np.frombuffer(text.encode()[:MAX_BYTES].ljust(MAX_BYTES, b"\0"), np.uint8)
+    return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in multihost_utils.process_allgather(content)]
 
 
-MAX_BYTES = 4096
+def stop_requests(stop: bool, sharding: Sharding) -> Any:
+    """Makes the stop request of each process an input of a compiled program.
 
+    Args:
+      stop: whether this process asks to stop.
+      sharding: the devices of the program.
 
-def stop_requests(stop_request: bool, sharding: Sharding) -> Any:
-    """For a compiled program on the devices of `sharding`, whose `any` is whether a process has been asked to stop."""
+    Returns:
+      A bool array whose `any()`, inside the program, is whether any process asks to stop.
+
+    Raises:
+      ValueError: if several processes run a program that does not use all their devices.
+    """
     if not multiple():
-        return np.asarray(stop_request)
+        return np.asarray(stop)
     if not isinstance(sharding, NamedSharding):
-        raise ValueError("With several processes a learner needs all their devices: give it mesh=task_mesh(T).")
-    each = NamedSharding(sharding.mesh, PartitionSpec(sharding.mesh.axis_names))
-    return jax.make_array_from_callback((sharding.mesh.size,), each, lambda index: np.array([stop_request]))
+        raise ValueError("With several processes a learner must use the devices of all: give it mesh=task_mesh(T).")
+    one_per_device = NamedSharding(sharding.mesh, PartitionSpec(sharding.mesh.axis_names))
+    return jax.make_array_from_callback((sharding.mesh.size,), one_per_device, lambda index: np.array([stop]))
 
 
 def _is_key(leaf: Any) -> bool:
@@ -211,5 +240,5 @@ def _broadcast_bytes(content: bytes) -> bytes:
     from jax.experimental import multihost_utils
 
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
-    sent = np.frombuffer(content, np.uint8) if is_leader() else np.zeros(size, np.uint8)
-    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(sent)))
+    message = np.frombuffer(content, np.uint8) if is_leader() else np.zeros(size, np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(message)))

@@ -1,6 +1,6 @@
-"""How the tasks of a meta-batch are gone through: together, in groups, and over which devices.
+"""The task axis of a meta-batch: tasks computed together, in groups one after the other, and on several devices.
 
-The result is the same up to rounding; time and memory are not.
+The choices change time and memory. Results are equal up to rounding.
 """
 
 from collections.abc import Callable
@@ -21,122 +21,174 @@ from maml_jax.types import Task
 AXIS = "tasks"
 
 TaskBatchSize = int | Literal["all"] | None
+"""The number of tasks that a device computes together; None takes what suits the backend."""
 
 GroupFn = Callable[[Any, Any], tuple[Any, Any]]
-"""`(shared, tasks) -> (sum over the tasks, what is told of each)`, of a group of tasks `[G, ...]`."""
+"""`(shared, tasks) -> (sum over the tasks, outputs of each task)`, of a group of tasks `[G, ...]`; the outputs of each
+task are stacked along the leading axis `G`."""
 
 
 class TaskAxis(NamedTuple):
-    """A policy for the task axis."""
+    """How the tasks of a meta-batch are computed; `task_axis` checks the fields."""
 
-    at_once: TaskBatchSize = None
-    """Tasks computed together on a device, by `vmap`; the others follow in a loop. None: what suits the
-    backend and the size of what is shared."""
+    task_batch_size: TaskBatchSize = None
+    """Tasks that a device computes together with `vmap`, the size of a group; groups follow one another in a loop. None
+    takes what suits the backend and the size of the shared parameters."""
     mesh: Mesh | None = None
-    """Devices among which the tasks are divided evenly; see `task_mesh`."""
+    """Devices that share the tasks evenly; see `task_mesh`."""
 
     def replicate(self, tree: Any) -> Any:
-        """Puts a copy of every leaf on every device of the mesh."""
+        """Copies every leaf to every device of the mesh."""
         return tree if self.mesh is None else processes.put(tree, NamedSharding(self.mesh, P()))
 
     def map(self, fn: Callable[[Any, Any], Any], shared: Any, tasks: Any) -> Any:
-        """`fn(shared, task)` of every task, whatever pytree that is, stacked along a leading axis `T`."""
-        size = validation.leading_axis(tasks)
-        local = partial(_map, fn, self._group(shared))
+        """Maps `fn` over the tasks.
+
+        Args:
+          fn: `(shared, task) -> output`, any pytree.
+          shared: the values that all tasks share.
+          tasks: a pytree whose leaves have a leading axis `T`.
+
+        Returns:
+          The outputs, stacked along a leading axis `T`.
+        """
+        num_tasks = validation.leading_axis_size(tasks)
+        map_local = partial(_map, fn, self._group_size(shared))
         if self.mesh is None:
-            return local(shared, tasks)
-        sharded = self._sharded(local, P(AXIS))
-        if size % self.mesh.size == 0:
-            return sharded(shared, tasks)
-        # Filled up with tasks that are there already, so that every device gets as many.
-        filled = np.arange(-(-size // self.mesh.size) * self.mesh.size) % size
-        out = sharded(shared, jax.tree.map(lambda leaf: leaf[filled], tasks))
-        return jax.tree.map(lambda leaf: leaf[:size], out)
+            return map_local(shared, tasks)
+        map_sharded = self._shard(map_local, P(AXIS))
+        if num_tasks % self.mesh.size == 0:
+            return map_sharded(shared, tasks)
+        # Repeat tasks until every device has the same number, and drop the outputs of the repeated tasks.
+        padded = np.arange(-(-num_tasks // self.mesh.size) * self.mesh.size) % num_tasks
+        outputs = map_sharded(shared, jax.tree.map(lambda leaf: leaf[padded], tasks))
+        return jax.tree.map(lambda leaf: leaf[:num_tasks], outputs)
 
     def mean(self, fn: GroupFn, shared: Any, tasks: Task) -> tuple[Any, Any]:
-        """`fn(shared, tasks) -> (summed, stacked)`, of a group: the mean of the first, the second of each task.
+        """Averages the first output of `fn` over the tasks and stacks the second.
 
-        The mean takes one all-reduce over the devices, and within one no more memory than one group's. What
-        tells of each task alone becomes such a function by `summed`.
+        The mean takes one all-reduce over the devices. On a device, memory grows with the size of a group, not with the
+        number of groups.
+
+        Args:
+          fn: a function of a group of tasks; `sum_over_tasks` makes one from a function of a task.
+          shared: the values that all tasks share.
+          tasks: `T` tasks.
+
+        Returns:
+          The mean of the first output over the tasks, and the second output with a leading axis `T`.
+
+        Raises:
+          ValueError: while tracing, if the devices cannot have equal shares of whole groups.
         """
-        size, at_once = validation.task_axis(tasks), self._group(shared)
+        num_tasks, group_size = validation.num_tasks(tasks), self._group_size(shared)
         devices = 1 if self.mesh is None else self.mesh.size
-        if size % devices or (size // devices) % (at_once or 1):
+        if num_tasks % devices or (num_tasks // devices) % (group_size or 1):
             raise ValueError(
-                f"A meta-batch of {size} tasks cannot be divided among {devices} device(s) in groups of "
-                f"task_batch_size={self.at_once!r}: the devices' shares must be equal, and made of whole groups."
+                f"A meta-batch of {num_tasks} tasks cannot be divided among {devices} device(s) in groups of "
+                f"task_batch_size={self.task_batch_size!r}: the number of tasks must be a multiple of devices times "
+                "task_batch_size."
             )
         if self.mesh is None:
-            return _share(fn, at_once, size, shared, tasks)
+            return _mean_share(fn, group_size, num_tasks, shared, tasks)
 
-        def local(shared: Any, tasks: Task) -> tuple[Any, Any]:
-            share, stacked = _share(fn, at_once, size, shared, tasks)
+        def device_mean(shared: Any, tasks: Task) -> tuple[Any, Any]:
+            share, stacked = _mean_share(fn, group_size, num_tasks, shared, tasks)
             return lax.psum(share, AXIS), stacked
 
-        return self._sharded(local, (P(), P(AXIS)))(shared, tasks)
+        return self._shard(device_mean, (P(), P(AXIS)))(shared, tasks)
 
-    def _group(self, shared: Any) -> int | None:
-        if self.at_once is None:
+    def _group_size(self, shared: Any) -> int | None:
+        if self.task_batch_size is None:
             return backend.task_batch_size(shared)
-        return None if self.at_once == "all" else self.at_once
+        return None if self.task_batch_size == "all" else self.task_batch_size
 
-    def _sharded(self, fn: Callable[[Any, Task], Any], out_specs: Any) -> Callable[[Any, Task], Any]:
-        # Without the check of what varies over devices: it would sum every task's gradient over them.
+    def _shard(self, fn: Callable[[Any, Task], Any], out_specs: Any) -> Callable[[Any, Task], Any]:
+        # check_vma=True would add an all-reduce of the gradient of every task.
         return jax.shard_map(fn, mesh=self.mesh, in_specs=(P(), P(AXIS)), out_specs=out_specs, check_vma=False)
 
 
-def each(fn: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """`fn(shared, task)` for every task of a group, stacked along a leading axis."""
+def per_task(fn: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Maps `fn(shared, task)` over a group of tasks and stacks the outputs along a leading axis.
 
-    def of_group(shared: Any, tasks: Any) -> Any:
-        if len(jax.tree.leaves(tasks)[0]) == 1:  # Spared the batching: products of one task run faster without it.
-            out = fn(shared, jax.tree.map(lambda leaf: leaf[0], tasks))
-            return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], out)
+    Example:
+
+    >>> double = per_task(lambda shared, task: 2 * task)
+    >>> double(None, jnp.arange(3)).tolist()
+    [0, 2, 4]
+    """
+
+    def group_fn(shared: Any, tasks: Any) -> Any:
+        if len(jax.tree.leaves(tasks)[0]) == 1:  # Products of one task are faster without a batch axis.
+            outputs = fn(shared, jax.tree.map(lambda leaf: leaf[0], tasks))
+            return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], outputs)
         return jax.vmap(partial(fn, shared))(tasks)
 
-    return of_group
+    return group_fn
 
 
-def summed(fn: Callable[[Any, Any], tuple[Any, Any]]) -> GroupFn:
-    """`fn(shared, task) -> (summed, stacked)` of one task as the function of a group that `TaskAxis.mean` takes."""
+def sum_over_tasks(fn: Callable[[Any, Any], tuple[Any, Any]]) -> GroupFn:
+    """Makes a function of a group from a function of one task.
 
-    def of_group(shared: Any, tasks: Any) -> tuple[Any, Any]:
-        parts, stacked = each(fn)(shared, tasks)
+    Args:
+      fn: `(shared, task) -> (part, output)`.
+
+    Returns:
+      `(shared, tasks) -> (sum of the parts over the tasks, outputs of each task)`, for `TaskAxis.mean`.
+    """
+
+    def group_fn(shared: Any, tasks: Any) -> tuple[Any, Any]:
+        parts, stacked = per_task(fn)(shared, tasks)
         return jax.tree.map(lambda leaf: leaf.sum(0), parts), stacked
 
-    return of_group
+    return group_fn
 
 
 def task_axis(task_batch_size: TaskBatchSize, mesh: Mesh | None) -> TaskAxis:
-    """A `TaskAxis` over all devices of `mesh`, whatever its axes are called.
+    """Returns a `TaskAxis` over all devices of `mesh`; the axes of `mesh` may have any names.
 
     Raises:
-      ValueError: if `task_batch_size` is neither a positive integer nor 'all'.
-      TypeError: if `mesh` is no mesh.
+      ValueError: if `task_batch_size` is not a positive integer, 'all' or None.
+      TypeError: if `mesh` is not a mesh or None.
     """
     if not isinstance(mesh, Mesh | None):
-        raise TypeError(f"mesh must be a jax.sharding.Mesh, such as task_axis.task_mesh(T), but got {mesh!r}.")
+        raise TypeError(f"mesh must be a jax.sharding.Mesh, such as maml_jax.task_mesh(T), but got {mesh!r}.")
     if task_batch_size not in (None, "all"):
         validation.at_least("task_batch_size", task_batch_size, 1)
     return TaskAxis(task_batch_size, mesh and Mesh(mesh.devices.reshape(-1), (AXIS,)))
 
 
-def task_mesh(tasks: int) -> Mesh | None:
-    """The most devices, as many of each process, that can share `tasks` tasks evenly; None if that is only one.
+def task_mesh(num_tasks: int) -> Mesh | None:
+    """Returns a mesh of the largest number of devices that can share `num_tasks` tasks evenly.
+
+    With several processes the mesh has the same number of devices of each process.
+
+    Args:
+      num_tasks: tasks per meta-step, `T`.
+
+    Returns:
+      A mesh with one axis, or None if only one device can be used.
 
     Raises:
-      ValueError: if there is no task, or the processes cannot have equal shares.
+      ValueError: if `num_tasks` is not a positive integer, or not a multiple of the number of processes.
+
+    Example:
+
+    >>> task_mesh(1) is None  # One task cannot be shared.
+    True
     """
-    validation.at_least("tasks", tasks, 1)
-    processes = jax.process_count()
-    if tasks % processes:
-        raise ValueError(f"tasks must be a multiple of {processes}, the number of processes, but got {tasks}.")
-    count = max(n for n in range(1, jax.local_device_count() + 1) if tasks % (n * processes) == 0)
-    return _mesh([device for number in range(processes) for device in jax.local_devices(number)[:count]])
+    validation.at_least("the number of tasks", num_tasks, 1)
+    count = jax.process_count()
+    if num_tasks % count:
+        raise ValueError(
+            f"The number of tasks must be a multiple of {count}, the number of processes, but got {num_tasks}."
+        )
+    local = max(n for n in range(1, jax.local_device_count() + 1) if num_tasks % (n * count) == 0)
+    return _mesh([device for process in range(count) for device in jax.local_devices(process)[:local]])
 
 
 def local_mesh() -> Mesh | None:
-    """All devices of this process; None if that is only one."""
+    """Returns a mesh of all devices of this process, or None if there is only one."""
     return _mesh(jax.local_devices())
 
 
@@ -144,29 +196,35 @@ def _mesh(devices: list[jax.Device]) -> Mesh | None:
     return None if len(devices) == 1 else Mesh(np.array(devices), (AXIS,))
 
 
-def _map(fn: Callable[[Any, Task], Any], at_once: int | None, shared: Any, tasks: Task) -> Any:
-    one = partial(fn, shared)
-    if at_once is None:
-        return jax.vmap(one)(tasks)
-    return lax.map(one, tasks, batch_size=None if at_once == 1 else at_once)
+def _map(fn: Callable[[Any, Task], Any], group_size: int | None, shared: Any, tasks: Task) -> Any:
+    task_fn = partial(fn, shared)
+    if group_size is None:
+        return jax.vmap(task_fn)(tasks)
+    return lax.map(task_fn, tasks, batch_size=None if group_size == 1 else group_size)
 
 
-def _share(fn: GroupFn, at_once: int | None, count: int, shared: Any, tasks: Task) -> Any:
-    """What these of `count` tasks add to the mean of the first output, and the second stacked, group by group."""
+def _mean_share(fn: GroupFn, group_size: int | None, num_tasks: int, shared: Any, tasks: Task) -> Any:
+    """Computes the tasks of one device.
+
+    Returns:
+      The part of the mean over `num_tasks` tasks that the tasks of this device contribute, and their stacked outputs.
+    """
     size = len(jax.tree.leaves(tasks)[0])
-    if at_once is None or at_once == size:
+    if group_size is None or group_size == size:
         total, stacked = fn(shared, tasks)
-        return jax.tree.map(lambda leaf: leaf / count, total), stacked
+        return jax.tree.map(lambda leaf: leaf / num_tasks, total), stacked
 
     def add_group(total: Any, tasks: Task) -> tuple[Any, Any]:
         part, stacked = fn(shared, tasks)
         return jax.tree.map(lambda total, part: total + part.astype(total.dtype), total, part), stacked
 
-    groups = jax.tree.map(lambda leaf: leaf.reshape(-1, at_once, *leaf.shape[1:]), tasks)
+    # Split the task axis into groups.
+    groups = jax.tree.map(lambda leaf: leaf.reshape(-1, group_size, *leaf.shape[1:]), tasks)
     first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), groups)
     shapes = jax.eval_shape(fn, shared, first)[0]
-    # In float32 at least: a sum of many bfloat16 numbers stops growing.
+    # Sum in float32 or wider: a sum of many bfloat16 numbers stops growing.
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), shapes)
     total, stacked = lax.scan(add_group, zeros, groups)
-    share = jax.tree.map(lambda leaf, shape: (leaf / count).astype(shape.dtype), total, shapes)
+    # Divide, and merge the groups.
+    share = jax.tree.map(lambda leaf, shape: (leaf / num_tasks).astype(shape.dtype), total, shapes)
     return share, jax.tree.map(lambda leaf: leaf.reshape(size, *leaf.shape[2:]), stacked)

@@ -1,1 +1,1 @@
-"""Runs on disk: checkpoints, metrics, logs and model files."""
+"""Runs on disk: checkpoints, metrics, model files, signals, provenance."""

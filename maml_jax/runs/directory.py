@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics while it runs, results and parameters at its end."""
+"""The directory of a run: configuration, provenance, metrics while it runs, results at its end."""
 
 import contextlib
 import functools
@@ -6,30 +6,28 @@ import itertools
 import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from maml_jax.parallel import processes
-from maml_jax.runs import wandb_copy
 from maml_jax.runs.files import (
     InUseError,
     Lock,
     WorkdirError,
-    cannot_write,
     make_directory,
-    note,
     now,
-    plain,
+    print_note,
     read_json,
+    to_jsonable,
     utc,
-    write,
+    write_error,
+    write_file,
 )
+from maml_jax.runs.loggers import Logger, TensorBoardLogger, WandBLogger, check_wandb
 from maml_jax.runs.provenance import provenance
-from maml_jax.runs.tensorboard import Events
-from maml_jax.runs.wandb_copy import WandB
 
 
-def _by_leader(method: Callable[..., None]) -> Callable[..., None]:
-    """In all processes but 0 the method does nothing."""
+def _leader_only(method: Callable[..., None]) -> Callable[..., None]:
+    """Makes a method do nothing in all processes except process 0."""
 
     @functools.wraps(method)
     def guarded(*args: Any, **kwargs: Any) -> None:
@@ -40,28 +38,41 @@ def _by_leader(method: Callable[..., None]) -> Callable[..., None]:
 
 
 class RunDirectory:
-    """The directory of one run: `run.json`, `metrics.jsonl` and the same for TensorBoard in `events`, `results.json`,
-    `params.msgpack`, checkpoints, pictures.
+    """The directory of one run.
 
-    With a configuration, the same command goes on where the run stopped: the directory may hold a run of
-    the same configuration. While the object lives, no other process can open the directory. Of several processes of
-    one run, `hosts`, process 0 alone opens and writes it; in the others the methods do nothing, and there are no rows.
+    It holds `run.json` (configuration and provenance), `metrics.jsonl` with a copy for TensorBoard in `events`,
+    `results.json`, and the checkpoints of `resumable_train`.
+
+    A run with a configuration can be resumed: the directory may hold a run of the same configuration. No other process
+    can open the directory while the object exists. With several processes only process 0 opens and writes the
+    directory; in the others the methods do nothing, and `rows` is empty.
 
     Args:
-      path: where. None takes the first of `runs/NAME`, `runs/NAME-2`, ... that is free, or that holds an
-        unfinished run of the same configuration which no process works on.
-      name: what the run is.
-      config: all that the numbers of the run depend on, and what else is to be kept of its options. None: a run that
-        cannot be gone on with, whose directory must hold none.
-      mutable_fields: fields of `config` that may differ from what the run was begun with.
-      appendable_fields: fields of `config`, lists, that may have further entries.
-      wandb: the project of Weights & Biases that is to get a copy of the metrics, if any.
-      devices: those that compute, in words, where they are not this process's.
+      path: the directory. None takes the first of `runs/NAME`, `runs/NAME-2`, ... that does not exist, or that holds an
+        unfinished run of the same configuration which no process uses.
+      name: the name of the run.
+      config: everything that the numbers of the run depend on, and other options to record. None: a run that cannot be
+        resumed, in a directory without a run.
+      mutable_fields: fields of `config` that may change when the run resumes.
+      appendable_fields: fields of `config`, lists, that may get more entries when the run resumes.
+      wandb: the project of Weights & Biases that gets a copy of the metrics, if any.
+      devices: a description of the devices that compute, if they are not the devices of this process.
 
     Raises:
-      FileExistsError: if `path` already holds a run, and either of them has no configuration.
-      WorkdirError: if the configurations differ in a field that is not mutable_fields, listing them; if another
-        process works in the directory; if nothing can be written there.
+      FileExistsError: if `path` holds a run, and that run or this one has no configuration.
+      WorkdirError: if another field of the configuration changed, with a list of the changes; if another process uses
+        the directory; if the directory cannot be written.
+
+    Example:
+
+    >>> import tempfile
+    >>> run = RunDirectory(tempfile.mkdtemp(), "mine", {"rate": 0.01})
+    >>> run.log(step=1, loss=0.5)
+    >>> run.rows()
+    [{'step': 1, 'loss': 0.5}]
+    >>> run.write_results({"accuracy": 0.9}).name
+    'results.json'
+    >>> run.close()
     """
 
     def __init__(
@@ -76,13 +87,81 @@ class RunDirectory:
         devices: str | None = None,
     ):
         self._devices = devices
-        self._events: Events | Literal["lost"] | None = None  # Made at the first row, of all rows that there are.
-        self._wandb: WandB | None = None
+        self._loggers: list[Logger] = []
         self.path = Path(
             processes.broadcast_from_leader(
                 lambda: str(self._open(path, name, config, mutable_fields, appendable_fields, wandb))
             )
         )
+
+    @staticmethod
+    def check(
+        path: str | Path | None,
+        config: Mapping[str, Any] | None = None,
+        *,
+        mutable_fields: Collection[str] = (),
+        appendable_fields: Collection[str] = (),
+        wandb: str | None = None,
+    ) -> None:
+        """Raises the errors of opening the directory without writing anything, for a check before data are read."""
+        check_wandb(wandb)
+        if not processes.is_leader() or path is None:
+            return
+        if Path(path).exists() and not Path(path).is_dir():
+            raise WorkdirError(f"{path} is not a directory. Give another --workdir.")
+        if Path(path).is_dir():
+            _compare(Path(path), None if config is None else _as_json(config), mutable_fields, appendable_fields)
+            Lock(Path(path)).close()
+
+    @_leader_only
+    def close(self) -> None:
+        """Closes the copies of the metrics and lets other processes open the directory."""
+        self._close_loggers()
+        self._lock.close()
+
+    @_leader_only
+    def log(self, **row: Any) -> None:
+        """Appends a row to `metrics.jsonl`.
+
+        Args:
+          row: numbers and texts. The texts and `seed` tell the trainings of a run apart; `step` is the meta-step.
+
+        Raises:
+          WorkdirError: if the row cannot be written.
+        """
+        self._append([row])
+        self._for_each_logger(lambda logger: logger.log(to_jsonable(row)))
+
+    def rows(self, **labels: Any) -> list[dict]:
+        """Returns the rows of `metrics.jsonl` that have these entries, including rows from before the run resumed."""
+        rows = [json.loads(line) for line in self._metrics.read_text().splitlines()] if processes.is_leader() else []
+        return [row for row in rows if labels.items() <= row.items()]
+
+    @_leader_only
+    def drop_rows_after(self, step: int, **labels: Any) -> None:
+        """Removes the rows with these entries and a later `step`, which a resumed training writes again."""
+        rows = self.rows()
+        kept = [row for row in rows if not (labels.items() <= row.items() and row.get("step", 0) > step)]
+        if len(kept) < len(rows):
+            print_note(f"{self._metrics}: {len(rows) - len(kept)} rows after step {step} are removed and made again.")
+            write_file(self._metrics, _lines(kept).encode())
+            self._for_each_logger(lambda logger: logger.restart())
+
+    def write_results(self, results: dict[str, Any]) -> Path:
+        """Writes `results.json`: the results and their provenance. Only process 0 may call this method.
+
+        Returns:
+          The path of the file.
+
+        Raises:
+          WorkdirError: if the file cannot be written.
+        """
+        self._close_loggers()
+        made_by = self._made_by | {"finished": now()}
+        if self._earlier_starts:
+            made_by["earlier_starts"] = self._earlier_starts
+        content = to_jsonable({"made_by": made_by, **results})
+        return write_file(self.path / "results.json", json.dumps(content, indent=1).encode())
 
     def _open(
         self,
@@ -94,141 +173,58 @@ class RunDirectory:
         wandb: str | None,
     ) -> Path:
         config = None if config is None else _as_json(config)
-        self.path, self._lock = _own_or_free(name, config) if path is None else _locked(Path(path))
+        self.path, self._lock = _lock_default(name, config) if path is None else _lock(Path(path))
         try:
             changed = _compare(self.path, config, mutable_fields, appendable_fields)
         except OSError:
             self.close()
             raise
         self._metrics = self.path / "metrics.jsonl"
-        self._made_by = provenance(self._devices)  # Now: the checkout may have moved on by the end of the run.
-        self._earlier = read_json(self.path / "run.json")["starts"] if changed is not None else []
+        # Recorded at the start: the checkout may change before the run ends.
+        self._made_by = provenance(self._devices)
+        self._earlier_starts = read_json(self.path / "run.json")["starts"] if changed is not None else []
         if changed is not None:
-            note(f"{self.path} holds this run already, begun {self._earlier[0]['started']}: it goes on.")
-            self._tell_changes(changed)
-            if self._metrics.exists():  # Nobody wrote since: how long the earlier start went.
-                self._earlier[-1]["until"] = utc(self._metrics.stat().st_mtime)
-            self._mend()
+            print_note(f"Resuming the run in {self.path}, started {self._earlier_starts[0]['started']}.")
+            self._report_changes(changed)
+            if self._metrics.exists():  # The last write of the earlier start.
+                self._earlier_starts[-1]["until"] = utc(self._metrics.stat().st_mtime)
+            self._drop_damaged_rows()
         start = self._made_by | ({"changed": changed} if changed else {})
-        content = {"name": name, "config": config, "starts": [*self._earlier, start]}
-        write(self.path / "run.json", json.dumps(content, indent=1).encode())
-        self._write_lines("a", [])
+        run = {"name": name, "config": config, "starts": [*self._earlier_starts, start]}
+        write_file(self.path / "run.json", json.dumps(run, indent=1).encode())
+        self._append([])
+        self._loggers = [TensorBoardLogger(self.path / "events", self.rows)]
         if wandb is not None:
-            self._wandb = WandB(wandb, self.path, content)
+            self._loggers.append(WandBLogger(wandb, self.path, run))
         return self.path
 
-    @staticmethod
-    def check(
-        path: str | Path | None,
-        config: Mapping[str, Any] | None = None,
-        *,
-        mutable_fields: Collection[str] = (),
-        appendable_fields: Collection[str] = (),
-        wandb: str | None = None,
-    ) -> None:
-        """Raises what opening the directory would, without writing anything, for a check before data are read."""
-        wandb_copy.check(wandb)
-        if not processes.is_leader() or path is None:
-            return
-        if Path(path).exists() and not Path(path).is_dir():
-            raise WorkdirError(f"{path} is no directory. Give another --workdir.")
-        if Path(path).is_dir():
-            _compare(Path(path), None if config is None else _as_json(config), mutable_fields, appendable_fields)
-            Lock(Path(path)).close()
-
-    @_by_leader
-    def close(self) -> None:
-        """Lets other processes in."""
-        self._close_copies()
-        self._lock.close()
-
-    @_by_leader
-    def log(self, **row: Any) -> None:
-        """Appends one line to `metrics.jsonl`; text in it, and its `seed`, tell its training from others of the run.
-
-        Raises:
-          WorkdirError: if it cannot be written.
-        """
-        self._write_lines("a", [row])
-        if self._wandb is not None:
+    def _for_each_logger(self, call: Callable[[Logger], None]) -> None:
+        """Calls every logger. A copy of the metrics that fails is reported and given up; the run continues."""
+        for logger in [*self._loggers]:
             try:
-                self._wandb.add(plain(row))
-            except Exception as error:  # Whatever goes wrong with a copy is no reason to stop.
-                self._wandb = None
-                note(f"Weights & Biases gets no more of this run: {error!r}. metrics.jsonl has it all.")
-        if self._events == "lost":
-            return
-        try:
-            if self._events is None:
-                self._events = Events(self.path / "events", self.rows())
-            else:
-                self._events.add(plain(row))
-        except OSError as error:
-            self._lose_events(error)
+                call(logger)
+            except Exception as error:
+                self._loggers.remove(logger)
+                print_note(
+                    f"{logger.name} shows no more of this run: {error!r}. metrics.jsonl in {self.path} has all rows."
+                )
 
-    def rows(self, **labels: Any) -> list[dict]:
-        """The rows of `metrics.jsonl` that have these entries, those of earlier starts of this run included."""
-        rows = [json.loads(line) for line in self._metrics.read_text().splitlines()] if processes.is_leader() else []
-        return [row for row in rows if labels.items() <= row.items()]
+    def _close_loggers(self) -> None:
+        self._for_each_logger(lambda logger: logger.close())
+        self._loggers = []
 
-    @_by_leader
-    def drop_rows_after(self, step: int, **labels: Any) -> None:
-        """Drops the rows with these entries and a later `step`, which are to be written anew."""
-        rows = self.rows()
-        kept = [row for row in rows if not (labels.items() <= row.items() and row.get("step", 0) > step)]
-        if len(kept) < len(rows):
-            note(f"{self._metrics}: {len(rows) - len(kept)} rows after step {step} are dropped, and made again.")
-            write(self._metrics, _lines(kept).encode())
-            self._close_events()  # To be made anew.
-
-    def write_results(self, results: dict[str, Any]) -> Path:
-        """Writes `results.json`: the results, and what made them. By process 0."""
-        self._close_copies()
-        made_by = self._made_by | {"finished": now()}
-        if self._earlier:
-            made_by["earlier_starts"] = self._earlier
-        return write(self.path / "results.json", json.dumps(plain({"made_by": made_by, **results}), indent=1).encode())
-
-    def write_params(self, params: Any) -> Path:
-        """Writes `params.msgpack`, which `flax.serialization.from_bytes(params, data)` reads."""
-        from flax import serialization
-
-        return write(self.path / "params.msgpack", serialization.to_bytes(params))
-
-    def _close_copies(self) -> None:
-        self._close_events()
-        copy, self._wandb = self._wandb, None
-        if copy is not None:
-            try:
-                copy.close()
-            except Exception as error:  # Whatever goes wrong with a copy is no reason to stop.
-                note(f"Weights & Biases may lack the end of this run: {error!r}. metrics.jsonl has it all.")
-
-    def _close_events(self) -> None:
-        events, self._events = self._events, None
-        if isinstance(events, Events):
-            try:
-                events.flush()
-            except OSError as error:
-                self._lose_events(error)
-
-    def _lose_events(self, error: OSError) -> None:
-        """They are a copy: what they lack is no reason to stop."""
-        self._events = "lost"
-        note(f"{self.path / 'events'}: {error}. TensorBoard shows no more of this run; metrics.jsonl has it all.")
-
-    def _tell_changes(self, changed: dict[str, tuple[Any, Any]]) -> None:
+    def _report_changes(self, changed: dict[str, tuple[Any, Any]]) -> None:
         for field, (old, new) in changed.items():
-            note(f"{field} was {old!r}, is {new!r}.")
+            print_note(f"{field} was {old!r}, is {new!r}.")
         old, new = (
             {"commit": start["commit"], "hardware": start["hardware"], **start["versions"]}
-            for start in (self._earlier[-1], self._made_by)
+            for start in (self._earlier_starts[-1], self._made_by)
         )
         for part, (old, new) in _differences(old, new).items():
-            note(f"{part} was {old}, is {new}: the numbers may differ from those of a run in one go.")
+            print_note(f"{part} was {old}, is {new}: the numbers may differ from those of an uninterrupted run.")
 
-    def _mend(self) -> None:
-        """Drops what is no row, such as a line that was cut when the disk was full."""
+    def _drop_damaged_rows(self) -> None:
+        """Removes lines that are not rows, such as a line that was truncated when the disk was full."""
         content = self._metrics.read_bytes() if self._metrics.exists() else b""
         rows = []
         for number, line in enumerate(content.splitlines(), 1):
@@ -239,66 +235,72 @@ class RunDirectory:
             if isinstance(row, dict):
                 rows.append(row)
             else:
-                note(f"{self._metrics}: line {number} is cut or damaged, and dropped: {line[:60]!r}")
-        if (mended := _lines(rows).encode()) != content:
-            write(self._metrics, mended)
+                print_note(f"{self._metrics}: line {number} is truncated or damaged and is removed: {line[:60]!r}")
+        if (intact := _lines(rows).encode()) != content:
+            write_file(self._metrics, intact)
 
-    def _write_lines(self, mode: str, rows: list[dict]) -> None:
+    def _append(self, rows: list[dict]) -> None:
         try:
-            with open(self._metrics, mode) as file:
+            with open(self._metrics, "a") as file:
                 file.write(_lines(rows))
         except OSError as error:
-            raise cannot_write(self._metrics, error) from error
+            raise write_error(self._metrics, error) from error
 
 
 def _lines(rows: list[dict]) -> str:
-    return "".join(json.dumps(plain(row)) + "\n" for row in rows)
+    return "".join(json.dumps(to_jsonable(row)) + "\n" for row in rows)
 
 
-def _locked(path: Path) -> tuple[Path, Lock]:
+def _lock(path: Path) -> tuple[Path, Lock]:
     make_directory(path)
     return path, Lock(path)
 
 
-def _own_or_free(name: str, config: Any) -> tuple[Path, Lock]:
-    """The default directory, locked."""
+def _lock_default(name: str, config: Any) -> tuple[Path, Lock]:
+    """Finds and locks the default directory."""
     for number in itertools.count(1):
         path = Path("runs") / (name if number == 1 else f"{name}-{number}")
         if not path.exists():
-            with contextlib.suppress(InUseError):  # Another run began at the same time, and has it.
-                return _locked(path)
+            with contextlib.suppress(InUseError):  # Another run that started at the same time has the directory.
+                return _lock(path)
             continue
         unfinished = (path / "run.json").exists() and not (path / "results.json").exists()
         if config is not None and unfinished and read_json(path / "run.json").get("config") == config:
-            with contextlib.suppress(InUseError):  # Then the next.
-                return _locked(path)
+            with contextlib.suppress(InUseError):
+                return _lock(path)
     raise AssertionError
 
 
 def _compare(
     path: Path, config: Any, mutable_fields: Collection[str], appendable_fields: Collection[str]
 ) -> dict[str, tuple[Any, Any]] | None:
-    """Harmless differences `{field: (was, is)}` from the run in `path`; None if there is no run.
+    """Compares `config` with the run in `path`.
+
+    Returns:
+      The allowed changes, `{field: (old, new)}`; None if there is no run.
 
     Raises:
       FileExistsError, WorkdirError: as `RunDirectory`.
     """
     if not (path / "run.json").exists() and not (path / "metrics.jsonl").exists():
         return None
-    was = read_json(path / "run.json")["config"] if (path / "run.json").exists() else None
-    if config is None or was is None:
-        raise FileExistsError(f"{path} already holds a run. Give another --workdir, or move that one away.")
-    differing = _differences(was, config)
-    grown = [
-        field for field in appendable_fields if all(entry in config.get(field, ()) for entry in was.get(field, ()))
+    old_config = read_json(path / "run.json")["config"] if (path / "run.json").exists() else None
+    if config is None or old_config is None:
+        raise FileExistsError(f"{path} already holds a run. Give another --workdir, or move that run away.")
+    differences = _differences(old_config, config)
+    appended = [
+        field
+        for field in appendable_fields
+        if all(entry in config.get(field, ()) for entry in old_config.get(field, ()))
     ]
-    harmful = {field: values for field, values in differing.items() if field not in {*mutable_fields, *grown}}
-    if harmful:
-        listed = "".join(f"\n  {field} was {old!r}, is {new!r}" for field, (old, new) in harmful.items())
+    refused = {field: pair for field, pair in differences.items() if field not in {*mutable_fields, *appended}}
+    if refused:
+        listed = "".join(f"\n  {field} was {old!r}, is {new!r}" for field, (old, new) in refused.items())
         raise WorkdirError(
-            f"{path} holds a run of another configuration:{listed}\nGive what it was begun with, or another --workdir."
+            f"{path} holds a run of another configuration:{listed}\nGive the configuration of that run, or another "
+            "--workdir."
         )
-    return differing
+    return differences
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -307,5 +309,5 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[An
 
 
 def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
-    """As it will be when it is read back."""
-    return json.loads(json.dumps(plain(dict(config))))
+    """Converts the configuration to the values that reading it from JSON gives."""
+    return json.loads(json.dumps(to_jsonable(dict(config))))

@@ -1,4 +1,4 @@
-"""What every file of a work directory needs: one writer, whole files, and errors that name the place."""
+"""Files of a run directory: errors that name the file, the lock, JSON, times."""
 
 import fcntl
 import json
@@ -13,117 +13,146 @@ from typing import Any
 import jax
 import numpy as np
 
+from maml_jax.atomic import write_atomically
+
 
 class WorkdirError(OSError):
-    """A work directory or what is in it cannot be used; the message says where, why, and what to do."""
+    """A run directory or a file in it cannot be used. The message names the file, the reason and what to do."""
 
 
 class InUseError(WorkdirError):
-    """Another process works in the directory."""
+    """Another process uses the directory."""
 
 
-def note(text: str) -> None:
-    """Tells on standard error what a run decided by itself."""
+def print_note(text: str) -> None:
+    """Prints `note: TEXT` on standard error: a decision that the run made without the user."""
     print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def make_directory(path: Path) -> None:
-    """Makes `path` and what is above it. Raises WorkdirError if that cannot be."""
+    """Creates `path` and its missing parents.
+
+    Raises:
+      WorkdirError: if a directory cannot be created.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise cannot_write(path, error) from error
+        raise write_error(path, error) from error
 
 
-def write(path: Path, content: bytes) -> Path:
-    """Writes a file in one piece: whoever reads it sees the old content or the new. Raises WorkdirError."""
-    part = path.with_name(f".{path.name}.part")
+def write_file(path: Path, content: bytes) -> Path:
+    """Replaces the content of a file in one piece and returns `path`; see `write_atomically`.
+
+    Raises:
+      WorkdirError: if the file cannot be written.
+    """
     try:
-        part.write_bytes(content)
-        os.replace(part, path)
+        with write_atomically(path) as file:
+            file.write(content)
     except OSError as error:
-        raise cannot_write(path, error) from error
+        raise write_error(path, error) from error
     return path
 
 
-def cannot_write(path: Path, error: BaseException) -> WorkdirError:
-    """The error to raise where writing `path` failed by `error`."""
+def write_error(path: Path, error: BaseException) -> WorkdirError:
+    """Returns the error to raise when writing `path` failed with `error`."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())[:1000]
     return WorkdirError(
-        f"Cannot write {path}: {reason}. Make room or give the rights, then start the same command again, which goes "
-        "on from the last checkpoint; or give another --workdir."
+        f"Cannot write {path}: {reason}. Free disk space or change the permissions, then start the same command again: "
+        "it resumes from the last checkpoint. Or give another --workdir."
     )
 
 
 class Lock:
-    """Keeps every other process out of the directory `path` until it is closed or this process ends.
+    """An exclusive lock on the directory `path`, held until `close` is called or this process ends.
 
-    The kernel lets go of it with the process, however that ends, so that none is ever left over.
+    The kernel releases the lock when the process ends, however it ends, so no stale lock remains.
 
     Raises:
-      InUseError: naming the process that has the lock.
-      WorkdirError: if nothing can be written there.
+      InUseError: if another process holds the lock; the message names the process.
+      WorkdirError: if the lock file cannot be written.
     """
 
     def __init__(self, path: Path):
         try:
             file = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise cannot_write(path / ".lock", error) from error
+            raise write_error(path / ".lock", error) from error
         self.close = weakref.finalize(self, os.close, file)
-        """Lets others in."""
+        """Releases the lock."""
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             holder = os.read(file, 1000).decode(errors="replace").strip() or "another process"
             self.close()
-            advice = "Wait until it ends, end it, or give another --workdir."
-            if holder.startswith(_self()):
-                advice = "That is this process itself: close() what has it open, such as a RunDirectory, first."
+            advice = "Wait until that process ends, end it, or give another --workdir."
+            if holder.startswith(_this_process()):
+                advice = (
+                    "That is this process: first close() the object that holds the directory, such as a RunDirectory."
+                )
             raise InUseError(f"{path} is in use by {holder}. {advice}") from error
         except OSError as error:
-            note(f"{path} is on a file system without locks ({error.strerror}): see that only one run uses it.")
+            print_note(f"{path} is on a file system without locks ({error.strerror}): let only one run use it.")
         try:
             os.ftruncate(file, 0)
-            os.write(file, f"{_self()} since {now()}\n".encode())
+            os.write(file, f"{_this_process()} since {now()}\n".encode())
         except OSError as error:
             self.close()
-            raise cannot_write(path / ".lock", error) from error
+            raise write_error(path / ".lock", error) from error
 
 
-def _self() -> str:
+def _this_process() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def read_json(path: Path) -> dict:
-    """Reads a JSON object; raises WorkdirError naming the file if it is none."""
+    """Reads a file that holds a JSON object.
+
+    Raises:
+      WorkdirError: if the file cannot be read or holds something else.
+    """
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise WorkdirError(f"{path} cannot be read: {error}. Restore it, or give another --workdir.") from error
+        raise WorkdirError(f"{path} cannot be read: {error}. Restore the file, or give another --workdir.") from error
     if not isinstance(content, dict):
-        raise WorkdirError(f"{path} holds no JSON object. Restore it, or give another --workdir.")
+        raise WorkdirError(f"{path} does not hold a JSON object. Restore the file, or give another --workdir.")
     return content
 
 
-def plain(tree: Any) -> Any:
-    """Arrays as lists and paths as strings, so that JSON takes them; NaN and infinity as null, which JSON lacks."""
+def to_jsonable(tree: Any) -> Any:
+    """Converts nested dicts, lists and tuples to values that `json.dumps` accepts.
+
+    Arrays become lists, paths become strings, and NaN and infinity become None, because JSON has neither.
+
+    Example:
+
+    >>> to_jsonable({"loss": np.array([0.5, np.inf]), "path": Path("runs/mine")})
+    {'loss': [0.5, None], 'path': 'runs/mine'}
+    """
     if isinstance(tree, dict):
-        return {key: plain(value) for key, value in tree.items()}
+        return {key: to_jsonable(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return [plain(value) for value in tree]
+        return [to_jsonable(value) for value in tree]
     if isinstance(tree, (np.ndarray, np.generic, jax.Array)):
-        return plain(np.asarray(tree).tolist())
+        return to_jsonable(np.asarray(tree).tolist())
     if isinstance(tree, float):
         return tree if np.isfinite(tree) else None
     return str(tree) if isinstance(tree, Path) else tree
 
 
 def now() -> str:
-    """The time in UTC, to the second."""
+    """Returns the current time in UTC, to the second, in ISO 8601."""
     return utc(time.time())
 
 
 def utc(seconds: float) -> str:
-    """A time since the epoch, as text."""
+    """Formats seconds since the epoch in ISO 8601.
+
+    Example:
+
+    >>> utc(0)
+    '1970-01-01T00:00:00Z'
+    """
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))

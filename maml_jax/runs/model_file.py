@@ -1,6 +1,6 @@
-"""A meta-trained model as one file: its parameters, those of the inner update, and a description.
+"""A meta-trained model in one file: parameters, learned parameters of the inner update, and a description.
 
-The file is msgpack of arrays and text. Reading it builds arrays, dicts and lists, and executes nothing.
+The file is msgpack of arrays and text. Reading builds arrays, dicts and lists, and executes no code.
 """
 
 import json
@@ -11,69 +11,77 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maml_jax.runs.files import make_directory, plain, write
+from maml_jax.runs.files import to_jsonable, write_file
 from maml_jax.types import InnerParams, Params
 
 FORMAT = "maml_jax 1"
 
 
 class Saved(NamedTuple):
-    """What a file held."""
+    """The content of a model file."""
 
     params: Params
-    """Nested dicts of arrays; `restore` gives them the structure of other parameters."""
+    """Nested dicts of arrays; `restore` gives them the structure of the model's parameters."""
     inner_params: InnerParams
-    """Learned parameters of the inner update, the same; `()` where none are learned."""
+    """Learned parameters of the inner update, also nested dicts; `()` if none are learned."""
     description: dict[str, Any]
-    """Model, protocol, and whatever else was saved beside."""
+    """The description that was saved with the parameters."""
 
 
 def save(
     path: str | Path, params: Params, inner_params: InnerParams = (), description: dict[str, Any] | None = None
 ) -> Path:
-    """Writes a file, in one piece: whoever reads it sees the old content or the new.
+    """Saves parameters to a file. An existing file is replaced in one piece.
 
     Args:
-      path: where.
-      params: any pytree of arrays, such as a state of nnx or a module of equinox.
-      rates: the same for the learned rates.
-      description: a dict of what JSON takes, and of NumPy's and JAX's numbers and arrays; what is not finite becomes
-        None.
+      path: the file; missing directories are created.
+      params: any pytree of arrays, such as a linen dict, an nnx state or an equinox module.
+      inner_params: learned parameters of the inner update, `MetaState.inner_params`.
+      description: values for JSON, numbers and arrays of NumPy and JAX. NaN and infinity become None.
+
+    Returns:
+      The path of the file.
 
     Raises:
-      TypeError: for a leaf that is no array or number, or a description that JSON does not take.
-      ValueError: for leaves whose names are the same as text.
+      TypeError: if a leaf is not an array or a number, or if JSON cannot hold the description.
+      ValueError: if two leaves have the same path as text, such as the keys `1` and `"1"`.
       OSError: if the file cannot be written.
+
+    Example:
+
+    >>> import pathlib, tempfile
+    >>> path = save(pathlib.Path(tempfile.mkdtemp()) / "model", {"w": jnp.ones(3)}, description={"ways": 5})
+    >>> saved = load(path)
+    >>> saved.params["w"].tolist(), saved.inner_params, saved.description
+    ([1.0, 1.0, 1.0], (), {'ways': 5})
     """
     from flax import serialization
 
     if not isinstance(description, dict | None):
         raise TypeError(f"description must be a dict, but got {description!r}.")
     try:
-        about = json.dumps(plain(description or {}))
+        text = json.dumps(to_jsonable(description or {}))
     except TypeError as error:
-        raise TypeError(f"description must hold only what JSON takes, but {error}.") from error
+        raise TypeError(f"description must hold values for JSON, but {error}.") from error
     content = serialization.msgpack_serialize(
         {
             "format": FORMAT,
-            "description": about,
+            "description": text,
             "params": _nested("params", params),
             "inner_params": _nested("inner_params", inner_params),
         }
     )
-    path = Path(path)
-    make_directory(path.parent)
-    return write(path, content)
+    return write_file(Path(path), content)
 
 
 def load(path: str | Path) -> Saved:
-    """Reads a file that `save` wrote.
+    """Reads a file that `save` wrote; see `save` for an example.
 
-    `restore(like, saved.params)` gives it the structure of other parameters.
+    `restore(like, load(path).params)` gives the parameters the structure of `like`.
 
     Raises:
-      ValueError: if the file is not such a file, or damaged.
-      OSError: if it cannot be read.
+      ValueError: if the file was not written by `save`, or is damaged.
+      OSError: if the file cannot be read.
     """
     from flax import serialization
 
@@ -83,19 +91,32 @@ def load(path: str | Path) -> Saved:
             raise ValueError(f"its format is {content['format']!r}, not {FORMAT!r}")
         description = json.loads(content["description"])
         inner_params = content["inner_params"]
-        none = inner_params is None or (isinstance(inner_params, dict) and not inner_params)
-        return Saved(content["params"], () if none else inner_params, description)
+        empty = isinstance(inner_params, dict) and not inner_params
+        return Saved(content["params"], () if empty else inner_params, description)
     except OSError:
         raise
-    except Exception as error:  # Whatever the bytes of another file lead to.
-        raise ValueError(f"{path} is not a file of maml_jax.save, or damaged: {error!r}.") from error
+    except Exception as error:  # Other files can raise any exception.
+        raise ValueError(f"{path} is not a file of maml_jax.save, or is damaged: {error!r}.") from error
 
 
 def restore(like: Any, values: Any) -> Any:
-    """`values`, as `load` gives them, in the structure of `like`, whose numbers play no part.
+    """Gives loaded parameters the structure of a model's parameters.
+
+    Args:
+      like: a pytree with the structure and shapes of the result, such as new parameters of the model. Its numbers are
+        not used.
+      values: nested dicts of arrays, `Saved.params` or `Saved.inner_params`.
+
+    Returns:
+      The arrays of `values` in the structure of `like`.
 
     Raises:
-      ValueError: naming the leaf that the one has and the other has not, or whose shape is another.
+      ValueError: if a leaf is missing on one side, or if shapes differ; the message names the leaf.
+
+    Example:
+
+    >>> restore([jnp.zeros(2)], {"0": np.ones(2)})
+    [Array([1., 1.], dtype=float32)]
     """
     paths, structure = jax.tree_util.tree_flatten_with_path(like)
     missing = object()
@@ -105,11 +126,11 @@ def restore(like: Any, values: Any) -> Any:
         for key in path:
             found = found.get(_name(key), missing) if isinstance(found, dict) else missing
         if found is missing or isinstance(found, dict):
-            raise ValueError(f"The saved values have nothing at {jax.tree_util.keystr(path) or 'the top'}.")
+            raise ValueError(f"The saved values have no array at {jax.tree_util.keystr(path) or 'the top'}.")
         if np.shape(found) != np.shape(leaf):
             raise ValueError(
-                f"At {jax.tree_util.keystr(path) or 'the top'} the saved values have shape {np.shape(found)} in place "
-                f"of {np.shape(leaf)}."
+                f"At {jax.tree_util.keystr(path) or 'the top'} the saved values must have shape {np.shape(leaf)}, but "
+                f"have {np.shape(found)}."
             )
         return jnp.asarray(found)
 
@@ -117,7 +138,7 @@ def restore(like: Any, values: Any) -> Any:
     known = {tuple(map(_name, path)) for path, _ in paths}
     for path, _ in jax.tree_util.tree_leaves_with_path(values):
         if tuple(map(_name, path)) not in known:
-            raise ValueError(f"The saved values have {jax.tree_util.keystr(path)}, for which there is no place.")
+            raise ValueError(f"The saved values have an array at {jax.tree_util.keystr(path)}, but the model has none.")
     return jax.tree.unflatten(structure, leaves)
 
 
@@ -126,19 +147,21 @@ def _name(key: Any) -> str:
 
 
 def _nested(name: str, tree: Any) -> Any:
-    """Nested dicts of arrays, by the path to each leaf."""
+    """Converts a pytree to nested dicts of arrays, with the path of a leaf as keys."""
     nested: Any = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         array = np.asarray(leaf)
         if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
-            given = f"{name}{jax.tree_util.keystr(path)} is {leaf!r}"
-            raise TypeError(f"{name} must hold arrays and numbers alone, but {given}. A description is given last.")
+            raise TypeError(
+                f"{name} must hold only arrays and numbers, but {name}{jax.tree_util.keystr(path)} is {leaf!r}. Give "
+                "texts in description."
+            )
         if not path:
             return array
-        place = nested
+        node = nested
         for key in path[:-1]:
-            place = place.setdefault(_name(key), {}) if isinstance(place, dict) else place
-        if not isinstance(place, dict) or _name(path[-1]) in place:
-            raise ValueError(f"{name} holds two leaves that are both called {jax.tree_util.keystr(path)} as text.")
-        place[_name(path[-1])] = array
+            node = node.setdefault(_name(key), {}) if isinstance(node, dict) else node
+        if not isinstance(node, dict) or _name(path[-1]) in node:
+            raise ValueError(f"{name} holds two leaves with the same path as text, {jax.tree_util.keystr(path)}.")
+        node[_name(path[-1])] = array
     return nested

@@ -1,4 +1,4 @@
-"""What a device does in a few calls of a training, as a trace to be looked at."""
+"""A profile of a few calls of a training."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -7,20 +7,24 @@ from typing import TypeVar
 
 import jax
 
-from maml_jax.runs.files import cannot_write, note
+from maml_jax.runs.files import print_note, write_error
 
 Call = TypeVar("Call")
 
 
-def profiled(calls: Iterable[Call], folder: Path) -> Iterator[Call]:
-    """The same calls, with a trace in `folder` of the time in which the second and the third are waited for and used.
+def profile_calls(calls: Iterable[Call], folder: Path) -> Iterator[Call]:
+    """Yields the same calls and traces the second and the third.
 
-    The first compiles. As `train` is one call ahead, a part of the second may be missing, and the fourth begins within.
-    `tensorboard --logdir` shows it with the plugin tensorboard-plugin-profile, and ui.perfetto.dev its
-    `perfetto_trace.json.gz`.
+    The first call is not traced because it compiles. `train` computes one call ahead, so the trace may lack the start
+    of the second call and hold the start of the fourth. `tensorboard --logdir` shows the trace with the plugin
+    tensorboard-plugin-profile; ui.perfetto.dev shows the file `perfetto_trace.json.gz`.
+
+    Args:
+      calls: the iterator of `train`.
+      folder: the folder of the trace.
 
     Raises:
-      WorkdirError: if it cannot be written.
+      WorkdirError: if the trace cannot be written.
     """
     waiting, traced = iter(calls), 0
     yield from islice(waiting, 1)
@@ -29,9 +33,9 @@ def profiled(calls: Iterable[Call], folder: Path) -> Iterator[Call]:
             for traced, call in enumerate(islice(waiting, 2), 1):
                 yield call
     except OSError as error:
-        raise cannot_write(folder, error) from error
+        raise write_error(folder, error) from error
     if traced:
-        note(f"A profile of {traced} calls is in {folder}: for TensorBoard, and for ui.perfetto.dev.")
+        print_note(f"A profile of {traced} calls is in {folder}, for TensorBoard and ui.perfetto.dev.")
     else:
-        note("There is no profile: the training ended with its first call, which compiles.")
+        print_note("There is no profile: the training ended with the first call, which compiles.")
     yield from waiting

@@ -1,4 +1,4 @@
-"""A sign of life of a run."""
+"""Progress reporting of a run."""
 
 import sys
 import time
@@ -7,12 +7,12 @@ from maml_jax.parallel import processes
 
 
 class Progress:
-    """Shows how far a run is, how fast, and how long it still takes: a bar on a terminal, else plain lines.
+    """Shows the step, the rate and the remaining time: a bar on a terminal, otherwise lines.
 
     Args:
       total: steps of the run.
-      name: what is counted.
-      every: seconds between plain lines.
+      name: the name of the run.
+      every: seconds between lines.
     """
 
     def __init__(self, total: int, name: str, every: float = 15.0):
@@ -27,11 +27,11 @@ class Progress:
         self._first = (0, self._start)
 
     def update(self, step: int, **values: float) -> None:
-        """Reports that `step` steps are done, with some values to show beside."""
+        """Reports that `step` steps are done, and shows `values`."""
         now = time.monotonic()
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         self._updates += 1
-        # The rate is counted from the end of the call that compiles: the first, or in a run that goes on the second.
+        # Measure the rate after the call that compiles: the first call, or the second in a run that resumes.
         if self._updates <= 2:
             self._first = (step, now)
         if not self._bar.disable:

@@ -1,4 +1,4 @@
-"""What made a result: command, commit, versions and hardware."""
+"""Provenance of a result: command, commit, versions and hardware."""
 
 import os
 import platform
@@ -15,11 +15,15 @@ from maml_jax.runs.files import now
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow", "tensorflow-datasets")
 EXTRAS = ("mujoco", "mujoco-mjx", "gymnasium")
-"""What numbers may depend on where it is installed."""
+"""Optional packages that numbers may depend on."""
 
 
 def provenance(devices: str | None = None) -> dict[str, Any]:
-    """The command, commit, versions and hardware of this process; `devices` in words where others than its compute."""
+    """Returns the command, commit, versions and hardware of this process.
+
+    Args:
+      devices: a description of the devices that compute, if they are not the devices of this process.
+    """
     module = getattr(sys.modules["__main__"].__spec__, "name", None)
     program = ["python", "-m", module] if module else ["python", Path(sys.argv[0]).name]
     devices = devices or f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
@@ -45,7 +49,7 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this package lies in, with '+changes' if it is not clean."""
+    """The commit of the checkout that holds this package, with '+changes' if tracked files were changed."""
     here = Path(__file__)
 
     def git(*args: str) -> str:
@@ -53,7 +57,7 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", here.name)  # Installed into another project's checkout: not its commit.
+        git("ls-files", "--error-unmatch", here.name)  # Fails where the checkout around the package is another project.
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return None

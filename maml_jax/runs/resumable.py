@@ -1,6 +1,5 @@
-"""A training that can be killed at any moment and goes on where it was, to the same numbers bit for bit."""
+"""Training that can be killed at any moment and resumes, with bit-equal numbers."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -12,24 +11,22 @@ from maml_jax.parallel import processes
 from maml_jax.runs import signals
 from maml_jax.runs.checkpoint import Checkpoints
 from maml_jax.runs.directory import RunDirectory
-from maml_jax.runs.files import WorkdirError, note, plain
-from maml_jax.runs.profiling import profiled
+from maml_jax.runs.files import WorkdirError, print_note, to_jsonable
+from maml_jax.runs.profiling import profile_calls
 from maml_jax.training import DrawFn, Metrics, train
 from maml_jax.types import MetaState, NotFiniteError
 
 Rate = float | Callable[[int], Any]
-"""A rate, or the schedule of one: from the number of steps before to the rate, as in optax."""
+"""A learning rate, or a schedule from the number of previous steps to the rate, as in optax."""
 
 
 class Validate(NamedTuple):
-    """How the state is judged along the way; where there are several processes, by process 0 alone."""
+    """Validation during training; with several processes by process 0 alone."""
 
     every: int
-    """Meta-steps from one validation to the next. The last state is validated too, and each that is is saved."""
+    """Meta-steps between validations. The last state is validated too. Every validated state is saved."""
     metrics: Callable[[MetaState], Metrics]
-    """What the row of a validated state gets beside the metrics of training."""
-    score: Callable[[Metrics], float] | None = None
-    """Of such a row, larger is better: the checkpoint with the largest is kept, whatever its age."""
+    """Computes metrics of a state, which are added to the metrics of training."""
 
 
 def resumable_train(
@@ -48,37 +45,61 @@ def resumable_train(
     rates: Mapping[str, Rate] | None = None,
     profile: bool = False,
 ) -> Iterator[tuple[MetaState, Metrics]]:
-    """`train` that logs and saves itself, and begins where the checkpoints of `run` end.
+    """Meta-trains like `train`, logs the metrics, saves checkpoints, and resumes from the last checkpoint of `run`.
 
-    `for state, row in resumable_train(...)` is the whole training loop. What it hands over is logged, and never more
-    than `save_every` meta-steps (or one call, if that is longer) ahead of a checkpoint on disk. If there is a
-    checkpoint, the first that it hands over is the state restored and its row: so there is always a first,
-    for a training that had ended, too.
+    `for state, row in resumable_train(...)` is the whole training loop. Each yielded row is logged. A checkpoint on
+    disk is at most `save_every` meta-steps (or one call, if that is longer) older than the yielded state. When the
+    training resumes, the first yielded pair is the restored state with its row, also for a training that was finished.
 
     Args:
-      learner, state, draw, data, steps, steps_per_call: as for `train`. `state` is where a new run starts,
-        and tells the structure of the one restored. Tasks are to be drawn from `data` and the step alone, as
-        `train` requires: then no position in the data needs to be kept.
-      run: where metrics are logged, and the checkpoints are: in `checkpoints`, or a directory below it named by
-        the labels.
-      save_every: meta-steps from one checkpoint to the next; saving takes about a tenth of a second, most of it
-        while the next call computes.
-      validate: how to checker the state along the way, if at all.
-      keep: how many of the newest checkpoints are kept.
-      labels: what tells this training from others of the same run: entries of each of its rows.
-      rates: inner and outer rates or their schedules, by name, to be told when a loss stops being finite.
+      learner, draw, data, steps, steps_per_call: as for `train`. Tasks must depend on `data` and the step alone; there
+        is then no position in the data to save.
+      state: the initial state of a new run, with the structure of the restored state.
+      run: the run directory, for metrics and checkpoints. Checkpoints are in `checkpoints`, or with `labels` in a
+        directory below it.
+      save_every: meta-steps between checkpoints. A checkpoint takes about 0.1 s, mostly while the next call computes.
+      validate: the validation during training, if any.
+      keep: the number of checkpoints to keep.
+      labels: entries of each row that tell this training from others in `run`, such as `{"seed": 0}`.
+      rates: inner and outer learning rates or their schedules, by name, for the message of NotFiniteError.
       profile: whether to trace the second and the third call into the directory `profile` of `run`.
 
     Yields:
-      The state, and its row: the metrics of `train` and `validate`, the latter in process 0 alone.
+      The state, and its row: the metrics of `train`, and in process 0 also those of `validate`.
 
     Raises:
-      ValueError: for an option that is not allowed, at once.
-      WorkdirError: if every checkpoint is damaged, or of another model, or beyond `steps`; if nothing can be
-        written.
-      NotFiniteError: as `train`, with the rates. No checkpoint ever holds what is not finite.
-      Interrupted: a SystemExit with status 128 + the signal's number, once all is saved after SIGINT or
-        SIGTERM. A second of them ends the process at once.
+      ValueError: at once, for an option that is not allowed.
+      WorkdirError: if all checkpoints are damaged, of another model or beyond `steps`; if a file cannot be written.
+      NotFiniteError: as `train`; the message also gives the rates. A checkpoint never holds NaN or infinity.
+      Interrupted: after SIGINT or SIGTERM, once the state is saved; a SystemExit with status 128 + the number of the
+        signal. A second signal ends the process at once.
+
+    Example:
+
+    >>> import tempfile
+    >>> import jax, jax.numpy as jnp, optax
+    >>> import maml_jax
+    >>> from maml_jax.tasks import sinusoid
+    >>> def loss_fn(params, batch):
+    ...     x, y = batch
+    ...     return jnp.mean((jnp.sin(x) * params - y) ** 2), {}
+    >>> def draw(key, step):
+    ...     return sinusoid.draw_tasks(jax.random.fold_in(key, step), 2, shots=5, queries=5)
+    >>> learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.1, steps=1), optax.adam(0.01))
+    >>> folder = tempfile.mkdtemp()
+    >>> for steps in (4, 8):  # The second run resumes at step 4.
+    ...     run = RunDirectory(folder, "sine", {"steps": steps}, mutable_fields={"steps"})
+    ...     state = learner.init(jnp.ones([]))
+    ...     for state, row in resumable_train(
+    ...         learner, state, draw, jax.random.key(0), steps=steps, steps_per_call=2, run=run, save_every=4
+    ...     ):
+    ...         print(row["step"])
+    ...     run.close()
+    2
+    4
+    4
+    6
+    8
     """
     intervals = {"steps": steps, "steps_per_call": steps_per_call, "save_every": save_every, "keep": keep}
     for name, value in (intervals | ({"validate.every": validate.every} if validate else {})).items():
@@ -90,21 +111,20 @@ def resumable_train(
     def calls(
         state: MetaState, stop_request: signals.StopRequest, checkpoints: Checkpoints
     ) -> Iterator[tuple[MetaState, Metrics]]:
-        # Going on: first the state, which says at what step the run is. Then the metrics are cut to that step, so
-        # that none is doubled. Only then are new steps taken.
+        # Resume: restore the state, then remove the rows after its step, then take new steps.
         restored = checkpoints.restore(state)
         done = saved = int(state.step) if restored is None else restored.step
         if done > steps:
-            raise _beyond(folder, done, steps)
+            raise _too_many_steps(folder, done, steps)
         run.drop_rows_after(done, **labels)
-        rows = len(run.rows(**labels))
+        num_rows = len(run.rows(**labels))
         if restored is not None:
-            if processes.is_leader() and rows < restored.about["rows"]:
-                note(f"{run.path / 'metrics.jsonl'} has lost {restored.about['rows'] - rows} rows up to step {done}.")
+            if processes.is_leader() and num_rows < (expected := restored.about["rows"]):
+                print_note(f"{run.path / 'metrics.jsonl'} has lost {expected - num_rows} rows up to step {done}.")
             state = restored.state
             yield state, restored.about["row"]
 
-        taken = train(
+        trained = train(
             learner,
             state,
             draw,
@@ -113,30 +133,31 @@ def resumable_train(
             steps_per_call=steps_per_call,
             stop=lambda: stop_request.signal is not None,
         )
-        for state, row in profiled(taken, run.path / "profile" / label) if profile and processes.is_leader() else taken:
+        if profile and processes.is_leader():
+            trained = profile_calls(trained, run.path / "profile" / label)
+        for state, row in trained:
             before, done = done, row["step"]
-            judged = validate is not None and (done == steps or _passed(validate.every, before, done))
-            if validate is not None and judged and processes.is_leader():
-                found = validate.metrics(processes.local(state))
-                scored = math.nan if validate.score is None else float(validate.score(row | found))
-                row = row | plain(found)
-            # Killed between any two of these lines, the run goes back to the newest checkpoint on disk and makes the
-            # rows after it again: none is more than one interval ahead, for the save begun last is awaited first.
+            # Validate.
+            validated = validate is not None and (done == steps or _is_due(validate.every, before, done))
+            if validate is not None and validated and processes.is_leader():
+                row = row | to_jsonable(validate.metrics(processes.local(state)))
+            # Log, after the previous checkpoint is on disk. A process that is killed between any two of these lines
+            # resumes from the newest checkpoint on disk and makes the later rows again.
             checkpoints.wait()
             run.log(**labels, **row)
-            rows += 1
-            if judged or done == steps or _passed(save_every, before, done):
-                score = scored if judged and processes.is_leader() and math.isfinite(scored) else None
-                checkpoints.save(done, state, {"row": row, "rows": rows}, score)
+            num_rows += 1
+            # Save.
+            if validated or done == steps or _is_due(save_every, before, done):
+                checkpoints.save(done, state, {"row": row, "rows": num_rows})
                 saved = done
             yield state, row
-        # The call that is under way when a signal comes is dropped: the state in hand is whole, and is what is saved.
-        if (number := signals.of_any_process(stop_request)) is not None:
+        # After a signal, drop the call that is being computed and save the last complete state.
+        if (number := signals.signal_of_any_process(stop_request)) is not None:
             if saved < done:
-                checkpoints.save(done, state, {"row": row, "rows": rows})
+                checkpoints.save(done, state, {"row": row, "rows": num_rows})
             checkpoints.wait()
             if processes.is_leader():
-                note(f"Stopped by {number.name}; step {done} is saved, and the same command goes on from there.")
+                print_note(f"Stopped by {number.name}; step {done} is saved, and the same command resumes from it.")
             raise signals.Interrupted(number)
 
     def guarded() -> Iterator[tuple[MetaState, Metrics]]:
@@ -145,42 +166,50 @@ def resumable_train(
                 yield from calls(state, stop_request, checkpoints)
             except NotFiniteError as error:
                 checkpoints.wait()
-                message = f"{error}{_told(rates, error.step)}{_last(checkpoints)}"
+                message = f"{error}{_describe_rates(rates, error.step)}{_describe_last(checkpoints)}"
                 raise NotFiniteError(message, error.step) from error
 
     return guarded()
 
 
 def check_steps(path: str | Path | None, steps: int) -> None:
-    """Raises WorkdirError if a training in the run directory `path` has gone beyond `steps`, for a check beforehand."""
+    """Checks that no training in a run directory has taken more than `steps` meta-steps, before data are read.
+
+    Args:
+      path: the run directory; None for a new one.
+      steps: the meta-steps to train for.
+
+    Raises:
+      WorkdirError: if a training has a checkpoint after more steps.
+    """
     if path is None or not processes.is_leader():
         return
     folders = [folder for depth in ("*", "*/*") for folder in Path(path, "checkpoints").glob(depth)]
-    # Of a folder named by a label that is a number, only what is in it counts.
-    named = {folder.parent for folder in folders if folder.name.isdecimal()}
-    done = {int(folder.name): folder.parent for folder in folders if folder.name.isdecimal() and folder not in named}
+    # A folder with a number as its name is a checkpoint, unless it holds checkpoints: then the number is a label.
+    labelled = {folder.parent for folder in folders if folder.name.isdecimal()}
+    done = {int(folder.name): folder.parent for folder in folders if folder.name.isdecimal() and folder not in labelled}
     if done and max(done) > steps:
-        raise _beyond(done[max(done)], max(done), steps)
+        raise _too_many_steps(done[max(done)], max(done), steps)
 
 
-def _beyond(folder: Path, done: int, steps: int) -> WorkdirError:
+def _too_many_steps(folder: Path, done: int, steps: int) -> WorkdirError:
     return WorkdirError(
-        f"{folder} has {done} meta-steps behind it, more than the {steps} that are wanted. Give at least {done}, or "
-        "another directory."
+        f"The training in {folder} has taken {done} meta-steps, more than steps, {steps}. Give steps of at least "
+        f"{done}, or another --workdir."
     )
 
 
-def _passed(every: int, before: int, now: int) -> bool:
+def _is_due(every: int, before: int, now: int) -> bool:
     """Whether a multiple of `every` lies in (before, now]."""
     return now // every > before // every
 
 
-def _told(rates: Mapping[str, Rate], step: int) -> str:
+def _describe_rates(rates: Mapping[str, Rate], step: int) -> str:
     values = {name: rate(step - 1) if callable(rate) else rate for name, rate in rates.items()}
     listed = ", ".join(f"{name} {float(value):g}" for name, value in values.items())
     return f" The rates were: {listed}." if values else ""
 
 
-def _last(checkpoints: Checkpoints) -> str:
+def _describe_last(checkpoints: Checkpoints) -> str:
     steps = checkpoints.steps()
     return f" The last checkpoint, {checkpoints.path / str(steps[-1])}, is finite." if steps else ""

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a request to stop, granted where stopping is safe."""
+"""SIGINT and SIGTERM as requests to stop, which a training grants when its state is saved."""
 
 import os
 import signal
@@ -8,16 +8,15 @@ from contextlib import contextmanager
 from signal import Signals
 
 from maml_jax.parallel import processes
-from maml_jax.runs.files import note
+from maml_jax.runs.files import print_note
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(SystemExit):
-    """A signal stopped the run after it was saved; the same command goes on.
+    """A signal stopped the run after its state was saved; the same command resumes the run.
 
-    Ends the process, if nobody catches it, with status 128 + the signal's number: 130 after SIGINT, 143
-    after SIGTERM.
+    Uncaught, it ends the process with status 128 + the number of the signal: 130 after SIGINT, 143 after SIGTERM.
     """
 
     def __init__(self, number: Signals):
@@ -26,28 +25,28 @@ class Interrupted(SystemExit):
 
 
 class StopRequest:
-    """Whether to stop."""
+    """Whether a signal asked this process to stop."""
 
     signal: Signals | None = None
-    """Which signal came; None as long as none did."""
+    """The signal that arrived, or None."""
 
 
-def of_any_process(stop_request: StopRequest) -> Signals | None:
-    """The signal that came to the first process that got one; every process has to ask."""
-    names = [
-        name for name in processes.all_gather_text(stop_request.signal.name if stop_request.signal else "") if name
-    ]
-    return Signals[names[0]] if names else None
+def signal_of_any_process(stop_request: StopRequest) -> Signals | None:
+    """Returns the signal of the first process that received one, or None. All processes must call this function."""
+    received = processes.all_gather_text(stop_request.signal.name if stop_request.signal else "")
+    return next((Signals[name] for name in received if name), None)
 
 
 @contextmanager
 def deferred() -> Iterator[StopRequest]:
-    """Within the block, the first SIGINT or SIGTERM is noted in the value handed over, and the second ends the
-    process at once, with status 128 + its number.
+    """Defers SIGINT and SIGTERM inside the block.
 
-    A thread of its own waits for signals, because Python runs handlers only between two bytecodes of the
-    main thread, which may be in a compilation of minutes. A signal that the process ignores stays ignored.
-    Outside of the main thread nothing is changed: Python lets only that one handle signals.
+    The first signal is stored in the yielded `StopRequest`. The second ends the process at once, with status 128 + the
+    number of the signal. Signals that the process ignores stay ignored. Outside of the main thread nothing changes,
+    because Python lets only the main thread handle signals.
+
+    A separate thread waits for the signals: Python runs signal handlers between bytecodes of the main thread, which may
+    be in a compilation of minutes.
     """
     stop_request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -57,14 +56,17 @@ def deferred() -> Iterator[StopRequest]:
     os.set_blocking(writing, False)
 
     def watch() -> None:
-        while received := os.read(reading, 1):  # One byte for each signal; none once the other end is closed.
+        while received := os.read(reading, 1):  # One byte for each signal; empty when the other end is closed.
             number = received[0]
             if number not in SIGNALS:
                 continue
             if stop_request.signal is not None:
                 os._exit(128 + number)
             stop_request.signal = Signals(number)
-            note(f"{stop_request.signal.name}: saving after this call, then stopping. A second signal stops at once.")
+            print_note(
+                f"{stop_request.signal.name}: stopping after this call, once the state is saved. A second signal stops "
+                "at once."
+            )
 
     watcher = threading.Thread(target=watch, name="signals", daemon=True)
     watcher.start()
@@ -72,7 +74,7 @@ def deferred() -> Iterator[StopRequest]:
     handlers = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
     descriptor = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     for number in handlers:
-        signal.signal(number, lambda *_: None)  # What there is to do, the watcher does.
+        signal.signal(number, lambda *_: None)  # The watcher handles the signal.
     try:
         yield stop_request
     finally:

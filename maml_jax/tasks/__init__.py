@@ -1,1 +1,1 @@
-"""Distributions of tasks: sinusoids, and few-shot classification episodes of images."""
+"""Distributions of tasks: sine curves, and few-shot classification episodes of images."""

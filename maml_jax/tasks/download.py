@@ -1,19 +1,19 @@
-"""Fetches the official Omniglot archives, and nothing else ever touches the network."""
+"""Download of the official Omniglot archives, the only code of the library that uses the network."""
 
+import contextlib
 import hashlib
 import http.client
-import os
 import sys
-import tempfile
 import urllib.request
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
+from maml_jax.atomic import write_atomically
 from maml_jax.tasks.cache import DataError
 
 
 class Archive(NamedTuple):
-    """A file to fetch, and how to know that it is the right one."""
+    """An archive and how to verify it."""
 
     url: str
     size: int
@@ -37,49 +37,56 @@ OMNIGLOT = (
 
 
 def omniglot(folder: str | Path) -> None:
-    """Fetches the two official archives into `folder`, skipping those that are there and whole.
+    """Downloads the two official archives into `folder`. Archives that are present and intact are skipped.
 
     Raises:
-      DataError: if an archive cannot be fetched, or is not what it should be.
+      DataError: if an archive cannot be downloaded, or if its size or hash is wrong.
     """
     for archive in OMNIGLOT:
         fetch(archive, Path(folder) / archive.url.rsplit("/", 1)[1])
 
 
 def fetch(archive: Archive, target: Path) -> None:
-    """Fetches one archive to `target`, which appears only once it is whole and checked.
+    """Downloads one archive to `target`, which appears only when it is complete and verified.
 
     Raises:
-      DataError: naming the address and what is wrong with it.
+      DataError: if the download fails, or if the size or the hash is wrong. The message names the address.
     """
     if target.exists() and target.stat().st_size == archive.size and _sha256(target) == archive.sha256:
         print(f"{target} is already there.")
         return
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
-    except OSError as error:
-        raise DataError(f"Cannot write {target}: {error}. Make room or give the rights, or another folder.") from error
-    print(f"Fetching {archive.url} ({archive.size / 1e6:.1f} MB)", file=sys.stderr)
-    try:
-        with os.fdopen(handle, "wb") as file, urllib.request.urlopen(archive.url, timeout=60) as response:
-            # One byte more than expected is enough to know that it is the wrong file.
-            while (room := archive.size + 1 - file.tell()) > 0 and (block := response.read(min(room, 1 << 20))):
-                file.write(block)
-        size, digest = os.path.getsize(part), _sha256(Path(part))
+    print(f"Downloading {archive.url} ({archive.size / 1e6:.1f} MB)", file=sys.stderr)
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(write_atomically(target))
+        except OSError as error:
+            raise DataError(
+                f"Cannot write {target}: {error}. Free disk space, change the permissions, or give another folder."
+            ) from error
+        try:
+            size, digest = _copy(archive, file)
+        except (OSError, http.client.HTTPException) as error:
+            raise DataError(
+                f"Cannot download {archive.url}: {error}. Check the connection, or download the archive by hand into "
+                f"{target.parent}."
+            ) from error
         if (size, digest) != (archive.size, archive.sha256):
             raise DataError(
                 f"{archive.url} is not the official archive: expected {archive.size:,} bytes with sha256 "
-                f"{archive.sha256}, but got {size:,} bytes with {digest}. Try again, or fetch it by hand."
+                f"{archive.sha256}, but got {size:,} bytes with {digest}. Try again, or download it by hand."
             )
-        os.chmod(part, 0o644)  # Temporary files are private.
-        os.replace(part, target)
-    except (OSError, http.client.HTTPException) as error:
-        raise DataError(
-            f"Cannot fetch {archive.url}: {error}. Check the connection, or fetch it by hand into {target.parent}."
-        ) from error
-    finally:
-        Path(part).unlink(missing_ok=True)
+
+
+def _copy(archive: Archive, file: IO[bytes]) -> tuple[int, str]:
+    """Downloads at most one byte more than expected, enough to recognise a wrong file; returns size and hash."""
+    size, digest = 0, hashlib.sha256()
+    with urllib.request.urlopen(archive.url, timeout=60) as response:
+        while size <= archive.size and (block := response.read(min(archive.size + 1 - size, 1 << 20))):
+            file.write(block)
+            digest.update(block)
+            size += len(block)
+    file.flush()
+    return size, digest.hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -1,9 +1,9 @@
-"""Few-shot classification episodes, drawn from images that are held on the device or in host memory.
+"""Few-shot classification episodes, drawn from images on the device or in host memory.
 
-A batch of episodes is a pure function of (seed, split, step): there is no iterator to keep, and drawing can
-be part of the jitted meta-step. It has two parts: `choose` says which images and which way up, `assemble_episodes`
-makes episodes of their pixels. Where the pixels are gathered in between is all that differs between images
-on the device (`draw_episodes`) and on the host (`host`).
+A batch of episodes is a pure function of a PRNG key: there is no iterator and no position in the data to save, and
+episodes can be drawn inside the compiled meta-step. Drawing has three parts: `choose_images` chooses images and
+rotations, the pixels are gathered, `assemble_episodes` builds the episodes. Images on the device (`draw_episodes`) and
+images in host memory (`host_memory`) differ only in where the pixels are gathered.
 """
 
 import dataclasses
@@ -20,65 +20,82 @@ from maml_jax import validation
 from maml_jax.types import Task
 
 Rotations = Literal["random", "classes", "none"]
-"""'random': each class of an episode is turned by a random multiple of 90 degrees, as in the paper's
-code. 'classes': each of the four turns of a class is a class of its own, four times as many
-(Santoro et al. 2016). 'none': as they are."""
+"""'random': each class of an episode is rotated by a random multiple of 90 degrees, as in the code of Finn et al.
+'classes': each rotation of a class is a class of its own, so there are four times as many (Santoro et al. 2016).
+'none': images are not rotated."""
 ROTATIONS = ("random", "classes", "none")
 
 Labels = Literal["ways", "classes"]
-"""'ways': 0 to N-1 in every episode. 'classes': the number of the class among all of the data's, for joint training."""
+"""'ways': labels are 0 to N - 1 in every episode. 'classes': a label is the index of the class in the data, for joint
+training on all classes."""
 LABELS = ("ways", "classes")
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["images"], meta_fields=["counts"])
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageClasses:
-    """Images of the classes of one split, which may differ in size. Pass it to jitted functions as an argument:
-    closed over, XLA would fold megabytes of constants.
+    """The images of one split, grouped by class. Classes may differ in size.
 
-    The counts are known while tracing, so that impossible episodes are refused there; only the images are traced.
+    Pass the object to jitted functions as an argument: XLA compiles arrays that a function closes over into the
+    program as constants. The counts are static, so impossible episodes are refused while tracing.
     """
 
     images: Any
-    """uint8 `[n, H, W]` or `[n, H, W, C]`, NumPy's or JAX's: class after class. Episodes give them over 255."""
+    """uint8 `[n, H, W]` or `[n, H, W, C]`, of NumPy or JAX, class after class. Episodes divide the pixels by 255."""
     counts: tuple[int, ...]
-    """Images of each class, which stand together; they sum to `n`."""
+    """The number of images of each class; the sum is `n`."""
 
     @property
     def first(self) -> np.ndarray:
-        """int32 `[classes]`: where in `images` each class begins."""
-        return _first(self.counts)
-
-    def select(self, classes: Sequence[int] | np.ndarray) -> "ImageClasses":
-        """The classes with these indices, in this order; their images are copied."""
-        first = self.first
-        rows = [np.arange(first[index], first[index] + self.counts[index]) for index in classes]
-        counts = tuple(self.counts[index] for index in classes)
-        return ImageClasses(self.images[np.concatenate([np.array([], np.int32), *rows])], counts)
+        """int32 `[classes]`: the index of the first image of each class."""
+        return _first_images(self.counts)
 
 
 def equal_classes(images: Any) -> ImageClasses:
-    """`ImageClasses` from uint8 `[classes, examples, H, W]` or `[classes, examples, H, W, C]`."""
+    """Groups the images of classes of equal size.
+
+    Args:
+      images: uint8 `[classes, examples, H, W]` or `[classes, examples, H, W, C]`.
+
+    Example:
+
+    >>> equal_classes(np.zeros((3, 20, 28, 28), np.uint8)).counts
+    (20, 20, 20)
+    """
     classes, examples = images.shape[:2]
     return ImageClasses(images.reshape(classes * examples, *images.shape[2:]), (examples,) * classes)
 
 
 class EpisodeShape(NamedTuple):
-    """What an episode consists of."""
+    """The shape of an episode.
+
+    Example:
+
+    >>> shape = EpisodeShape(ways=5, shots=1, queries=15)
+    >>> shape.check(equal_classes(np.zeros((3, 20, 28, 28), np.uint8)))
+    Traceback (most recent call last):
+    ValueError: ways must be at most the number of classes, 3, but got 5.
+    """
 
     ways: int
-    """Classes, N."""
+    """Classes, `N`."""
     shots: int
-    """Support examples per class, K."""
+    """Support examples per class, `K`."""
     queries: int
-    """Query examples per class."""
+    """Query examples per class, `Q`."""
     rotations: Rotations = "none"
     labels: Labels = "ways"
 
     def check(self, data: ImageClasses, names: Sequence[str] | None = None) -> None:
-        """Raises ValueError if `data` does not have the classes or the images for such episodes.
+        """Checks that `data` has enough classes and images for such episodes.
 
-        With the `names` of the classes, the class that has too few images is told by its name.
+        Args:
+          data: the classes.
+          names: the names of the classes for the message; None names a class by its index.
+
+        Raises:
+          ValueError: if a field is not allowed, if there are too few classes, if a class has too few images, or if
+            images to rotate are not square.
         """
         for name in ("ways", "shots", "queries"):
             validation.at_least(name, getattr(self, name), 1)
@@ -86,116 +103,141 @@ class EpisodeShape(NamedTuple):
         validation.one_of("labels", self.labels, LABELS)
         if self.rotations != "none" and data.images.shape[1] != data.images.shape[2]:
             raise ValueError(
-                f"rotations {self.rotations!r} turn images by 90 degrees, which must be square for that, but these are "
+                f"rotations {self.rotations!r} needs square images, but the images are "
                 f"{data.images.shape[1]}x{data.images.shape[2]}: give 'none'."
             )
         classes = len(data.counts) * (4 if self.rotations == "classes" else 1)
         if self.ways > classes:
             raise ValueError(f"ways must be at most the number of classes, {classes}, but got {self.ways}.")
-        least, needed = min(data.counts), self.shots + self.queries  # At least one class: ways is at least 1.
-        if needed > least:
-            smallest = data.counts.index(least)
-            more = sum(count < needed for count in data.counts) - 1
+        fewest, needed = min(data.counts), self.shots + self.queries
+        if needed > fewest:
+            smallest = data.counts.index(fewest)
+            others = sum(count < needed for count in data.counts) - 1
             raise ValueError(
-                f"shots + queries must be at most {least}, the images of class "
-                f"{smallest if names is None else names[smallest]}, but got {self.shots} + {self.queries}: expected at "
-                f"least {needed} images in every class, found {least} in this one"
-                + (f", and too few in {more} more." if more else ".")
+                f"shots + queries must be at most {fewest}, the number of images of class "
+                f"{smallest if names is None else names[smallest]}, but got {self.shots} + {self.queries} = {needed}"
+                + (f". The number of other classes with too few images is {others}." if others else ".")
             )
 
 
 class Choice(NamedTuple):
-    """Which images make a batch of episodes, which way up, and of which classes they are."""
+    """The images of a batch of episodes, with the rotations and the classes."""
 
     images: jax.Array
-    """int32 `[T, N, K+Q]`: indices into the images, support first."""
-    turns: jax.Array
-    """int32 `[T, N]`: quarter turns of each class; all 0 where `rotations` is 'none'."""
+    """int32 `[T, N, K + Q]`: indices of images, support first."""
+    quarter_turns: jax.Array
+    """int32 `[T, N]`: the rotation of each class in multiples of 90 degrees; 0 where `rotations` is 'none'."""
     classes: jax.Array
-    """int32 `[T, N]`: their numbers in the data."""
+    """int32 `[T, N]`: indices of the classes in the data."""
 
 
-def draw_episodes(key: jax.Array, data: ImageClasses, tasks: int, shape: EpisodeShape) -> Task:
-    """Draws a batch of episodes.
+def draw_episodes(key: jax.Array, data: ImageClasses, num_tasks: int, shape: EpisodeShape) -> Task:
+    """Draws a batch of episodes: N classes without replacement, and K + Q images of each without replacement.
 
     Args:
-      key: a PRNG key; fold the split and the step into the seed's to draw anew for each.
+      key: a PRNG key. `jax.random.fold_in(key, step)` gives new episodes at each meta-step.
       data: the classes to draw from.
-      tasks: `T`.
-      shape: ways N, shots K, queries Q and rotations.
+      num_tasks: episodes in the batch, `T`.
+      shape: ways N, shots K, queries Q, rotations and labels.
 
     Returns:
-      Tasks of `(images [T, N*K, H, W, C] in [0, 1], labels [T, N*K])` and the same with N*Q. Examples of a
-      class stand together.
+      Tasks with support `(images [T, N*K, H, W, C], labels [T, N*K])` and query
+      `(images [T, N*Q, H, W, C], labels [T, N*Q])`. Images are float32 in [0, 1], labels are int32. The examples of a
+      class are adjacent.
 
     Raises:
-      ValueError: while tracing, if the data does not have that many classes or examples.
+      ValueError: while tracing, if `data` has too few classes or images; see `EpisodeShape.check`.
+
+    Example:
+
+    >>> data = equal_classes(np.zeros((10, 20, 28, 28), np.uint8))
+    >>> draw = jax.jit(draw_episodes, static_argnames=("num_tasks", "shape"))
+    >>> tasks = draw(jax.random.key(0), data, num_tasks=4, shape=EpisodeShape(ways=5, shots=1, queries=3))
+    >>> tasks.support[0].shape, tasks.query[0].shape
+    ((4, 5, 28, 28, 1), (4, 15, 28, 28, 1))
+    >>> tasks.query[1][0].tolist()
+    [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
+
+    References:
+      Vinyals et al. (2016), Matching Networks for One Shot Learning, arXiv:1606.04080: episodes.
+      Santoro et al. (2016), One-shot Learning with Memory-Augmented Neural Networks, arXiv:1605.06065: rotations.
     """
     shape.check(data)
-    choice = choose(key, data.counts, tasks, shape)
+    choice = choose_images(key, data.counts, num_tasks, shape)
     return assemble_episodes(jnp.asarray(data.images)[choice.images], choice, shape)
 
 
-def choose(key: jax.Array, counts: tuple[int, ...], tasks: int, shape: EpisodeShape) -> Choice:
-    """Chooses the images of `tasks` episodes from classes of these `counts`; see `draw_episodes`."""
-    return jax.vmap(lambda key: _choose(key, counts, shape))(jax.random.split(key, tasks))
+def choose_images(key: jax.Array, counts: tuple[int, ...], num_tasks: int, shape: EpisodeShape) -> Choice:
+    """Chooses the images of `num_tasks` episodes from classes with `counts` images; see `draw_episodes`."""
+    return jax.vmap(lambda key: _choose_images(key, counts, shape))(jax.random.split(key, num_tasks))
 
 
 def assemble_episodes(pixels: jax.Array, choice: Choice, shape: EpisodeShape) -> Task:
-    """Episodes of chosen pixels, uint8 `[T, N, K+Q, H, W]` or `[T, N, K+Q, H, W, C]`; see `draw_episodes`."""
+    """Builds episodes from the pixels of chosen images; see `draw_episodes`.
+
+    Args:
+      pixels: uint8 `[T, N, K + Q, H, W]` or `[T, N, K + Q, H, W, C]`.
+      choice: the result of `choose_images`.
+      shape: the shape that the images were chosen for.
+    """
     ways, shots, queries, rotations, labels = shape
     pixels = jnp.asarray(pixels)[..., None] if pixels.ndim == 5 else jnp.asarray(pixels)
-    pixels = pixels if rotations == "none" else jax.vmap(jax.vmap(_turn))(pixels, choice.turns)
+    pixels = pixels if rotations == "none" else jax.vmap(jax.vmap(_rotate))(pixels, choice.quarter_turns)
     pixels = pixels.astype(jnp.float32) / 255
-    tasks, size = pixels.shape[0], pixels.shape[3:]
-    numbers = jnp.broadcast_to(jnp.arange(ways, dtype=jnp.int32), (tasks, ways)) if labels == "ways" else choice.classes
+    num_tasks, image_shape = pixels.shape[0], pixels.shape[3:]
+    if labels == "ways":
+        class_labels = jnp.broadcast_to(jnp.arange(ways, dtype=jnp.int32), (num_tasks, ways))
+    else:
+        class_labels = jnp.asarray(choice.classes)
 
-    def part(of: slice, per_class: int) -> tuple[jax.Array, jax.Array]:
-        repeated = jnp.repeat(jnp.asarray(numbers), per_class, axis=1)
-        return pixels[:, :, of].reshape(tasks, ways * per_class, *size), repeated
+    def examples(which: slice, per_class: int) -> tuple[jax.Array, jax.Array]:
+        images = pixels[:, :, which].reshape(num_tasks, ways * per_class, *image_shape)
+        return images, jnp.repeat(class_labels, per_class, axis=1)
 
-    return Task(part(slice(shots), shots), part(slice(shots, None), queries))
+    return Task(examples(slice(shots), shots), examples(slice(shots, None), queries))
 
 
-def _choose(key: jax.Array, counts: tuple[int, ...], shape: EpisodeShape) -> Choice:
+def _choose_images(key: jax.Array, counts: tuple[int, ...], shape: EpisodeShape) -> Choice:
+    """Chooses the images of one episode; the fields of the result have no axis `T`."""
     ways, shots, queries, rotations, _ = shape
     class_key, example_key, turn_key = jax.random.split(key, 3)
     if rotations == "classes":
-        chosen = _distinct(class_key, 4 * len(counts), ways)
-        chosen, turns = chosen // 4, chosen % 4
+        rotated_classes = _draw_distinct(class_key, 4 * len(counts), ways)
+        classes, turns = rotated_classes // 4, rotated_classes % 4
     else:
-        chosen = _distinct(class_key, len(counts), ways)
+        classes = _draw_distinct(class_key, len(counts), ways)
         turns = jax.random.randint(turn_key, (ways,), 0, 4) if rotations == "random" else jnp.zeros(ways, jnp.int32)
-    first = jnp.asarray(_first(counts))[chosen]
-    drawn = jax.vmap(lambda key, count: _distinct(key, max(counts), shots + queries, count))(
-        jax.random.split(example_key, ways), jnp.asarray(counts, jnp.int32)[chosen]
+    first = jnp.asarray(_first_images(counts))[classes]
+    examples = jax.vmap(lambda key, count: _draw_distinct(key, max(counts), shots + queries, count))(
+        jax.random.split(example_key, ways), jnp.asarray(counts, jnp.int32)[classes]
     )
-    return Choice(first[:, None] + drawn, turns, chosen)
+    return Choice(first[:, None] + examples, turns, classes)
 
 
-def _first(counts: tuple[int, ...]) -> np.ndarray:
+def _first_images(counts: tuple[int, ...]) -> np.ndarray:
     return np.cumsum([0, *counts], dtype=np.int32)[:-1]
 
 
-def _distinct(key: jax.Array, population: int, count: int, below: jax.Array | None = None) -> jax.Array:
-    """`count` different indices below `population` in random order: where the largest of random numbers stand.
+def _draw_distinct(key: jax.Array, population: int, count: int, limit: jax.Array | None = None) -> jax.Array:
+    """Draws `count` distinct indices below `population`, and below `limit` where that is given, in random order.
 
-    With `below`, all are below that as well: the others lose to every random number.
+    Every index gets a random score; the indices with the largest scores are drawn. Indices that are not below `limit`
+    get a score that is smaller than all random scores.
     """
-    places = jnp.arange(population, dtype=jnp.int32)
+    indices = jnp.arange(population, dtype=jnp.int32)
     scores = jax.random.uniform(key, (population,))
-    if below is not None:
-        scores = jnp.where(places < below, scores, -1)
+    if limit is not None:
+        scores = jnp.where(indices < limit, scores, -1)
 
-    def largest(scores: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
-        place = jnp.where(scores == scores.max(), places, population).min()
-        return jnp.where(places == place, -2, scores), place
+    def take_largest(scores: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+        index = jnp.where(scores == scores.max(), indices, population).min()
+        return jnp.where(indices == index, -2, scores), index
 
-    # As `lax.top_k`, which XLA cannot divide over devices: each would draw the tasks of all.
-    return lax.scan(largest, scores, length=count)[1]
+    # Not `lax.top_k`: XLA cannot partition it over devices, so each device would draw the tasks of all devices.
+    return lax.scan(take_largest, scores, length=count)[1]
 
 
-def _turn(images: jax.Array, quarters: jax.Array) -> jax.Array:
-    """Turns `[B, H, W, C]` by `quarters` times 90 degrees."""
-    turned = [lambda x, k=k: jnp.rot90(x, k, axes=(1, 2)) for k in range(4)]
-    return jax.lax.switch(quarters, turned, images)
+def _rotate(images: jax.Array, quarter_turns: jax.Array) -> jax.Array:
+    """Rotates `[B, H, W, C]` by `quarter_turns` times 90 degrees."""
+    rotations = [lambda x, k=k: jnp.rot90(x, k, axes=(1, 2)) for k in range(4)]
+    return jax.lax.switch(quarter_turns, rotations, images)

@@ -1,8 +1,7 @@
-"""Episodes from images that stay in host memory, where the device's is too small for them.
+"""Episodes from images that stay in host memory, for data sets that do not fit into the memory of the device.
 
-Only the chosen pixels of some meta-steps, as uint8, go to the device; `train.train` has them made one call ahead of
-it. Which images those are comes from the same function and keys as on the device, so the episodes are the same, bit
-for bit.
+Only the chosen pixels of the next meta-steps go to the device, as uint8; `train.train` prepares them one call ahead.
+Images are chosen by the function and the keys that are used on the device, so the episodes are bit-equal.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,60 +17,73 @@ from jax.sharding import PartitionSpec as P
 from maml_jax import validation
 from maml_jax.parallel import processes
 from maml_jax.parallel.task_axis import task_axis
-from maml_jax.tasks.episodes import Choice, EpisodeShape, ImageClasses, assemble_episodes, choose, draw_episodes
+from maml_jax.tasks.episodes import Choice, EpisodeShape, ImageClasses, assemble_episodes, choose_images, draw_episodes
 from maml_jax.types import Task
 
 Place = Literal["auto", "device", "host"]
-"""'auto': on the device if they fit there."""
+"""Where images are kept. 'auto': on the device if they fit, else in host memory."""
 PLACES = ("auto", "device", "host")
 
-SHARE = 0.5
-"""Of the device's free memory that images may take: the rest is for training."""
+MEMORY_SHARE = 0.5
+"""The largest share of the free memory of a device that images may take; training needs the rest."""
 
 
 class ChosenPixels(NamedTuple):
-    """What the episodes of `M` meta-steps are put together from."""
+    """The pixels of the episodes of `M` meta-steps."""
 
     first_step: np.ndarray
     """int32 scalar."""
     pixels: np.ndarray
-    """uint8 `[M, T, N, K+Q, H, W]` or `[M, T, N, K+Q, H, W, C]`."""
+    """uint8 `[M, T, N, K + Q, H, W]` or `[M, T, N, K + Q, H, W, C]`."""
     choice: Choice
-    """Which they are, with a leading axis `M`."""
+    """With a leading axis `M`."""
 
 
-def by_step(
+def episodes_by_step(
     key: jax.Array,
     classes: ImageClasses,
-    tasks: int,
+    num_tasks: int,
     shape: EpisodeShape,
     place: Place = "auto",
     *,
     mesh: Mesh | None = None,
 ) -> tuple[Callable[[Any, Any], Task], Any]:
-    """`draw` and `data` for `train.train` and for `batches`: at each step `tasks` new episodes.
+    """Returns `draw` and `data` for `train.train`, which draw `num_tasks` new episodes at each meta-step.
 
     Args:
-      key: a PRNG key; the number of the step is folded in.
-      classes: the classes to draw from, NumPy's arrays.
-      tasks: `T`.
-      shape: what an episode is.
-      place: where the images are held.
-      mesh: devices among which the tasks are divided, `task_axis.task_mesh(tasks)`: from host memory each then gets
-        the pixels of its own. A mesh of several processes is for a call in all of them, which agree on the place.
+      key: a PRNG key; the index of the step is folded in.
+      classes: the classes to draw from, NumPy arrays.
+      num_tasks: episodes per meta-step, `T`.
+      shape: ways, shots, queries, rotations and labels of an episode.
+      place: where the images are kept.
+      mesh: devices that share the tasks, such as `task_axis.task_mesh(num_tasks)`. Each device then receives only the
+        pixels of its tasks. With several processes, all of them must call this function.
+
+    Returns:
+      `(draw, data)`: `draw(data, step)` returns the tasks of one step. `data` is `classes` for images on the device,
+      and a function `(first_step, count) -> ChosenPixels` for images in host memory.
 
     Raises:
-      ValueError: if `classes` cannot make such episodes, or for an unknown `place`.
+      ValueError: if `classes` has too few classes or images, or for an unknown `place`.
+
+    Example:
+
+    >>> from maml_jax.tasks.episodes import equal_classes
+    >>> classes = equal_classes(np.zeros((10, 20, 28, 28), np.uint8))
+    >>> draw, data = episodes_by_step(jax.random.key(0), classes, 4, EpisodeShape(ways=5, shots=1, queries=3))
+    >>> jax.jit(draw)(data, 7).support[0].shape
+    (4, 5, 28, 28, 1)
     """
     validation.one_of("place", place, PLACES)
     shape.check(classes)
-    fits = place == "device" or (place == "auto" and fits_on_device(classes.images.nbytes))
+    on_device = place == "device" or (place == "auto" and fits_on_device(classes.images.nbytes))
     if mesh is not None and processes.multiple():
-        fits = all(processes.all_gather_text("fits" if fits else ""))  # All processes compile the same program.
-    if fits:
+        # All processes must compile the same program.
+        on_device = all(processes.all_gather_text("fits" if on_device else ""))
+    if on_device:
 
         def draw(classes: ImageClasses, step: jax.Array) -> Task:
-            return draw_episodes(jax.random.fold_in(key, step), classes, tasks, shape)
+            return draw_episodes(jax.random.fold_in(key, step), classes, num_tasks, shape)
 
         return draw, classes
 
@@ -79,52 +91,64 @@ def by_step(
         index = step - chosen.first_step
         return assemble_episodes(chosen.pixels[index], jax.tree.map(lambda leaf: leaf[index], chosen.choice), shape)
 
-    # As the learner has it, whatever the mesh is called.
-    return draw_chosen, chooser(key, classes, tasks, shape, task_axis("all", mesh).mesh)
+    # `task_axis` gives the mesh the axis that the learner uses.
+    return draw_chosen, pixel_loader(key, classes, num_tasks, shape, task_axis("all", mesh).mesh)
 
 
 def batches(draw: Callable[[Any, Any], Task], data: Any, count: int) -> Iterator[Task]:
-    """The episodes of steps 0 to `count - 1`, for an evaluation that goes batch by batch; see `by_step`."""
-    drawn = jax.jit(draw)
-    held = None if callable(data) else jax.device_put(data)
+    """Yields the episodes of steps 0 to `count - 1`, for an evaluation in batches.
+
+    Args:
+      draw, data: the result of `episodes_by_step`.
+      count: the number of batches.
+    """
+    jitted_draw = jax.jit(draw)
+    device_data = None if callable(data) else jax.device_put(data)
     for step in range(count):
-        yield drawn(data(step, 1) if callable(data) else held, step)
+        yield jitted_draw(data(step, 1) if callable(data) else device_data, step)
 
 
-def chooser(
-    key: jax.Array, classes: ImageClasses, tasks: int, shape: EpisodeShape, mesh: Mesh | None = None
+def pixel_loader(
+    key: jax.Array, classes: ImageClasses, num_tasks: int, shape: EpisodeShape, mesh: Mesh | None = None
 ) -> Callable[[int, int], ChosenPixels]:
-    """`(first step, count) -> ChosenPixels` of `count` meta-steps; arguments as in `by_step`."""
-    # On the CPU: behind the call that the device is at, the choice would wait for that to end.
+    """Returns `(first_step, count) -> ChosenPixels` of `count` meta-steps; arguments as for `episodes_by_step`."""
+    # Images are chosen on the CPU: on the device the choice would wait for the call that the device computes.
     key = jax.device_put(key, jax.local_devices(backend="cpu")[0])
 
     @partial(jax.jit, static_argnums=2)
-    def chosen(key: jax.Array, first_step: int, count: int) -> Any:
+    def choose(key: jax.Array, first_step: int, count: int) -> Any:
         def one_step(step: jax.Array) -> Any:
-            return choose(jax.random.fold_in(key, step), classes.counts, tasks, shape)
+            return choose_images(jax.random.fold_in(key, step), classes.counts, num_tasks, shape)
 
         return jax.vmap(one_step)(first_step + jnp.arange(count))
 
-    def pixels_of(first_step: int, count: int) -> ChosenPixels:
-        choice = jax.tree.map(np.asarray, chosen(key, first_step, count))
+    def load(first_step: int, count: int) -> ChosenPixels:
+        choice = jax.tree.map(np.asarray, choose(key, first_step, count))
         first = np.asarray(first_step, np.int32)
         if mesh is None:
             return ChosenPixels(first, classes.images[choice.images], choice)
 
-        def divided(shape: tuple[int, ...], values: Callable[[Any], np.ndarray]) -> Any:
+        def shard(shape: tuple[int, ...], values: Callable[[Any], np.ndarray]) -> Any:
+            """An array whose task axis, the second, is divided over the mesh."""
             return jax.make_array_from_callback(shape, NamedSharding(mesh, P(None, mesh.axis_names)), values)
 
-        size = (*choice.images.shape, *classes.images.shape[1:])
-        pixels = divided(size, lambda index: classes.images[choice.images[index[: choice.images.ndim]]])
-        return ChosenPixels(first, pixels, jax.tree.map(lambda leaf: divided(leaf.shape, leaf.__getitem__), choice))
+        pixels_shape = (*choice.images.shape, *classes.images.shape[1:])
+        pixels = shard(pixels_shape, lambda index: classes.images[choice.images[index[: choice.images.ndim]]])
+        return ChosenPixels(first, pixels, jax.tree.map(lambda leaf: shard(leaf.shape, leaf.__getitem__), choice))
 
-    return pixels_of
+    return load
 
 
 def fits_on_device(size: int, device: jax.Device | None = None) -> bool:
-    """Whether `size` bytes of images take at most `SHARE` of the free memory of `device`, by default the first.
+    """Whether images fit into the memory of a device.
 
-    True where a device does not tell its memory, as CPUs do not: theirs is the host's.
+    Args:
+      size: bytes of the images.
+      device: None takes the first device of this process.
+
+    Returns:
+      True if `size` is at most `MEMORY_SHARE` of the free memory, or if the device does not report its memory, as
+      CPUs do not: their memory is host memory.
     """
     memory = (device or jax.local_devices()[0]).memory_stats()
-    return memory is None or size <= SHARE * (memory["bytes_limit"] - memory["bytes_in_use"])
+    return memory is None or size <= MEMORY_SHARE * (memory["bytes_limit"] - memory["bytes_in_use"])

@@ -1,7 +1,7 @@
-"""Where the images of a data set are and which class and split each belongs to: folders, zip archives, pickles.
+"""The forms of image data sets: finds the images, classes and splits in folders, zip archives and pickles.
 
-Nothing is ever unpacked to disk, and all names are looked up in a listing made beforehand, so that no name
-in an archive or a CSV leads out of it.
+Nothing is unpacked to disk. All names are looked up in a listing of the folder or archive, so no name in an archive or
+a CSV can refer to a file outside of it.
 """
 
 import contextlib
@@ -24,65 +24,67 @@ from maml_jax.tasks.cache import DataError
 
 SPLITS = ("train", "val", "test")
 Division = Literal["random", "none"]
-"""Of class folders without a split. 'random': the sorted classes are shuffled once and for all, and the first
-64% train, the next 16% validate and the rest test, as MiniImagenet's 64/16/20. 'none': all are in `train`."""
+"""How class folders without splits are divided. 'random': the sorted classes are shuffled with a fixed seed; 64% are
+for training, 16% for validation and 20% for testing, as in MiniImagenet. 'none': all classes are in `train`."""
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 PICKLES = (".pkl", ".pickle")
 LARGEST_FILE = 64 << 20
-"""Bytes of an image or a CSV."""
+"""Bytes of the largest image or CSV that is read."""
 LARGEST_PICKLE = 4 << 30
-"""Bytes; MiniImagenet's for training is 0.8e9."""
+"""Bytes of the largest pickle that is read; the pickle of MiniImagenet's training split has 0.8e9."""
 
 HOW = (
-    "Give a --data-dir, a folder or a .zip archive, with train.csv, val.csv and test.csv (filename,label) and the "
-    "images; or with train/, val/ and test/ of a folder for each class; or with a folder for each class; or with the "
-    "pickles ...train.pkl, ...val.pkl and ...test.pkl."
+    "Give a --data-dir, a folder or a .zip archive, that holds one of these: train.csv, val.csv and test.csv "
+    "(filename,label) and the images; train/, val/ and test/ with a folder for each class; a folder for each class; "
+    "the pickles ...train.pkl, ...val.pkl and ...test.pkl."
 )
 
 
 class Tree(NamedTuple):
-    """The files that matter in a folder or an archive, by their path within it."""
+    """The images, CSVs and pickles in a folder or an archive, by their path in it."""
 
     where: str
+    """The folder or archive."""
     sizes: dict[str, int]
     """Bytes."""
     stamps: dict[str, str]
-    """Changes when the file does: its checksum in an archive, its time of change in a folder."""
+    """A text that changes with the file: the checksum in an archive, the modification time in a folder."""
     folders: tuple[str, ...]
     open: Callable[[str], IO[bytes]]
 
     def read(self, name: str) -> bytes:
-        """The content of a file that is not larger than `LARGEST_FILE`."""
-        self.limit(name, LARGEST_FILE)
+        """Returns the content of a file. Raises DataError if the file is larger than `LARGEST_FILE`."""
+        self.check_size(name, LARGEST_FILE)
         with self.open(name) as file:
             return file.read()
 
-    def limit(self, name: str, largest: int) -> None:
-        """Raises DataError if the file is larger than that."""
+    def check_size(self, name: str, largest: int) -> None:
+        """Raises DataError if the file has more than `largest` bytes."""
         if self.sizes[name] > largest:
             raise DataError(
-                f"{name} in {self.where} has {self.sizes[name]:,} bytes, but at most {largest:,} are read. Take it out "
-                "if it does not belong there."
+                f"{name} in {self.where} has {self.sizes[name]:,} bytes, but at most {largest:,} are read. Remove the "
+                "file if it is not part of the data set."
             )
 
     def sha256(self) -> str:
-        """Changes whenever a file is added, taken away or changed."""
+        """Returns a hash that changes when a file is added, removed or changed."""
         rows = [f"{name}\0{self.sizes[name]}\0{self.stamps[name]}" for name in sorted(self.sizes)]
         return hashlib.sha256("\n".join([*rows, *sorted(self.folders)]).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 Contents = dict[str, dict[str, list[str]]] | dict[str, dict[str, list[np.ndarray]]]
-"""From split to class to its images: paths in the tree, or pixels `[H, W, 3]`. Classes and paths are sorted."""
+"""From split to class to images: paths in the tree, or pixels `[H, W, 3]`. Classes and paths are sorted."""
 Files = dict[str, dict[str, list[str]]]
+"""From split to class to the paths of images."""
 
 
 @contextlib.contextmanager
 def open_tree(data_dir: str | Path) -> Iterator[Tree]:
-    """Lists a folder or an archive; a folder in which there is but one archive stands for that.
+    """Lists a folder or a zip archive. A folder that holds one archive and nothing else stands for the archive.
 
     Raises:
-      DataError: if it is missing, or an archive is damaged, also when that shows later, while it is open.
+      DataError: if `data_dir` is missing or the archive is damaged, also when the damage is found inside the block.
     """
     path = Path(data_dir)
     if not path.exists():
@@ -98,99 +100,103 @@ def open_tree(data_dir: str | Path) -> Iterator[Tree]:
         with zipfile.ZipFile(path) as archive:
             yield _archive(path, archive)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise DataError(f"The archive {path} cannot be read: damaged, cut short or encrypted ({error}).") from error
+        raise DataError(f"The archive {path} cannot be read: damaged, truncated or encrypted ({error}).") from error
 
 
 def _folder(root: Path) -> Tree:
     sizes, stamps, folders = {}, {}, []
     for folder, below, names in os.walk(root, followlinks=True):
-        # Links are followed, but not back to where the walk came from.
+        # Links are followed, except links to a parent folder, which would never end.
         real = f"{os.path.realpath(folder)}/"
         below[:] = [name for name in below if not real.startswith(f"{os.path.realpath(os.path.join(folder, name))}/")]
-        at = PurePosixPath(Path(folder).relative_to(root).as_posix())
-        if not _matters(f"{at}/"):
+        inside = PurePosixPath(Path(folder).relative_to(root).as_posix())
+        if _is_hidden(f"{inside}/"):
             continue
-        folders.append(str(at))
+        folders.append(str(inside))
         for name in names:
-            if _matters(path := str(at / name)) and path.lower().endswith((*IMAGES, *PICKLES, ".csv")):
+            if not _is_hidden(path := str(inside / name)) and path.lower().endswith((*IMAGES, *PICKLES, ".csv")):
                 status = os.stat(root / path)
                 sizes[path], stamps[path] = status.st_size, str(status.st_mtime_ns)
     return Tree(str(root), sizes, stamps, tuple(folders), lambda name: open(root / name, "rb"))
 
 
 def _archive(path: Path, archive: zipfile.ZipFile) -> Tree:
-    members = [member for member in archive.infolist() if _matters(member.filename)]
+    members = [member for member in archive.infolist() if not _is_hidden(member.filename)]
     files = [m for m in members if m.filename.lower().endswith((*IMAGES, *PICKLES, ".csv")) and not m.is_dir()]
-    twice = [name for name, count in Counter(member.filename for member in files).items() if count > 1]
-    if twice:
-        raise DataError(f"The archive {path} holds {_some(twice)} more than once.")
+    repeated = [name for name, count in Counter(member.filename for member in files).items() if count > 1]
+    if repeated:
+        raise DataError(f"The archive {path} holds {_shorten(repeated)} more than once.")
     parents = {str(parent) for member in members for parent in PurePosixPath(member.filename).parents}
-    own = {member.filename.rstrip("/") for member in members if member.is_dir()}
+    folders = {member.filename.rstrip("/") for member in members if member.is_dir()}
     return Tree(
         str(path),
         {member.filename: member.file_size for member in files},
         {member.filename: f"{member.CRC:08x}" for member in files},
-        tuple(sorted(parents | own)),
+        tuple(sorted(parents | folders)),
         lambda name: archive.open(name),
     )
 
 
-def _matters(path: str) -> bool:
-    """Not what a system left behind: hidden files, and macOS's shadow of an archive."""
-    return not any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(path).parts)
+def _is_hidden(path: str) -> bool:
+    """Whether the path is a hidden file, or belongs to the metadata that macOS adds to archives."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(path).parts)
 
 
-# Which class and split
+# Finding classes and splits
 
 
 def listing(tree: Tree, division: Division) -> Contents:
-    """Finds out which form the data set has, and lists its images by split and class; pickles are read here.
+    """Detects the form of the data set and lists its images by split and class. Pickles are read here.
+
+    Args:
+      tree: the folder or archive.
+      division: how class folders without splits are divided.
 
     Raises:
-      DataError: if it has none of the forms, or its lists are wrong.
+      DataError: if the data set has none of the forms, a split is missing or empty, a class is in two splits, or a CSV
+        is wrong.
     """
     for root in _roots(tree):
         for lists in (root, f"{root}splits/"):
-            there = [split for split in SPLITS if f"{lists}{split}.csv" in tree.sizes]
-            if there:
-                _all_three(tree, {split: f"{lists}{split}.csv" for split in there}, "CSV")
+            csvs = {split: f"{lists}{split}.csv" for split in SPLITS if f"{lists}{split}.csv" in tree.sizes}
+            if csvs:
+                _check_all_splits(tree, csvs, "CSV")
                 return _checked(tree, _from_csv(tree, root, lists))
-        pickled = _pickles(tree, root)
+        pickled = _find_pickles(tree, root)
         if pickled:
             return _checked(tree, {split: _from_pickle(tree, name) for split, name in pickled.items()})
         folders = {split: f"{root}{split}" for split in SPLITS if f"{root}{split}" in tree.folders}
-        inside = any(name.startswith(f"{folder}/") for name in tree.folders for folder in folders.values())
-        # Beside other classes, and without folders inside, they are classes that happen to be called so.
-        if folders and (inside or not {*_from_class_folders(tree, root)} - {*SPLITS}):
-            _all_three(tree, folders, "folder")
-            found = {split: _from_class_folders(tree, f"{folder}/") for split, folder in folders.items()}
-            return _checked(tree, found)
+        nested = any(name.startswith(f"{folder}/") for name in tree.folders for folder in folders.values())
+        # Folders named train, val and test without folders inside, beside other classes, are classes.
+        if folders and (nested or not {*_from_class_folders(tree, root)} - {*SPLITS}):
+            _check_all_splits(tree, folders, "folder")
+            contents = {split: _from_class_folders(tree, f"{folder}/") for split, folder in folders.items()}
+            return _checked(tree, contents)
     classes = _from_class_folders(tree, _roots(tree)[-1])
     if not any(classes.values()):
-        raise DataError(f"{tree.where} holds no images that could be a data set. {HOW}")
-    return (
-        _checked(tree, _divided(tree, classes)) if division == "random" else {"train": classes, "val": {}, "test": {}}
-    )
+        raise DataError(f"{tree.where} holds no data set of images. {HOW}")
+    if division == "none":
+        return {"train": classes, "val": {}, "test": {}}
+    return _checked(tree, _divide(tree, classes))
 
 
 def _roots(tree: Tree) -> list[str]:
-    """Where a data set may begin: at the top, or in the only folder that is there, as in many archives."""
+    """Folders that may hold the data set: the top, and each folder that is the only one in the folder before it."""
     roots = [""]
     while True:
-        at = roots[-1]
-        below = {
-            name[len(at) :].split("/")[0] for name in tree.folders if name.startswith(at) and name not in (at, ".")
-        }
-        if len(below) != 1 or below & {*SPLITS} or any("/" not in name[len(at) :] for name in tree.sizes):
+        root = roots[-1]
+        inside = [name[len(root) :] for name in tree.folders if name.startswith(root) and name not in (root, ".")]
+        below = {name.split("/")[0] for name in inside}
+        if len(below) != 1 or below & {*SPLITS} or any("/" not in name[len(root) :] for name in tree.sizes):
             return roots
-        roots.append(f"{at}{below.pop()}/")
+        roots.append(f"{root}{below.pop()}/")
 
 
-def _all_three(tree: Tree, there: Mapping[str, str], what: str) -> None:
-    missing = [split for split in SPLITS if split not in there]
+def _check_all_splits(tree: Tree, found: Mapping[str, str], kind: str) -> None:
+    missing = [split for split in SPLITS if split not in found]
     if missing:
         raise DataError(
-            f"{tree.where} has a {what} {next(iter(there.values()))}, but none for {' and '.join(missing)}. {HOW}"
+            f"{tree.where} has a {kind} {next(iter(found.values()))}, but none for {' and '.join(missing)}. {HOW}"
         )
 
 
@@ -209,14 +215,15 @@ def _from_csv(tree: Tree, root: str, lists: str) -> Files:
             if path is None:
                 missing.append(filename)
             elif path in seen:
-                raise DataError(f"Line {line} of {where} lists {filename}, which {seen[path]} lists already.")
+                raise DataError(f"Line {line} of {where} lists {filename}, which {seen[path]} also lists.")
             else:
                 seen[path] = f"line {line} of {lists}{split}.csv"
                 found[split].setdefault(label, []).append(path)
     if missing:
         raise DataError(
-            f"The CSVs in {tree.where} name {len(missing):,} files of {total:,} that are not there: {_some(missing)}. "
-            "They are looked for in images/ and beside it, and there in a folder named by the label."
+            f"The CSVs in {tree.where} list {total:,} files, of which {len(missing):,} are missing: "
+            f"{_shorten(missing)}. Files are searched in images/ and beside it, and there in a folder with the name of "
+            "the label."
         )
     for classes in found.values():
         for paths in classes.values():
@@ -225,7 +232,7 @@ def _from_csv(tree: Tree, root: str, lists: str) -> Files:
 
 
 def _rows(tree: Tree, name: str, where: str) -> Iterator[tuple[int, tuple[str, str]]]:
-    """Line number, file name and label of each row."""
+    """Yields the line number, file name and label of each row."""
     try:
         reader = csv.reader(io.StringIO(tree.read(name).decode("utf-8-sig"), newline=""), strict=True)
         header = [column.strip() for column in next(reader, [])]
@@ -234,17 +241,17 @@ def _rows(tree: Tree, name: str, where: str) -> Iterator[tuple[int, tuple[str, s
         for row in reader:
             if not row:
                 continue
-            row = [value.strip() for value in row]  # As in the header: ' dog' in one split is 'dog' in another.
+            row = [value.strip() for value in row]  # ' dog' in one split is the class 'dog' of another.
             values = dict(zip(header, row))
             if len(row) != 2 or not all(row):
                 raise DataError(f"Line {reader.line_num} of {where} must be filename,label, but is {','.join(row)!r}.")
             yield reader.line_num, (values["filename"], values["label"])
     except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{where} is no CSV in UTF-8: {error}.") from error
+        raise DataError(f"{where} is not a CSV in UTF-8: {error}.") from error
 
 
 def _from_class_folders(tree: Tree, root: str) -> dict[str, list[str]]:
-    """A class for each folder directly below `root`, with all images that lie in it at any depth."""
+    """One class for each folder directly below `root`, with all images in the folder at any depth."""
     classes: dict[str, list[str]] = {}
     for folder in tree.folders:
         if folder.startswith(root) and folder != ".":
@@ -256,37 +263,37 @@ def _from_class_folders(tree: Tree, root: str) -> dict[str, list[str]]:
     return {name: sorted(classes[name]) for name in sorted(classes)}
 
 
-def _divided(tree: Tree, classes: dict[str, list[str]]) -> Files:
+def _divide(tree: Tree, classes: dict[str, list[str]]) -> Files:
     names = list(classes)
     train, val = round(0.64 * len(names)), round(0.16 * len(names))
     if not 0 < val < len(names) - train:
-        raise DataError(f"{tree.where} has {len(names)} classes, too few to be divided in 64, 16 and 20%. {HOW}")
-    # RandomState's stream is frozen by NumPy's compatibility policy.
+        raise DataError(f"{tree.where} has {len(names)} classes, too few to divide into 64%, 16% and 20%. {HOW}")
+    # NumPy guarantees that the stream of RandomState never changes.
     order = [names[index] for index in np.random.RandomState(1).permutation(len(names))]
     parts = (order[:train], order[train : train + val], order[train + val :])
     return {split: {name: classes[name] for name in part} for split, part in zip(SPLITS, parts)}
 
 
-def _checked(tree: Tree, found: Any) -> Any:
-    """`found`, sorted, once it is sure that every split has classes and none is in two."""
-    for split, classes in found.items():
+def _checked(tree: Tree, contents: Any) -> Any:
+    """Sorts `contents`, after checking that every split has classes and that no class is in two splits."""
+    for split, classes in contents.items():
         if not classes:
             raise DataError(f"Split {split} of {tree.where} has no classes.")
     for first, second in (("train", "val"), ("train", "test"), ("val", "test")):
-        both = sorted({*found[first]} & {*found[second]})
+        both = sorted({*contents[first]} & {*contents[second]})
         if both:
             raise DataError(
-                f"In {tree.where}, {len(both)} classes are in both {first} and {second}: {_some(both)}. Nothing would "
-                "be held out: each class must be in one split only."
+                f"In {tree.where}, {len(both)} classes are in both {first} and {second}: {_shorten(both)}. Each class "
+                "must be in one split only, or its images are not held out."
             )
-    return {split: {name: found[split][name] for name in sorted(found[split])} for split in SPLITS}
+    return {split: {name: contents[split][name] for name in sorted(contents[split])} for split in SPLITS}
 
 
-def _pickles(tree: Tree, root: str) -> dict[str, str]:
-    """From split to its pickle."""
+def _find_pickles(tree: Tree, root: str) -> dict[str, str]:
+    """From split to the pickle of the split."""
     found = {}
     for split in SPLITS:
-        # Some sets come with `..._train_phase_val.pickle` too, other images of the training classes.
+        # `..._train_phase_val.pickle` of some data sets holds other images of the training classes.
         ends = re.compile(rf"^(?!.*train_phase_(val|test))(.*[-_.])?{split}$")
         files = [
             name
@@ -297,20 +304,21 @@ def _pickles(tree: Tree, root: str) -> dict[str, str]:
             and ends.match(PurePosixPath(name).stem.lower())
         ]
         if len(files) > 1:
-            raise DataError(f"{tree.where} has more than one pickle for {split}: {_some(files)}. Leave one there.")
+            raise DataError(f"{tree.where} has more than one pickle for {split}: {_shorten(files)}. Keep one of them.")
         if files:
             found[split] = files[0]
     if found:
-        _all_three(tree, found, "pickle")
+        _check_all_splits(tree, found, "pickle")
     return found
 
 
 def _from_pickle(tree: Tree, name: str) -> dict[str, list[np.ndarray]]:
-    tree.limit(name, LARGEST_PICKLE)
+    tree.check_size(name, LARGEST_PICKLE)
     with tree.open(name) as file:
         images, classes = pickles.images(file, f"{name} in {tree.where}")
     return {label: [images[index] for index in indices] for label, indices in classes.items()}
 
 
-def _some(names: list[str], shown: int = 5) -> str:
+def _shorten(names: list[str], shown: int = 5) -> str:
+    """Lists the first names and the number of the others."""
     return ", ".join(names[:shown]) + (f" and {len(names) - shown:,} more" if len(names) > shown else "")

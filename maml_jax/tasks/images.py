@@ -1,9 +1,9 @@
-"""Any labelled images as a data set for few-shot classification.
+"""Labelled images as a data set for few-shot classification.
 
-A folder or zip archive with the `train/val/test.csv` of Ravi and Larochelle (2017), class folders, or the pickles of
-MiniImagenet, CIFAR-FS and FC100 in circulation (`image_sources` says which forms exactly) become one uint8 array for
-each split, which is kept in a cache. Classes and their images are sorted by name, so that each form of the same
-images gives the same arrays.
+`load` reads a folder or zip archive with the `train.csv`, `val.csv` and `test.csv` of Ravi and Larochelle (2017), class
+folders, or the common pickles of MiniImagenet, CIFAR-FS and FC100 (see `image_sources`). Each split becomes one uint8
+array, and the arrays are kept in a cache. Classes and images are sorted by name, so all forms of the same images give
+equal arrays.
 """
 
 import hashlib
@@ -27,27 +27,27 @@ from maml_jax.tasks.image_sources import SPLITS, Contents, Division, Tree
 Resampling = Literal["lanczos", "bicubic", "bilinear", "box"]
 
 LAYOUT = 2
-"""Of the cache; raise it when what is made of the same source changes."""
+"""The version of the cached arrays. Increase it when the same source gives other arrays."""
 
 
 class ImageSplits(NamedTuple):
-    """A data set. The three splits have no class in common; val and test are empty with `division='none'`."""
+    """A data set. No class is in two splits; `val` and `test` are empty with `division='none'`."""
 
     train: ImageClasses
-    """NumPy arrays `[n, size, size, 3]`, RGB."""
+    """NumPy arrays, uint8 `[n, size, size, 3]`, RGB."""
     val: ImageClasses
     test: ImageClasses
     names: dict[str, tuple[str, ...]]
-    """From 'train', 'val' and 'test' to the names of the classes, in their order."""
+    """From 'train', 'val' and 'test' to the names of the classes, in the order of the arrays."""
     source: str
     """The folder or archive."""
     published: str | None
-    """The published list that the classes and their sizes are exactly: 'miniimagenet', 'cifar-fs', 'fc100'; or None."""
+    """The published list that equals the classes and their sizes: 'miniimagenet', 'cifar-fs', 'fc100', or None."""
     sha256: dict[str, str]
-    """Content hash of each split: names, sizes and pixels."""
+    """The content hash of each split: names, sizes and pixels."""
 
     def describe(self) -> dict[str, Any]:
-        """What a report says of the data: sizes and hashes, as plain values."""
+        """Returns source, published list, sizes and hashes, for reports and JSON."""
         splits = zip(SPLITS, (self.train, self.val, self.test))
         return {
             "source": self.source,
@@ -66,30 +66,45 @@ def load(
     size: int = 84,
     resampling: Resampling = "lanczos",
     division: Division = "random",
-    least: int = 1,
+    min_images: int = 1,
     expect: str | None = None,
 ) -> ImageSplits:
-    """Reads a data set, from the cache or else from `data_dir`.
+    """Reads a data set from `data_dir`, or from the cache if `data_dir` has been read before.
 
-    The cache belongs to the names, sizes and checksums (in a folder: times of change) of the source's files, so
-    that a changed source is read anew.
+    The cache is keyed by the names, sizes and checksums of the files (in a folder: modification times), so a changed
+    source is read again.
 
     Args:
-      data_dir: a folder or a zip archive.
-      cache_dir: where the arrays are kept; None takes `cache.default_folder()`.
-      size: height and width in pixels to which images are resized; each side by itself, nothing is cropped.
-      resampling: the filter of that.
-      division: of class folders without splits of their own.
-      least: images that every class must have, such as shots + queries.
-      expect: the published list that this must be: 'miniimagenet', 'cifar-fs' or 'fc100'.
+      data_dir: a folder or a zip archive; see `image_sources`.
+      cache_dir: the folder of the cached arrays; None takes `cache.default_folder()`.
+      size: height and width of the resized images in pixels. Images are not cropped; the aspect ratio may change.
+      resampling: the filter for resizing.
+      division: how class folders without splits are divided.
+      min_images: the number of images that every class must have, such as shots + queries.
+      expect: the published list that the data must equal: 'miniimagenet', 'cifar-fs', 'fc100', or None for any data.
+
+    Returns:
+      The three splits, with the names of the classes and content hashes.
 
     Raises:
-      DataError: naming what is missing, damaged, listed twice, in two splits, too few or not as expected; what the
-        listing can tell comes before any image is read.
+      DataError: if files are missing, damaged or listed twice, a class is in two splits or has too few images, or the
+        data differ from `expect`. Errors in the listing are found before any image is read.
       ValueError: for an option that is not allowed.
+
+    Example:
+
+    >>> import pathlib, tempfile
+    >>> from PIL import Image
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> for name in ("robin", "wren"):
+    ...     (folder / "birds" / name).mkdir(parents=True)
+    ...     Image.new("RGB", (9, 7)).save(folder / "birds" / name / "0.png")
+    >>> splits = load(folder / "birds", folder / "cache", size=8, division="none")
+    >>> splits.train.images.shape, splits.names["train"]
+    ((2, 8, 8, 3), ('robin', 'wren'))
     """
     validation.at_least("size", size, 1)
-    validation.at_least("least", least, 1)
+    validation.at_least("min_images", min_images, 1)
     validation.one_of("resampling", resampling, get_args(Resampling))
     validation.one_of("division", division, get_args(Division))
     validation.one_of("expect", expect, (None, *published.LISTS))
@@ -97,7 +112,7 @@ def load(
     def check(counts: published.Counts) -> None:
         if expect is not None:
             published.check(expect, counts, where)
-        _check_sizes(counts, least, where)
+        _check_sizes(counts, min_images, where)
 
     with image_sources.open_tree(data_dir) as tree:
         where = tree.where
@@ -105,32 +120,32 @@ def load(
         path = Path(cache_dir or cache.default_folder()) / f"images-{size}-{resampling}-{key[:16]}.npz"
         arrays = cache.read(path, _digest)
         if arrays is None:
-            found = image_sources.listing(tree, division)
-            check({split: {name: len(images) for name, images in found[split].items()} for split in SPLITS})
-            arrays = _resized(tree, found, size, resampling)
+            contents = image_sources.listing(tree, division)
+            check({split: {name: len(images) for name, images in contents[split].items()} for split in SPLITS})
+            arrays = _read_all(tree, contents, size, resampling)
             cache.write(path, arrays)
     names = {split: tuple(arrays[f"{split}_names"].tolist()) for split in SPLITS}
     counts = {split: dict(zip(names[split], arrays[f"{split}_counts"].tolist())) for split in SPLITS}
-    check(counts)  # What is cached may have been read with other demands.
+    check(counts)  # The cache may have been written with other `min_images` and `expect`.
     train, val, test = (
         ImageClasses(arrays[f"{split}_images"], tuple(arrays[f"{split}_counts"].tolist())) for split in SPLITS
     )
     digests = dict(zip(SPLITS, str(arrays["sha256"]).split()))
-    return ImageSplits(train, val, test, names, where, published.recognise(counts), digests)
+    return ImageSplits(train, val, test, names, where, published.identify(counts), digests)
 
 
-def _check_sizes(counts: published.Counts, least: int, where: str) -> None:
+def _check_sizes(counts: published.Counts, min_images: int, where: str) -> None:
     for split, classes in counts.items():
         for name, found in classes.items():
-            if found < least:
+            if found < min_images:
                 raise DataError(
-                    f"Class {name} of split {split} in {where} has too few images: expected at least {least}, found "
-                    f"{found}."
+                    f"Class {name} of split {split} in {where} has too few images: expected at least {min_images}, "
+                    f"found {found}."
                 )
 
 
 def _digest(arrays: cache.Arrays) -> str:
-    """The hashes of the three splits, with spaces between."""
+    """The hashes of the three splits, separated by spaces."""
     hashes = []
     for split in SPLITS:
         images, names, counts = (arrays[f"{split}_{part}"] for part in ("images", "names", "counts"))
@@ -146,10 +161,18 @@ def _digest(arrays: cache.Arrays) -> str:
 def pictures(
     folder: str | Path, *, size: int = 84, resampling: Resampling | Literal["nearest"] = "lanczos"
 ) -> dict[str, np.ndarray]:
-    """All images in a folder or zip archive, RGB uint8 `[size, size, 3]`, by their path in it, sorted.
+    """Reads all images in a folder or zip archive.
+
+    Args:
+      folder: a folder or a zip archive.
+      size: height and width of the resized images in pixels.
+      resampling: the filter for resizing.
+
+    Returns:
+      From path to image, RGB uint8 `[size, size, 3]`, sorted by path.
 
     Raises:
-      DataError: naming the folder that does not exist, or the image that is damaged or too large.
+      DataError: if the folder does not exist, or an image is damaged or too large; the message names the file.
     """
     from PIL import Image
 
@@ -157,27 +180,27 @@ def pictures(
     with image_sources.open_tree(folder) as tree, warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         names = sorted(name for name in tree.sizes if name.lower().endswith(image_sources.IMAGES))
-        return {name: _fitted(_decoded(tree, name), size, resample) for name in names}
+        return {name: _resize(_decode(tree, name), size, resample) for name in names}
 
 
-def _resized(tree: Tree, found: Contents, size: int, resampling: Resampling) -> dict[str, np.ndarray]:
-    """All images as arrays: for each split `<split>_images`, `_names` and `_counts`, and `sha256` of them."""
+def _read_all(tree: Tree, contents: Contents, size: int, resampling: Resampling) -> dict[str, np.ndarray]:
+    """Reads all images into arrays: `<split>_images`, `<split>_names` and `<split>_counts`, and their `sha256`."""
     from PIL import Image
 
     arrays = {}
     for split in SPLITS:
-        counts = [len(images) for images in found[split].values()]
+        counts = [len(images) for images in contents[split].values()]
         arrays[f"{split}_images"] = np.empty((sum(counts), size, size, 3), np.uint8)
-        arrays[f"{split}_names"] = np.array(list(found[split]), np.str_)
+        arrays[f"{split}_names"] = np.array(list(contents[split]), np.str_)
         arrays[f"{split}_counts"] = np.array(counts, np.int32)
     rows = [row for split in SPLITS for row in arrays[f"{split}_images"]]
-    entries = [entry for split in SPLITS for images in found[split].values() for entry in images]
+    entries = [entry for split in SPLITS for images in contents[split].values() for entry in images]
     resample = Image.Resampling[resampling.upper()]
 
     def fill(row: np.ndarray, entry: str | np.ndarray) -> None:
-        row[:] = _fitted(entry if isinstance(entry, np.ndarray) else _decoded(tree, entry), size, resample)
+        row[:] = _resize(entry if isinstance(entry, np.ndarray) else _decode(tree, entry), size, resample)
 
-    # Pillow lets go of the interpreter while it works, so threads share the cores.
+    # Pillow releases the interpreter lock, so threads use all cores.
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as threads:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         for _ in threads.map(fill, rows, entries):
@@ -185,25 +208,25 @@ def _resized(tree: Tree, found: Contents, size: int, resampling: Resampling) -> 
     return {**arrays, "sha256": np.array(_digest(arrays))}
 
 
-def _decoded(tree: Tree, name: str) -> np.ndarray:
-    """An image file as uint8 `[H, W, 3]`.
+def _decode(tree: Tree, name: str) -> np.ndarray:
+    """Reads an image file as uint8 `[H, W, 3]`.
 
     Raises:
-      DataError: naming the file, if it is damaged or too large, or of a kind that has no one meaning in 8 bits.
+      DataError: if the file is damaged or too large, or has pixels of 32 bits; the message names the file.
     """
     from PIL import Image
 
     try:
         with Image.open(io.BytesIO(tree.read(name))) as opened:
-            upright = _upright(opened)
+            upright = _rotate_upright(opened)
             if upright.mode.startswith("I;16"):
                 return np.repeat((np.asarray(upright) >> 8).astype(np.uint8)[..., None], 3, axis=2)
             if upright.mode in ("I", "F"):
                 raise DataError(
-                    f"The image {name} in {tree.where} has pixels of 32 bits, whose white is not known. Convert it to "
-                    "8 bits first."
+                    f"The image {name} in {tree.where} has pixels of 32 bits, for which the value of white is unknown. "
+                    "Convert the image to 8 bits first."
                 )
-            # Pillow warns of palettes with transparency unless they go by RGBA.
+            # Pillow warns about palettes with transparency that are not converted to RGBA first.
             visible = upright.convert("RGBA") if "transparency" in upright.info else upright
             return np.asarray(visible.convert("RGB"))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -212,21 +235,21 @@ def _decoded(tree: Tree, name: str) -> np.ndarray:
         raise DataError(f"The image {name} in {tree.where} is damaged or cannot be read ({error}).") from error
 
 
-def _upright(opened: Any) -> Any:
-    """The picture as it was taken, by the camera's note of how it was held, where there is one that can be read."""
+def _rotate_upright(opened: Any) -> Any:
+    """Applies the orientation that the camera stored in the EXIF data, if it can be read."""
     from PIL import Image
 
     try:
-        held = opened.getexif().get(0x0112)
-    except Exception:  # Notes come in any state, and a picture is none the worse for it.
-        held = None
+        orientation = opened.getexif().get(0x0112)
+    except Exception:  # Damaged EXIF data are ignored: the pixels are intact.
+        orientation = None
     turn = Image.Transpose
     turns = {2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM, 5: turn.TRANSPOSE,
              6: turn.ROTATE_270, 7: turn.TRANSVERSE, 8: turn.ROTATE_90}  # fmt: skip
-    return opened.transpose(turns[held]) if held in turns else opened
+    return opened.transpose(turns[orientation]) if orientation in turns else opened
 
 
-def _fitted(pixels: np.ndarray, size: int, resample: Any) -> np.ndarray:
+def _resize(pixels: np.ndarray, size: int, resample: Any) -> np.ndarray:
     from PIL import Image
 
     if pixels.shape[:2] == (size, size):

@@ -1,9 +1,12 @@
 """Omniglot (Lake et al. 2015): 1,623 handwritten characters, each drawn once by 20 people.
 
-Any of its usual forms is read, through to one array of 28x28 images which is kept in a cache. The
-drawings are 1-bit PNGs of 105x105 in which paper is 1 and ink is 0. TFDS does not say who drew an
-image, so the 20 drawings of a character are put in the order of their pixels; with that, every form
-gives the same array, bit for bit.
+`load` reads any of the usual forms and returns one array of 28x28 images, which is kept in a cache. The drawings are
+1-bit PNGs of 105x105 pixels in which paper is 1 and ink is 0. TensorFlow Datasets (TFDS) does not store who drew an
+image, so the 20 drawings of a character are sorted by their pixels; every form then gives the same array, bit for bit.
+
+References:
+  Lake, Salakhutdinov and Tenenbaum (2015), Human-level concept learning through probabilistic program induction,
+  Science 350 (6266).
 """
 
 import contextlib
@@ -25,26 +28,27 @@ from maml_jax.tasks.cache import DataError
 
 CHARACTERS, DRAWINGS, SOURCE_SIZE, SIZE = 1623, 20, 105, 28
 CONTENT_SHA256 = "c68135ce5f7c56d758e906dd0294a0833e06fb133ab0bb24f33936f21c9fdfd3"
-"""Of all names and drawings at full size, in the order of `Omniglot`: equal for every way to read them."""
+"""The hash of all names and drawings at full size, in the order of `Omniglot`; the same for every form."""
 
 PARTS = ("images_background", "images_evaluation")
 SplitName = Literal["paper", "vinyals"]
 Resampling = Literal["lanczos", "box", "nearest"]
-"""'lanczos' smooths first, so that strokes survive. The authors' script asked Pillow for the same, but
-Pillow takes the nearest pixel for 1-bit images whatever it is told: 'nearest' is what they got."""
+"""The filter for resizing. 'lanczos' smooths, so thin strokes remain visible. The script of Finn et al. asked Pillow
+for 'lanczos', but Pillow ignores the filter for 1-bit images and takes the nearest pixel: 'nearest' gives their
+images."""
 
 
 class Omniglot(NamedTuple):
-    """All of Omniglot at 28x28."""
+    """All characters of Omniglot at 28x28 pixels."""
 
     images: np.ndarray
-    """uint8 `[1623, 20, 28, 28]`: paper is 255, ink is 0."""
+    """uint8 `[1623, 20, 28, 28]`; paper is 255, ink is 0."""
     names: tuple[str, ...]
     """`<part>/<alphabet>/<character>` of each class, sorted."""
 
 
 class Splits(NamedTuple):
-    """Class indices of the three splits, disjoint; a split is a value that `episodes` draws from."""
+    """Indices of the classes of three disjoint splits."""
 
     train: np.ndarray
     val: np.ndarray
@@ -59,20 +63,19 @@ HOW = (
 
 
 def load(data_dir: str | Path, cache_dir: str | Path | None = None, *, resampling: Resampling = "lanczos") -> Omniglot:
-    """Reads Omniglot at 28x28, from the cache or else from `data_dir`, which takes some 15 s once.
+    """Reads Omniglot at 28x28 pixels from `data_dir`, or from the cache. The first time takes about 15 s.
 
-    Only what had the right content hash becomes a cache, so one that is whole is right whatever has become
-    of `data_dir` since: that has to hold a data set, but is not read again.
+    Images enter the cache only after their content hash was verified. When the cache exists, `data_dir` must still hold
+    a data set, but the data set is not read again.
 
     Args:
-      data_dir: a prepared TFDS directory (`omniglot/3.0.0`), the two official archives, one archive
-        with the members of both, or the folders `images_background` and `images_evaluation`; or a
-        folder that holds one of these.
-      cache_dir: where the 25 MB of the result are kept; None takes `cache.default_folder()`.
-      resampling: the filter from 105x105 to 28x28.
+      data_dir: a TFDS directory (`omniglot/3.0.0`), the two official archives, one archive with the members of both, or
+        the folders `images_background` and `images_evaluation`; or a folder that holds one of these.
+      cache_dir: the folder of the cached array, 25 MB; None takes `cache.default_folder()`.
+      resampling: the filter for resizing from 105x105 to 28x28 pixels.
 
     Raises:
-      DataError: if the data is missing, damaged, incomplete or not Omniglot.
+      DataError: if the data are missing, damaged, incomplete or not Omniglot.
       ValueError: for an unknown `resampling`.
     """
     validation.one_of("resampling", resampling, get_args(Resampling))
@@ -81,22 +84,34 @@ def load(data_dir: str | Path, cache_dir: str | Path | None = None, *, resamplin
     cached = cache.read(path, _digest_of_arrays)
     if cached is not None:
         return Omniglot(cached["images"], tuple(cached["names"].tolist()))
-    data = _resized(read_drawings(source), resampling)
+    data = resize_drawings(read_drawings(source), resampling)
     cache.write(path, {"images": data.images, "names": np.array(data.names), "sha256": np.array(digest(data))})
     return data
 
 
 def split(name: SplitName, names: Iterable[str]) -> Splits:
-    """Divides the characters.
+    """Divides the characters into training, validation and test.
 
-    'paper': shuffled once, 1,100 / 100 / 423, as the authors' code does. Their shuffle followed the
-    order of a directory listing and cannot be repeated exactly; this one is fixed.
-    'vinyals': 1,028 / 172 / 423 by alphabet (Vinyals et al. 2016, in the lists of Torchmeta).
+    Args:
+      name: 'paper': 1,100 / 100 / 423 characters, shuffled with a fixed seed. Finn et al. shuffled in the order of a
+        directory listing, which cannot be repeated. 'vinyals': 1,028 / 172 / 423 characters (Vinyals et al. 2016, the
+        lists of Torchmeta).
+      names: the names of the characters, `Omniglot.names`.
+
+    Returns:
+      Indices into `names`.
+
+    Raises:
+      ValueError: for an unknown `name`.
+
+    References:
+      Finn, Abbeel and Levine (2017), arXiv:1703.03400, section 5.2.
+      Vinyals et al. (2016), Matching Networks for One Shot Learning, arXiv:1606.04080.
     """
     validation.one_of("split", name, get_args(SplitName))
     names = tuple(names)
     if name == "paper":
-        # RandomState's stream is frozen by NumPy's compatibility policy.
+        # NumPy guarantees that the stream of RandomState never changes.
         order = np.random.RandomState(1).permutation(len(names))
         return Splits(order[:1100], order[1100:1200], order[1200:])
     rules = json.loads(Path(__file__).with_name("omniglot_vinyals.json").read_text())
@@ -112,10 +127,10 @@ def split(name: SplitName, names: Iterable[str]) -> Splits:
 
 
 def find_source(data_dir: str | Path) -> Path | tuple[Path, ...]:
-    """What in `data_dir` holds Omniglot: a TFDS or unpacked folder, or a tuple of archives.
+    """Finds Omniglot in `data_dir`: a TFDS directory, the folder of the unpacked archives, or a tuple of archives.
 
     Raises:
-      DataError: if there is nothing of the kind.
+      DataError: if `data_dir` is missing or holds none of these.
     """
     root = Path(data_dir)
     if not root.exists():
@@ -136,14 +151,15 @@ def find_source(data_dir: str | Path) -> Path | tuple[Path, ...]:
 
 
 Drawings = dict[str, np.ndarray]
-"""From character name to its 20 drawings, bool `[20, 105, 105]`, True where there is paper."""
+"""From the name of a character to 20 drawings, bool `[20, 105, 105]`, True for paper."""
 
 
 def read_drawings(source: Path | tuple[Path, ...]) -> Drawings:
-    """Reads all drawings at full size in canonical order, and checks them against `CONTENT_SHA256`.
+    """Reads all drawings at full size, sorts them, and checks them against `CONTENT_SHA256`.
 
     Raises:
-      DataError: naming the file that cannot be read, or what is missing or wrong.
+      DataError: if a file cannot be read, a character or drawing is missing, or the hash differs; the message names the
+        file or the character.
     """
     if isinstance(source, tuple):
         found: Iterator[tuple[str, np.ndarray]] = _from_archives(source)
@@ -165,8 +181,8 @@ def read_drawings(source: Path | tuple[Path, ...]) -> Drawings:
         digest.update(name.encode() + b"\0" + np.packbits(stack).tobytes())
     if digest.hexdigest() != CONTENT_SHA256:
         raise DataError(
-            f"The drawings in {where} are not those of Omniglot: their content hash is {digest.hexdigest()}, and "
-            f"should be {CONTENT_SHA256}. {HOW}"
+            f"The drawings in {where} are not those of Omniglot: expected the content hash {CONTENT_SHA256}, but got "
+            f"{digest.hexdigest()}. {HOW}"
         )
     return ordered
 
@@ -191,12 +207,12 @@ def _from_archives(archives: tuple[Path, ...]) -> Iterator[tuple[str, np.ndarray
             for path in archives:
                 archive = stack.enter_context(zipfile.ZipFile(path))
                 members += [(path, archive, name) for name in archive.namelist() if name.endswith(".png")]
-            # What is missing is told before everything is read.
+            # Report missing drawings before decoding any.
             _check_complete(Counter(_character(PurePosixPath(name)) for *_, name in members), _describe(archives))
             for path, archive, name in members:
                 yield _character(PurePosixPath(name)), _decode(archive.read(name), f"{name} in {path}")
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
-        raise DataError(f"The archive {path} is damaged or cut short ({error}). {HOW}") from error
+        raise DataError(f"The archive {path} is damaged or truncated ({error}). {HOW}") from error
 
 
 def _from_folder(root: Path) -> Iterator[tuple[str, np.ndarray]]:
@@ -215,11 +231,11 @@ def _from_tfds(root: Path) -> Iterator[tuple[str, np.ndarray]]:
         name_of = builder.info.features["alphabet"].int2str
         for split_name, part in zip(("train", "test"), PARTS):
             for example in builder.as_data_source(split_name):
-                # Ink and paper are {0, 1} with Pillow as decoder, {0, 255} with OpenCV.
+                # Ink and paper are 0 and 1 if TFDS decodes with Pillow, 0 and 255 if it decodes with OpenCV.
                 drawing = example["image"][..., 0] > 0
                 character = f"{part}/{name_of(example['alphabet'])}/character{example['alphabet_char_id'] + 1:02d}"
                 yield character, drawing
-    except Exception as error:  # The readers below TFDS raise bare RuntimeErrors and more.
+    except Exception as error:  # The readers of TFDS raise RuntimeError and others.
         raise DataError(f"TensorFlow Datasets cannot read {root}: {error}. {HOW}") from error
 
 
@@ -236,11 +252,12 @@ def _decode(png: bytes, where: str) -> np.ndarray:
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise DataError(f"The image {where} is damaged ({error}). {HOW}") from error
     if drawing.shape != (SOURCE_SIZE, SOURCE_SIZE):
-        raise DataError(f"The image {where} has shape {drawing.shape}, but Omniglot's are 105x105.")
+        raise DataError(f"The image {where} has shape {drawing.shape}, but the images of Omniglot are 105x105. {HOW}")
     return drawing
 
 
-def _resized(drawings: Drawings, resampling: Resampling) -> Omniglot:
+def resize_drawings(drawings: Drawings, resampling: Resampling) -> Omniglot:
+    """Resizes the drawings of each character to 28x28 pixels."""
     from PIL import Image
 
     filters = {
@@ -251,14 +268,14 @@ def _resized(drawings: Drawings, resampling: Resampling) -> Omniglot:
     images = np.empty((len(drawings), DRAWINGS, SIZE, SIZE), np.uint8)
     for row, character in zip(images, drawings.values()):
         for image, drawing in zip(row, character):
-            # From 8 bits: Pillow would take the nearest pixel of a 1-bit image whatever the filter.
+            # Converted to 8 bits, because Pillow ignores the filter for 1-bit images.
             grey = Image.fromarray(drawing.astype(np.uint8) * 255)
             image[:] = np.asarray(grey.resize((SIZE, SIZE), filters[resampling]))
     return Omniglot(images, tuple(drawings))
 
 
 def digest(data: Omniglot) -> str:
-    """SHA-256 of the names and the 28x28 images."""
+    """Returns the SHA-256 of the names and the 28x28 images."""
     return hashlib.sha256("\n".join(data.names).encode() + data.images.tobytes()).hexdigest()
 
 

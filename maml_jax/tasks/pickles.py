@@ -1,8 +1,8 @@
-"""The pickled image sets in circulation, read without running anything that a pickle asks for.
+"""Safe reading of pickled image data sets: no code that a pickle names is executed.
 
-Unpickling calls whatever functions the file names. Here a name finds one of a few stand-ins of this file, or
-ends the reading: not even NumPy's own constructors are handed to the pickle, since their state can be forged.
-An array is made from its recorded type, shape and bytes only, after the reading.
+Unpickling normally calls any function that the file names. Here each name is replaced by one of a few stand-ins in this
+file, or reading ends with an error. The constructors of NumPy are not used either, because a pickle can forge their
+state. Arrays are built after reading, from the recorded type, shape and bytes alone.
 """
 
 import pickle
@@ -24,17 +24,22 @@ class PickledImages(NamedTuple):
     images: np.ndarray
     """uint8 `[n, H, W, 3]`, RGB."""
     classes: dict[str, np.ndarray]
-    """Indices of each class's images."""
+    """From class to the indices of its images."""
 
 
 def images(file: IO[bytes], where: str) -> PickledImages:
-    """Reads either form: `{'image_data': [n, H, W, 3], 'class_dict': {name: indices}}`, as in
-    `mini-imagenet-cache-train.pkl`, or `{'data': [n, H, W, 3], 'labels': [n]}`, as for CIFAR-FS and FC100.
+    """Reads a pickled split.
 
-    In the second form a class is named by its label.
+    Two forms are known: `{'image_data': [n, H, W, 3], 'class_dict': {name: indices}}`, as in
+    `mini-imagenet-cache-train.pkl`, and `{'data': [n, H, W, 3], 'labels': [n]}`, as for CIFAR-FS and FC100, where the
+    label is the name of a class.
+
+    Args:
+      file: the open pickle.
+      where: the name of the file in error messages.
 
     Raises:
-      DataError: if the pickle wants to call anything, is damaged, or holds something else.
+      DataError: if the pickle is damaged, holds something else, or names a function to call.
     """
     content = load(file, where)
     keys = {str(key) for key in content} if isinstance(content, dict) else set()
@@ -42,11 +47,13 @@ def images(file: IO[bytes], where: str) -> PickledImages:
     if name is None:
         raise DataError(
             f"{where} must hold a dict with 'image_data' and 'class_dict', or with 'data' and 'labels', but holds "
-            f"{'a dict of ' + ', '.join(sorted(keys)) if keys else _kind(content)}."
+            f"{'a dict of ' + ', '.join(sorted(keys)) if keys else _describe(content)}."
         )
     pixels = content[name]
     if not (isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[3] == 3):
-        raise DataError(f"The images in {where} must be uint8 of shape [n, height, width, 3], but are {_kind(pixels)}.")
+        raise DataError(
+            f"The images in {where} must be uint8 of shape [n, height, width, 3], but are {_describe(pixels)}."
+        )
     members = _by_name(content["class_dict"], where) if name == "image_data" else _by_label(content["labels"], where)
     listed = sum(map(len, members.values()))
     if name == "data" and listed != len(pixels):
@@ -54,16 +61,16 @@ def images(file: IO[bytes], where: str) -> PickledImages:
     used = np.zeros(len(pixels), bool)
     for name, indices in members.items():
         if len(indices) and not (0 <= indices.min() and indices.max() < len(pixels)):
-            raise DataError(f"Class {name} in {where} has indices beyond the {len(pixels):,} images that are there.")
+            raise DataError(f"Class {name} in {where} has indices beyond the {len(pixels):,} images.")
         if used[indices].any() or len(set(indices.tolist())) < len(indices):
-            raise DataError(f"Class {name} in {where} has images that were listed before.")
+            raise DataError(f"Class {name} in {where} has images that are listed more than once.")
         used[indices] = True
     return PickledImages(pixels, members)
 
 
 def _by_name(listed: Any, where: str) -> dict[str, np.ndarray]:
     if not isinstance(listed, dict):
-        raise DataError(f"'class_dict' in {where} must map names to indices, but is {_kind(listed)}.")
+        raise DataError(f"'class_dict' in {where} must map names to indices, but is {_describe(listed)}.")
     return {str(name): _integers(indices, f"class {name} in {where}") for name, indices in listed.items()}
 
 
@@ -73,16 +80,26 @@ def _by_label(labels: Any, where: str) -> dict[str, np.ndarray]:
 
 
 def load(file: IO[bytes], where: str) -> Any:
-    """Unpickles arrays of numbers, numbers, text and containers of them.
+    """Unpickles numbers, text, arrays of numbers, and dicts and lists of these.
+
+    Args:
+      file: the open pickle.
+      where: the name of the file in error messages.
 
     Raises:
-      DataError: naming what else the pickle wants to call, or that it is damaged.
+      DataError: if the pickle is damaged or names another function to call; the message names the function.
+
+    Example:
+
+    >>> import io
+    >>> load(io.BytesIO(pickle.dumps({"labels": np.arange(3)})), "labels.pkl")
+    {'labels': array([0, 1, 2])}
     """
     try:
-        return _made(_Unpickler(file, where).load())
+        return _build(_Unpickler(file, where).load())
     except DataError:
         raise
-    except Exception as error:  # What a damaged pickle raises is not limited by its documentation.
+    except Exception as error:  # A damaged pickle can raise any exception.
         raise DataError(f"The pickle {where} is damaged, or holds more than arrays and lists ({error!r}).") from error
 
 
@@ -112,13 +129,13 @@ class _Array:
         _, self.shape, self.type, self.fortran, self.data = state
 
     def array(self) -> np.ndarray:
-        # Text is what Python 2's bytes become in Python 3.
+        # Bytes that Python 2 pickled are read as text.
         data = self.data.encode("latin1") if isinstance(self.data, str) else self.data
         return np.frombuffer(data, self.type.dtype()).reshape(self.shape, order="F" if self.fortran else "C")
 
 
 def _from_buffer(data: Any, kind: Any, shape: Any, order: Any) -> _Array:
-    """Stands in for what NumPy pickles with protocol 5."""
+    """Stands in for `numpy._core.numeric._frombuffer`, which NumPy pickles with protocol 5."""
     array = _Array()
     array.__setstate__((1, shape, kind, order == "F", data))
     return array
@@ -129,19 +146,19 @@ def _scalar(kind: Any, data: Any) -> Any:
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """Stands in for `_codecs.encode`, by which Python 3 writes bytes with an old protocol."""
+    """Stands in for `_codecs.encode`, with which Python 3 pickles bytes in old protocols."""
     if encoding != "latin1":
         raise ValueError(f"text encoded as {encoding!r}")
     return text.encode("latin1")
 
 
 class _Callable(NamedTuple):
-    """Something that a pickle may call; a tuple, so that it can set no attribute of it."""
+    """A function that a pickle may call. A tuple, because a pickle cannot set attributes of a tuple."""
 
-    made: Callable[..., Any]
+    function: Callable[..., Any]
 
     def __call__(self, *args: Any) -> Any:
-        return self.made(*args)
+        return self.function(*args)
 
 
 _STAND_INS = {
@@ -150,9 +167,9 @@ _STAND_INS = {
     ("_codecs", "encode"): _Callable(_encode),
     ("collections", "OrderedDict"): _Callable(OrderedDict),
     **{
-        (f"numpy.{core}.{module}", name): _Callable(made)
+        (f"numpy.{core}.{module}", name): _Callable(function)
         for core in ("core", "_core")
-        for module, name, made in (
+        for module, name, function in (
             ("multiarray", "_reconstruct", lambda *_: _Array()),
             ("multiarray", "scalar", _scalar),
             ("numeric", "_frombuffer", _from_buffer),
@@ -163,40 +180,40 @@ _STAND_INS = {
 
 class _Unpickler(pickle.Unpickler):
     def __init__(self, file: IO[bytes], where: str):
-        super().__init__(file, encoding="latin1")  # Which NumPy asks for, to read what Python 2 wrote.
+        super().__init__(file, encoding="latin1")  # NumPy requires this encoding for pickles of Python 2.
         self._where = where
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _STAND_INS:
             raise DataError(
-                f"The pickle {self._where} wants to call {module}.{name}. Only arrays of numbers, text and lists are "
-                "read from a pickle, and nothing is run: get the data from a source that you trust."
+                f"The pickle {self._where} calls {module}.{name}, which is not allowed: only arrays of numbers, text, "
+                "dicts and lists are read from a pickle. Get the data from a source that you trust."
             )
         return _STAND_INS[module, name]
 
 
-def _made(content: Any) -> Any:
-    """Arrays where their stand-ins are, down to the dicts and lists within the outermost dict."""
+def _build(content: Any) -> Any:
+    """Replaces stand-ins by arrays, in nested dicts and in the lists that they hold."""
     if isinstance(content, _Array):
         return content.array()
     if isinstance(content, dict):
-        return {key: _made(value) for key, value in content.items()}
+        return {key: _build(value) for key, value in content.items()}
     if isinstance(content, list | tuple) and any(isinstance(value, _Array) for value in content):
-        return [_made(value) for value in content]
+        return [_build(value) for value in content]
     return content
 
 
-def _integers(values: Any, what: str) -> np.ndarray:
+def _integers(values: Any, name: str) -> np.ndarray:
     try:
         numbers = np.asarray(values if len(values) else np.array([], int))
     except (TypeError, ValueError) as error:
-        raise DataError(f"{what} must be a list of integers, but is {_kind(values)}.") from error
+        raise DataError(f"{name} must be a list of integers, but is {_describe(values)}.") from error
     if numbers.ndim != 1 or not np.issubdtype(numbers.dtype, np.integer):
-        raise DataError(f"{what} must be a list of integers, but is {_kind(numbers)}.")
+        raise DataError(f"{name} must be a list of integers, but is {_describe(numbers)}.")
     return numbers
 
 
-def _kind(value: Any) -> str:
+def _describe(value: Any) -> str:
     if isinstance(value, np.ndarray):
         return f"an array of shape {value.shape} and type {value.dtype}"
     return f"of type {type(value).__name__}"

@@ -1,6 +1,5 @@
 """The training loop: one compilation, the same numbers however it is cut, and a stop at what is not finite."""
 
-import json
 import sys
 from types import SimpleNamespace
 
@@ -14,9 +13,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import maml_jax
 from maml_jax.parallel.task_axis import task_mesh
-from maml_jax.runs import directory
-from maml_jax.runs.directory import RunDirectory
-from maml_jax.runs.progress import Progress
 from maml_jax.statistics import divergence_rate, interval
 from maml_jax.training import train
 from maml_jax.types import Task
@@ -221,58 +217,19 @@ def test_bad_options_are_refused_at_once(option):
         train(learner, state, draw, tasks(4), **{"steps": 10, "steps_per_call": 5, option: 0})
 
 
-def test_run_directory(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    run = RunDirectory(None, "it")
-    run.log(step=1, loss=np.float32(0.5), bad=float("nan"))
-    path = run.write_results({"accuracy": np.array([1.0, np.inf]), "where": tmp_path})
-    assert json.loads((run.path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 0.5, "bad": None}
-    results = json.loads(path.read_text())
-    assert results["accuracy"] == [1.0, None] and results["where"] == str(tmp_path)
-    assert {"command", "commit", "versions", "hardware", "finished"} <= set(results["made_by"])
-    run.write_params({"w": jnp.arange(3.0)})
-    from flax import serialization
+def test_stop_ends_the_training_after_the_current_call():
+    def loss_fn(w, batch):
+        return ((w - batch) ** 2).mean(), {}
 
-    restored = serialization.from_bytes({"w": jnp.zeros(3)}, (run.path / "params.msgpack").read_bytes())
-    np.testing.assert_array_equal(restored["w"], [0, 1, 2])
-    assert sorted(p.name for p in run.path.iterdir()) == [
-        ".lock", "events", "metrics.jsonl", "params.msgpack", "results.json", "run.json",
-    ]  # fmt: skip
-    assert RunDirectory(None, "it").path.name == "it-2"
-    run.close()
-    with pytest.raises(FileExistsError, match="already holds a run"):
-        RunDirectory(run.path, "it")
+    def draw(data, step):
+        return maml_jax.Task(jnp.full((2, 3), 1.0 + step), jnp.ones((2, 3)))
 
-
-def test_two_runs_that_begin_at_the_same_time_have_a_directory_each(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    locked = directory._locked
-
-    def just_after_another(path):
-        if path.name == "it" and not path.exists():
-            others.append(locked(path)[1])
-        return locked(path)
-
-    others = []
-    monkeypatch.setattr(directory, "_locked", just_after_another)
-    run = RunDirectory(None, "it", {})
-    assert others and run.path.name == "it-2"
-    run.close()
-    others[0].close()
-
-
-def test_plain_progress_tells_rate_and_time_left(capsys, monkeypatch):
-    clock = iter(range(0, 1000, 10))
-    monkeypatch.setattr("time.monotonic", lambda: next(clock))
-    monkeypatch.setattr("sys.stderr.isatty", lambda: False)
-    progress = Progress(1000, "run", every=15)
-    for step in (100, 200, 300, 400, 1000):
-        progress.update(step, loss=0.25)
-    lines = capsys.readouterr().out.splitlines()
-    # The call that compiles may be the second, where the first handed over what was restored.
-    assert lines[0] == "run: 200/1,000 steps, 0.0 a second, rate not known yet, loss 0.25"
-    assert lines[1] == "run: 400/1,000 steps, 10.0 a second, 0:01:00 left, loss 0.25"
-    assert lines[-1].startswith("run: 1,000/1,000 steps")
+    learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.1, steps=1), optax.sgd(0.1))
+    steps = []
+    calls = train(learner, learner.init(jnp.zeros(1)), draw, steps=20, steps_per_call=2, stop=lambda: steps[-1:] == [6])
+    for _, row in calls:
+        steps.append(row["step"])
+    assert steps == [2, 4, 6]
 
 
 def test_statistics():

@@ -20,7 +20,7 @@ from maml_jax.evaluation import Protocol
 from maml_jax.inner import inner_loop
 from maml_jax.nets import models
 from maml_jax.runs import directory, model_file
-from maml_jax.runs.files import plain
+from maml_jax.runs.files import to_jsonable
 from maml_jax.tasks import episodes, host_memory, omniglot
 from maml_jax.training import many_steps
 from maml_jax.types import Task
@@ -325,10 +325,10 @@ def test_a_pretrained_model_is_evaluated_again_as_it_was(characters, tmp_path, s
 
     # A run that was stopped before its first validation, and is to end there, is evaluated, too.
     path.unlink()
-    assert plain(training.main(prepared)["test"]) == plain(found["test"])
+    assert to_jsonable(training.main(prepared)["test"]) == to_jsonable(found["test"])
     monkeypatch.setattr(omniglot_experiment, "prepare", prepare)
     again = evaluate.main(evaluate.prepare(evaluate.Config((path,), tasks=6)))
-    assert plain(again[f"{path}, queries together"]) == plain(found["test"]["queries together"])
+    assert to_jsonable(again[f"{path}, queries together"]) == to_jsonable(found["test"]["queries together"])
     protocol = found["test"]["nearest neighbour"]["protocol"]
     assert protocol["method"] == "nearest neighbour in the features of pretrained" and protocol["inner_steps"] == 0
     old = model_file.load(path).description

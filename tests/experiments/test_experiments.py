@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers.commands import ended, launch, start
+from helpers.commands import launch, start, wait
 
 from experiments import miniimagenet, omniglot, sinusoid
 from experiments.few_shot import training
@@ -151,7 +151,7 @@ def test_characters_in_two_processes_with_no_directory_in_common(shared_data, om
         folder.mkdir()
     with ExitStack() as stack:
         both = start(stack, tmp_path / "compiled", 2, 1, "-m", "experiments.omniglot", *options, *data, folders=folders)
-        told, statuses = ended(both)
+        told, statuses = wait(both)
     assert statuses == [0, 0], told
     results = json.loads((folders[0] / "run" / "results.json").read_text())
     assert len(results["test"]["queries together"]["accuracy"]) == 11 and results["made_by"]["processes"] == 2

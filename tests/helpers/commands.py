@@ -12,10 +12,16 @@ ROOT = Path(maml_jax.__file__).parents[1]
 
 
 def start(stack, compiled, processes, devices, *command, folders=None):
-    """The same command in several processes with so many devices each, and working directories of their own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """Starts `command` in several processes.
+
+    Args:
+      stack: an ExitStack that kills the processes when it closes.
+      compiled: the folder of compiled programs.
+      processes: the number of processes.
+      devices: CPU devices of each process.
+      command: arguments of Python. `{port}`, `{processes}` and `{process}` are replaced.
+      folders: the working directory of each process.
+    """
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
@@ -23,7 +29,7 @@ def start(stack, compiled, processes, devices, *command, folders=None):
         "JAX_COMPILATION_CACHE_DIR": str(compiled),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    started = []
+    port, started = free_port(), []
     for number in range(processes):
         arguments = [str(part).format(port=port, processes=processes, process=number) for part in command]
         child = subprocess.Popen(
@@ -39,16 +45,23 @@ def start(stack, compiled, processes, devices, *command, folders=None):
     return started
 
 
-def ended(processes):
-    """What each wrote to standard error, and their statuses."""
-    told = [child.communicate(timeout=120)[1] for child in processes]
-    return told, [child.returncode for child in processes]
+def free_port():
+    """Returns a TCP port that no process uses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def wait(processes):
+    """Waits for the processes; returns their standard errors and exit statuses."""
+    errors = [child.communicate(timeout=120)[1] for child in processes]
+    return errors, [child.returncode for child in processes]
 
 
 def launch(*args, cwd=None, timeout=300):
-    """Runs `python -m experiments...` from the root of the checkout, as the README does."""
+    """Runs `python -m ...` from the root of the checkout, as in the README."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    # As many devices as the experiment itself sees fit.
+    # The command chooses its number of devices.
     environment["XLA_FLAGS"] = environment["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=2", "")
     command = [sys.executable, "-m", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd or ROOT, env=environment, timeout=timeout)

@@ -1,4 +1,4 @@
-"""What is saved comes back, of any library's parameters, and nothing of a file is executed."""
+"""Model files: parameters of any library are restored, and no code in a file is executed."""
 
 import pickle
 from collections import OrderedDict
@@ -17,69 +17,70 @@ from maml_jax.runs import model_file
 def test_saved_and_loaded_is_the_same(tmp_path):
     params = {"a": {"kernel": jnp.arange(6.0).reshape(2, 3)}, "b": jnp.ones(2, jnp.bfloat16)}
     inner_params = {"a": {"kernel": [jnp.eye(2), jnp.eye(3)]}}
-    path = model_file.save(tmp_path / "deep" / "model.msgpack", params, inner_params, {"way": 5, "list": [1, 2]})
+    path = model_file.save(tmp_path / "deep" / "model.msgpack", params, inner_params, {"ways": 5, "list": [1, 2]})
     content = model_file.load(path)
-    assert content.description == {"way": 5, "list": [1, 2]} and content.params["b"].dtype == jnp.bfloat16
+    assert content.description == {"ways": 5, "list": [1, 2]} and content.params["b"].dtype == jnp.bfloat16
     jax.tree.map(np.testing.assert_array_equal, content.params, params)
     np.testing.assert_array_equal(content.inner_params["a"]["kernel"]["1"], np.eye(3))
     assert model_file.load(model_file.save(path, params)).inner_params == () and list(path.parent.iterdir()) == [path]
-    whole, touched = path.read_bytes(), tmp_path / "touched"
+    intact, touched = path.read_bytes(), tmp_path / "touched"
     code = pickle.dumps(Touches(touched))
-    for damage in (whole[:100], whole.replace(b"maml_jax 1", b"maml_jax 9"), b"", code, b"{}"):
+    for damage in (intact[:100], intact.replace(b"maml_jax 1", b"maml_jax 9"), b"", code, b"{}"):
         path.write_bytes(damage)
-        with pytest.raises(ValueError, match=r"model\.msgpack is not a file of maml_jax\.save, or damaged"):
+        with pytest.raises(ValueError, match=r"model\.msgpack is not a file of maml_jax\.save, or is damaged"):
             model_file.load(path)
-    assert not touched.exists()  # No code was run.
+    assert not touched.exists()  # No code was executed.
     pickle.loads(code)
     assert touched.exists()
 
 
 @pytest.mark.parametrize("library", model_zoo.ZOO)
-def test_parameters_of_every_library_come_back(library, tmp_path):
+def test_parameters_of_every_library_are_restored(library, tmp_path):
     loss_fn, params = model_zoo.ZOO[library]()
     inner = maml_jax.sgd(0.1, steps=2, learn_rates="layer_step")
     learner = maml_jax.maml(loss_fn, inner, optax.sgd(0.1))
     state, _ = learner.step(learner.init(params), model_zoo.tasks(2))
     content = maml_jax.load(maml_jax.save(tmp_path / "mine", state.params, state.inner_params))
-    back = state._replace(
+    restored = state._replace(
         params=maml_jax.restore(params, content.params),
         inner_params=maml_jax.restore(state.inner_params, content.inner_params),
     )
-    jax.tree.map(np.testing.assert_array_equal, back, state)
-    assert jax.tree.structure(back) == jax.tree.structure(state)
-    np.testing.assert_array_equal(*(learner.step(each, model_zoo.tasks(2))[1].loss for each in (state, back)))
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    losses = [learner.step(start, model_zoo.tasks(2))[1].loss for start in (state, restored)]
+    np.testing.assert_array_equal(*losses)
 
 
-def test_what_cannot_be_saved_or_restored_is_told(tmp_path):
+def test_errors_name_the_leaf(tmp_path):
     params = {"w": jnp.ones((2, 3)), "layers": [jnp.zeros(2)]}
     with pytest.raises(
-        TypeError, match=r"inner_params must hold arrays .* but inner_params\['model'\] is 'mine'\. A description"
+        TypeError, match=r"inner_params must hold only arrays .* but inner_params\['model'\] is 'mine'\. Give texts in"
     ):
         maml_jax.save(tmp_path / "model", params, {"model": "mine"})
-    with pytest.raises(TypeError, match=r"description must hold only what JSON takes, but .*set"):
+    with pytest.raises(TypeError, match=r"description must hold values for JSON, but .*set"):
         maml_jax.save(tmp_path / "model", params, (), {"ways": {1, 2}})
     with pytest.raises(TypeError, match="description must be a dict, but got 'mine'"):
         maml_jax.save(tmp_path / "model", params, (), "mine")
     for other in (jnp.zeros(2), {"deep": jnp.zeros(2)}, {"deep": {"er": jnp.zeros(2)}}):
         for pairs in ([(1, jnp.ones(2)), ("1", other)], [("1", other), (1, jnp.ones(2))]):
-            with pytest.raises(ValueError, match="two leaves that are both called"):
+            with pytest.raises(ValueError, match="two leaves with the same path as text"):
                 maml_jax.save(tmp_path / "model", OrderedDict(pairs))
     assert not (tmp_path / "model").exists()
     path = maml_jax.save(tmp_path / "model", params, jnp.ones(3), {"ways": np.int64(5), "rate": jnp.float32(0.5)})
     content = maml_jax.load(path)
     assert content.description == {"ways": 5, "rate": 0.5} and content.inner_params.tolist() == [1, 1, 1]
     assert maml_jax.restore(0.0, maml_jax.load(maml_jax.save(path, jnp.pi)).params) == jnp.float32(jnp.pi)
-    for like, told in (
-        (params | {"b": 1.0}, r"have nothing at \['b'\]"),
-        (params | {"layers": []}, r"have \['layers'\]\['0'\], for which there is no place"),
-        (params | {"w": jnp.ones((3, 2))}, r"At \['w'\] the saved values have shape \(2, 3\) in place of \(3, 2\)"),
+    for like, message in (
+        (params | {"b": 1.0}, r"have no array at \['b'\]"),
+        (params | {"layers": []}, r"have an array at \['layers'\]\['0'\], but the model has none"),
+        (params | {"w": jnp.ones((3, 2))}, r"At \['w'\] the saved values must have shape \(3, 2\), but have \(2, 3\)"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             maml_jax.restore(like, content.params)
 
 
 class Touches:
-    """Touches a file when it is read from a pickle."""
+    """Touches a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path

@@ -1,19 +1,17 @@
-"""Tasks are what the paper says, and pure functions of their key."""
+"""Episodes have the right classes, examples, labels and rotations, and are pure functions of their key."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maml_jax.tasks import sinusoid
-from maml_jax.tasks.episodes import EpisodeShape, ImageClasses, choose, draw_episodes, equal_classes
+from maml_jax.tasks.episodes import EpisodeShape, ImageClasses, choose_images, draw_episodes, equal_classes
 
 CLASSES, EXAMPLES = 12, 20
 
 
 @pytest.fixture
 def data():
-    """Images that tell their class (one corner), their example (the next) and which way is up (blank corners)."""
+    """Images whose first corner is the class, the next pixel the example, and whose other corners are blank."""
     images = np.full((CLASSES, EXAMPLES, 4, 4), 255, np.uint8)
     images[:, :, 0, 0] = np.arange(CLASSES)[:, None]
     images[:, :, 0, 1] = 100 + np.arange(EXAMPLES)
@@ -21,19 +19,19 @@ def data():
 
 
 def read(images):
-    """From drawn images `[..., 4, 4, 1]`: class, example and quarter turns."""
+    """Returns class, example and quarter turns of drawn images `[..., 4, 4, 1]`."""
     pixels = np.rint(255 * np.asarray(images)[..., 0]).astype(int)
     turns = np.empty(pixels.shape[:-2], int)
     upright = np.empty_like(pixels)
     for index in np.ndindex(turns.shape):
-        ways = [np.rot90(pixels[index], -k) for k in range(4)]
-        turns[index] = next(k for k in range(4) if ways[k][0, 1] != 255 and ways[k][0, 0] < 100)
-        upright[index] = ways[turns[index]]
+        rotated = [np.rot90(pixels[index], -k) for k in range(4)]
+        turns[index] = next(k for k in range(4) if rotated[k][0, 1] != 255 and rotated[k][0, 0] < 100)
+        upright[index] = rotated[turns[index]]
     return upright[..., 0, 0], upright[..., 0, 1] - 100, turns
 
 
 @pytest.mark.parametrize("rotations", ["random", "classes", "none"])
-def test_episodes_hold_what_they_should(data, rotations):
+def test_classes_examples_labels_and_rotations(data, rotations):
     shape = EpisodeShape(ways=5, shots=2, queries=3, rotations=rotations)
     tasks = jax.jit(draw_episodes, static_argnums=(2, 3))(jax.random.key(0), data, 40, shape)
     assert tasks.support[0].shape == (40, 10, 4, 4, 1) and tasks.query[0].shape == (40, 15, 4, 4, 1)
@@ -46,19 +44,19 @@ def test_episodes_hold_what_they_should(data, rotations):
             support, query = slice(2 * way, 2 * way + 2), slice(3 * way, 3 * way + 3)
             classes = {*s_class[task, support], *q_class[task, query]}
             turns = {*s_turn[task, support], *q_turn[task, query]}
-            assert len(classes) == 1 and len(turns) == 1  # One label, one class, one way up.
+            assert len(classes) == 1 and len(turns) == 1  # One class and one rotation for each label.
             examples = [*s_example[task, support], *q_example[task, query]]
             assert len(set(examples)) == 5  # Support and query share no image.
             seen.add((*classes, *(turns if rotations == "classes" else ())))
         assert len(seen) == 5
     assert set(np.unique(s_class)) == set(range(CLASSES))
     assert set(np.unique(s_turn)) == ({0} if rotations == "none" else {0, 1, 2, 3})
-    if rotations == "classes":  # Two turns of one character may meet in an episode, as classes of their own.
+    if rotations == "classes":  # Two rotations of one character may be two classes of an episode.
         assert any(len(set(s_class[task])) < 5 for task in range(40))
 
 
 @pytest.mark.parametrize("rotations", ["classes", "none"])
-def test_labels_may_number_all_classes(data, rotations):
+def test_labels_can_be_indices_of_classes(data, rotations):
     shape = EpisodeShape(5, 2, 3, rotations, labels="classes")
     for images, labels in draw_episodes(jax.random.key(0), data, 20, shape):
         np.testing.assert_array_equal(labels, read(images)[0])
@@ -83,7 +81,7 @@ def test_every_class_and_example_is_equally_likely(data):
         counts = np.bincount(values.ravel(), minlength=kinds)
         expected = values.size / kinds
         assert ((counts - expected) ** 2 / expected).sum() < 3 * kinds  # Chi-squared, far in the tail.
-    first = np.bincount(pixels[:, 0, 0, 0], minlength=CLASSES)  # Labels carry no order either.
+    first = np.bincount(pixels[:, 0, 0, 0], minlength=CLASSES)  # The order of the labels does not depend on the class.
     assert ((first - 250) ** 2 / 250).sum() < 3 * CLASSES
 
 
@@ -92,7 +90,7 @@ def test_every_class_and_example_is_equally_likely(data):
     [
         (EpisodeShape(13, 1, 1), "ways must be at most the number of classes, 12, but got 13"),
         (EpisodeShape(49, 1, 1, "classes"), "ways must be at most the number of classes, 48, but got 49"),
-        (EpisodeShape(5, 10, 11), r"shots \+ queries must be at most 20.*10 \+ 11"),
+        (EpisodeShape(5, 10, 11), r"shots \+ queries must be at most 20, .* of class 0, but got 10 \+ 11 = 21\.$"),
         (EpisodeShape(5, 0, 1), "shots must be an integer of at least 1, but got 0"),
         (EpisodeShape(5, 1, 1, "sideways"), "rotations must be one of .*'sideways'"),
     ],
@@ -103,9 +101,9 @@ def test_impossible_episodes_are_refused(data, shape, message):
 
 
 @pytest.mark.parametrize("rotations", ["random", "classes"])
-def test_images_that_are_not_square_are_not_turned(rotations):
+def test_images_that_are_not_square_cannot_be_rotated(rotations):
     data = ImageClasses(np.zeros((6, 3, 5), np.uint8), (3, 3))
-    with pytest.raises(ValueError, match=f"rotations '{rotations}' .* must be square for that, but these are 3x5"):
+    with pytest.raises(ValueError, match=f"rotations '{rotations}' needs square images, but the images are 3x5"):
         draw_episodes(jax.random.key(0), data, 1, EpisodeShape(2, 1, 1, rotations))
     assert draw_episodes(jax.random.key(0), data, 1, EpisodeShape(2, 1, 1, "none")).query[0].shape == (1, 2, 3, 5, 1)
 
@@ -115,31 +113,23 @@ class TestClassesOfDifferentSizes:
 
     @pytest.fixture
     def data(self):
-        """Images whose pixels are their class and their number within it."""
+        """Images with two pixels, the class and the index in the class."""
         numbers = [(label, number) for label, count in enumerate(self.COUNTS) for number in range(count)]
         return ImageClasses(np.array(numbers, np.uint8)[:, None, :], self.COUNTS)
 
-    def test_every_image_of_a_class_is_equally_likely_and_no_other_drawn(self, data):
+    def test_every_image_of_a_class_is_equally_likely_and_no_other_image_is_drawn(self, data):
         tasks = jax.jit(draw_episodes, static_argnums=(2, 3))(jax.random.key(0), data, 2000, EpisodeShape(3, 1, 3))
         pixels = np.concatenate([np.asarray(x[0]).reshape(2000, 3, -1, 2) for x in tasks], 2)
         pixels = np.rint(255 * pixels).astype(int)
-        assert (pixels[..., 0] == pixels[..., :1, 0]).all()  # Four images of one class
-        assert (np.diff(np.sort(pixels[..., 1]), axis=-1) > 0).all()  # that differ.
+        assert (pixels[..., 0] == pixels[..., :1, 0]).all()  # Four images of one class,
+        assert (np.diff(np.sort(pixels[..., 1]), axis=-1) > 0).all()  # all different.
         for label, count in enumerate(self.COUNTS):
             drawn = np.bincount(pixels[pixels[..., 0] == label][:, 1])
             assert len(drawn) == count and ((drawn - drawn.mean()) ** 2 / drawn.mean()).sum() < 3 * count
 
-    def test_selected_classes_keep_their_images(self, data):
-        picked = data.select([2, 0])
-        assert picked.counts == (7, 4) and picked.first.tolist() == [0, 7]
-        np.testing.assert_array_equal(picked.images, np.concatenate([data.images[34:41], data.images[:4]]))
-        assert data.select([]).images.shape == (0, 1, 2) and data.select([]).counts == ()
-
-    def test_the_class_with_too_few_is_named_also_while_tracing(self, data):
-        message = (
-            r"shots \+ queries must be at most 4, the images of class {}, but got 4 \+ 2: expected at least 6 images"
-        )
-        message += " in every class, found 4 in this one, and too few in 1 more"
+    def test_a_class_with_too_few_images_is_named_also_while_tracing(self, data):
+        message = r"shots \+ queries must be at most 4, the number of images of class {}, but got 4 \+ 2 = 6\. "
+        message += "The number of other classes with too few images is 1"
         shape = EpisodeShape(2, 4, 2)
         with pytest.raises(ValueError, match=message.format("ant")):
             shape.check(data, ["ant", "bee", "cat", "dog"])
@@ -154,25 +144,10 @@ RECORDED = [
 ]
 
 
-def test_the_same_seed_draws_what_it_always_drew():
-    """So that results of earlier versions can be repeated: first images and turns of three draws."""
+def test_a_seed_gives_the_recorded_episodes():
+    """Published results stay reproducible: recorded images and rotations of an episode."""
     for rotations, images, turns in RECORDED:
         shape = EpisodeShape(5, 2, 3, rotations)
-        choice = jax.jit(choose, static_argnums=(1, 2, 3))(jax.random.key(3), (20,) * 12, 7, shape)
-        assert choice.images.shape == (7, 5, 5) and choice.turns.shape == (7, 5)
-        assert choice.images[6, :, 3].tolist() == images and choice.turns[6].tolist() == turns
-
-
-def test_sinusoids_are_the_papers():
-    tasks = sinusoid.draw_tasks(jax.random.key(0), 2000, shots=5, queries=3, reveal=True)
-    (x, y), (x_query, y_query) = tasks
-    assert x.shape == (2000, 5, 3) and y_query.shape == (2000, 3, 1)
-    amplitude, phase = x[..., 1:2], x[..., 2:3]
-    np.testing.assert_allclose(y, amplitude * np.sin(x[..., :1] - phase), atol=1e-5)
-    np.testing.assert_array_equal(x[:, 0, 1:], x_query[:, 0, 1:])
-    for values, low, high in ((amplitude, 0.1, 5), (phase, 0, np.pi), (x[..., :1], -5, 5)):
-        assert low <= values.min() < low + 0.02 * (high - low) and high - 0.02 * (high - low) < values.max() <= high
-        assert np.isclose(values.mean(), (low + high) / 2, atol=0.05 * (high - low))
-    hidden = sinusoid.draw_tasks(jax.random.key(0), 2000, shots=5, queries=3)
-    np.testing.assert_array_equal(hidden.support[0], x[..., :1])
-    assert jnp.array_equal(hidden.query[1], y_query)
+        choice = jax.jit(choose_images, static_argnums=(1, 2, 3))(jax.random.key(3), (20,) * 12, 7, shape)
+        assert choice.images.shape == (7, 5, 5) and choice.quarter_turns.shape == (7, 5)
+        assert choice.images[6, :, 3].tolist() == images and choice.quarter_turns[6].tolist() == turns

@@ -1,0 +1,189 @@
+"""Copies of the metrics for TensorBoard and Weights & Biases. `metrics.jsonl` stays the complete record."""
+
+import hashlib
+import importlib.util
+import re
+import shutil
+import struct
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from maml_jax.runs.files import WorkdirError
+
+FLUSH_SECONDS = 5.0
+"""The longest time between writes of TensorBoard's event files, in seconds."""
+
+
+class Logger(Protocol):
+    """A copy of the metrics for another tool. Any method may raise if the copy cannot be written."""
+
+    name: str
+    """The tool, for messages."""
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Adds a row that was appended to `metrics.jsonl`. Rows without a `step` are left out."""
+
+    def restart(self) -> None:
+        """Reacts to the removal of rows from `metrics.jsonl`."""
+
+    def close(self) -> None:
+        """Writes everything that was added."""
+
+
+class TensorBoardLogger:
+    """Event files for TensorBoard: a folder for each training, a scalar for each number in a row, at its `step`.
+
+    The first `log`, and the first after `restart`, writes the folder again from all rows, so a run that resumed from an
+    earlier step has no missing and no repeated points.
+
+    Args:
+      folder: the folder of the event files, whose content is replaced.
+      rows: returns all rows of `metrics.jsonl`. The texts in a row and its `seed` name the training.
+    """
+
+    name = "TensorBoard"
+
+    def __init__(self, folder: Path, rows: Callable[[], list[dict[str, Any]]]):
+        self._folder, self._rows = folder, rows
+        self._buffer: dict[Path, list[bytes]] = {}
+        self._file: str | None = None  # The name of the event files; None until the folder is written.
+        self._flushed = 0.0
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Adds a row, which is on disk within `FLUSH_SECONDS` or at the next row after. Raises OSError."""
+        if self._file is not None:
+            self._add(row)
+            if time.monotonic() - self._flushed > FLUSH_SECONDS:
+                self._flush()
+            return
+        if self._folder.exists():
+            shutil.rmtree(self._folder)
+        self._file = f"events.out.tfevents.{int(time.time())}"
+        for earlier in self._rows():
+            self._add(earlier)
+        self._flush()
+
+    def restart(self) -> None:
+        """Writes the folder again at the next `log`."""
+        self.close()
+        self._file = None
+
+    def close(self) -> None:
+        """Writes the rows that are not on disk yet. Raises OSError."""
+        self._flush()
+
+    def _add(self, row: dict[str, Any]) -> None:
+        # The messages of tensorboardX, not its `SummaryWriter`, whose thread hangs when the disk is full.
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        if "step" not in row:
+            return
+        labels, numbers = labels_and_numbers(row)
+        path = self._folder / re.sub(r"[^\w=-]+", "_", "-".join(labels))[:100] / str(self._file)
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in numbers.items()]
+        event = Event(wall_time=time.time(), step=int(row["step"]), summary=Summary(value=values))
+        self._buffer.setdefault(path, []).append(_record(event))
+
+    def _flush(self) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        for path, records in self._buffer.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                records.insert(0, _record(Event(wall_time=time.time(), file_version="brain.Event:2")))
+            with open(path, "ab") as file:
+                file.write(b"".join(records))
+        self._buffer = {}
+        self._flushed = time.monotonic()
+
+
+class WandBLogger:
+    """A run of Weights & Biases, which resumes when the run of this directory resumes.
+
+    Rows that are logged again after a run was killed appear twice there, with the same values.
+
+    Args:
+      project: the name of the project.
+      folder: the run directory, where the package `wandb` keeps its files.
+      run: the content of `run.json`: name, configuration and starts.
+
+    Raises:
+      WorkdirError: if `wandb` cannot start, for example without an account.
+    """
+
+    name = "Weights & Biases"
+
+    def __init__(self, project: str, folder: Path, run: dict[str, Any]):
+        import wandb
+
+        self._defined: set[str] = set()
+        identity = f"{folder.absolute()} {run['starts'][0]['started']}"
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=run["name"],
+                id=hashlib.sha256(identity.encode()).hexdigest()[:16],
+                dir=folder,
+                config={**(run["config"] or {}), "made_by": run["starts"][-1]},
+                resume="allow",
+            )
+        except wandb.Error as error:
+            raise WorkdirError(
+                f"Weights & Biases cannot start: {error}. Log in (`wandb login`), set WANDB_MODE=offline, or leave out "
+                "--wandb."
+            ) from error
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Adds the numbers of a row, over the steps of its training."""
+        if "step" not in row:
+            return
+        labels, numbers = labels_and_numbers(row)
+        prefix = "".join(f"{label}/" for label in labels)
+        if prefix not in self._defined:
+            self._defined.add(prefix)
+            self._run.define_metric(f"{prefix}step")
+            self._run.define_metric(f"{prefix}*", step_metric=f"{prefix}step")
+        self._run.log({f"{prefix}{name}": value for name, value in {**numbers, "step": row["step"]}.items()})
+
+    def restart(self) -> None:
+        """Does nothing: rows that were sent cannot be removed."""
+
+    def close(self) -> None:
+        """Sends all rows and ends the run."""
+        self._run.finish()
+
+
+def check_wandb(project: str | None) -> None:
+    """Raises ValueError if `project` is given and the package `wandb` is not installed."""
+    if project is not None and importlib.util.find_spec("wandb") is None:
+        raise ValueError(f"wandb {project} needs the package wandb: pip install wandb, or leave out the option.")
+
+
+def labels_and_numbers(row: Mapping[str, Any]) -> tuple[list[str], dict[str, float]]:
+    """Splits a row into the labels that name its training and its metrics.
+
+    Returns:
+      The texts of the row and its `seed`, and its numbers without `step` and `seed`.
+
+    Example:
+
+    >>> labels_and_numbers({"method": "maml", "seed": 3, "step": 10, "loss": 0.5})
+    (['maml', 'seed 3'], {'loss': 0.5})
+    """
+    labels = [value for value in row.values() if isinstance(value, str)]
+    labels += [f"seed {row['seed']}"] if "seed" in row else []
+    numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
+    return labels, {key: value for key, value in numbers.items() if key not in ("step", "seed")}
+
+
+def _record(event: Any) -> bytes:
+    """Encodes a message as TensorFlow does: the length, its checksum, the message, its checksum."""
+    from tensorboardX.record_writer import masked_crc32c
+
+    message = event.SerializeToString()
+    length = struct.pack("<Q", len(message))
+    checksums = [struct.pack("<I", masked_crc32c(part)) for part in (length, message)]
+    return length + checksums[0] + message + checksums[1]

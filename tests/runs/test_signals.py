@@ -1,0 +1,56 @@
+"""SIGINT and SIGTERM are deferred, and nothing is left behind."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from maml_jax.runs import signals
+
+
+def test_the_first_signal_is_stored_and_everything_is_restored():
+    def process_state():
+        descriptor = signal.set_wakeup_fd(-1)
+        signal.set_wakeup_fd(descriptor)
+        handlers = [signal.getsignal(number) for number in signals.SIGNALS]
+        pipes = [path for path in Path("/proc/self/fd").iterdir() if path.is_fifo()]
+        return descriptor, handlers, sorted(pipes), any(t.name == "signals" for t in threading.enumerate())
+
+    before = process_state()
+    with signals.deferred() as stop_request:
+        os.kill(os.getpid(), signal.SIGTERM)
+        deadline = time.monotonic() + 5
+        while stop_request.signal is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert stop_request.signal == signal.SIGTERM
+        assert signals.signal_of_any_process(stop_request) == signal.SIGTERM
+    assert process_state() == before
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_ignored_signals_stay_ignored():
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signals.deferred() as stop_request:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
+        assert stop_request.signal is None and signals.signal_of_any_process(stop_request) is None
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def test_other_threads_do_nothing():
+    requests = []
+
+    def elsewhere():
+        with signals.deferred() as stop_request:
+            requests.append(stop_request)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert requests[0].signal is None
