@@ -1,6 +1,8 @@
 """Model-agnostic meta-learning on JAX: pure functions for learning to adapt in a few gradient steps."""
 
+from maml_jax.algorithms import heads
 from maml_jax.algorithms.imaml import imaml
+from maml_jax.algorithms.maml_plus_plus import maml_plus_plus
 from maml_jax.algorithms.meta_curvature import meta_curvature
 from maml_jax.algorithms.reptile import reptile
 from maml_jax.check import MetaGradientReport, check_meta_gradient
@@ -19,6 +21,8 @@ __all__ = [
     "reptile",
     "imaml",
     "meta_curvature",
+    "maml_plus_plus",
+    "heads",
     # The inner loop.
     "sgd",
     "unrolled",

@@ -43,7 +43,7 @@ class MetaLearner(NamedTuple):
 
 Gradient = Callable[[tuple[MetaParams, jax.Array], Task], tuple[Any, Any]]
 """`((meta_params, step), tasks) -> ((loss, gradient), (aux, AdaptInfo))` of a group of tasks `[G, ...]`: loss and
-gradient sum_over_tasks over the group, aux and info for each task. `task_axis.sum_over_tasks` makes one from a function of one task."""
+gradient summed over the group, aux and info for each task. `sum_over_tasks` makes one from a function of one task."""
 
 StepWeights = Sequence[float] | Callable[[jax.Array], jax.Array]
 

@@ -113,8 +113,8 @@ def train(
       state: where to start: `learner.init(params)`, or the state of an earlier training.
       draw: `(data, step) -> tasks`.
       data: what `draw` draws from, kept on the device. If the device is too small: a function `(first step, count) ->
-        data` of one call with `count` meta-steps, such as `host_memory.episodes_by_step` gives. It runs in a thread, one call
-        ahead of the device. Every call asks for the same `count`; the last call may use fewer.
+        data` of one call with `count` meta-steps, such as `host_memory.episodes_by_step` gives. It runs in a thread,
+        one call ahead of the device. Every call asks for the same `count`; the last call may use fewer.
       steps: meta-steps in all, including those that `state` has taken.
       steps_per_call: meta-steps per device call. The last call may be shorter.
       stop: asked after every call whether to end early. If any of several processes says so, all end after the same
