@@ -99,4 +99,4 @@ def test_the_core_can_be_read_in_one_sitting():
     while found:
         found = set().union(*(graph[file] for file in found)) - core
         core |= found
-    assert sum(len((ROOT / f"{file}.py").read_text().splitlines()) for file in core) < 1600
+    assert sum(len((ROOT / f"{file}.py").read_text().splitlines()) for file in core) < 1700
