@@ -1,10 +1,11 @@
-"""Classifies pictures of one's own from a few labelled ones, with a model that was meta-trained.
+"""Classifies your own pictures from a few labelled ones, with a meta-trained model.
 
     python -m experiments.adapt runs/NAME/best/step-0060000.msgpack my_pictures
 
-In the folder, each class has a folder of a few pictures with its name, and the pictures to classify lie beside them.
-Prints a class and a confidence for each, and writes them to a JSON file and a grid of pictures. Each is classified as
-if alone: a model that was trained to normalise a batch by itself normalises here by the labelled pictures.
+The folder holds a folder of labelled pictures for each class, named as the class, and beside them the pictures to
+classify. Prints a class and a confidence for each picture, and writes them to a JSON file and a grid of pictures.
+Each picture is classified independently of the others: a model that was trained with batch normalisation takes the
+statistics of the labelled pictures here.
 """
 
 import dataclasses
@@ -16,14 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from experiments.few_shot import classifier
-from experiments.few_shot import options as few_shot
-from experiments.few_shot.classifier import Classifier
+from experiments.few_shot import testing
+from experiments.few_shot.run import Run
 from experiments.shared import command_line, plots
 from experiments.table.rows import EXPERIMENTS
 from maml_jax import validation
 from maml_jax.runs import model_file
-from maml_jax.tasks import images, omniglot
+from maml_jax.tasks import images
 from maml_jax.types import MetaState, Task
 
 
@@ -34,25 +34,25 @@ class Config:
     model: tyro.conf.Positional[Path]
     """A file that training wrote to `best/`."""
     folder: tyro.conf.Positional[Path]
-    """A folder or zip archive: `<class>/<picture>` for each labelled picture, and the others beside these folders."""
+    """A folder or zip archive: `<class>/<picture>` for each labelled picture, and the others beside these."""
     steps: int | None = None
-    """Inner steps of adaptation; default: those after which the model was the best."""
+    """Inner steps of adaptation; default: those after which training selected the model."""
     output: Path = Path("predictions.json")
     """Where to write the predictions; the grid of pictures is written beside it as PNG."""
 
 
 class Prepared(NamedTuple):
-    """All that is needed, checked and loaded."""
+    """The model and the pictures, checked and loaded."""
 
     config: Config
-    model: Classifier
+    run: Run
     state: MetaState
     labelled: dict[str, list[np.ndarray]]
-    """Pictures of each class, as the model sees them before they are scaled: uint8."""
+    """Pictures of each class, uint8 `[H, W]` or `[H, W, C]` of the model's size."""
     others: dict[str, np.ndarray]
     """The pictures to classify, by name."""
     steps: int
-    """Inner steps, resolved."""
+    """Inner steps."""
 
 
 def prepare(config: Config) -> Prepared:
@@ -64,26 +64,23 @@ def prepare(config: Config) -> Prepared:
     if config.steps is not None:
         validation.at_least("steps", config.steps, 0)
     command_line.check_output(config.output)
-    content = model_file.load(config.model)
-    name = content.description.get("experiment")
-    if name not in EXPERIMENTS:
-        raise ValueError(f"{config.model} is not a few-shot classifier: it says of itself that it is {name!r}.")
-    experiment = EXPERIMENTS[name]
-    trained, setting = experiment.settle(experiment.Config(**few_shot.options_of(content.description)))
-    if trained.normalisation == "batch":
-        # The same parameters; and then no picture's class depends on which others there are to classify.
-        trained = dataclasses.replace(trained, normalisation="support")
-    grey = name == "omniglot"
-    size = omniglot.SIZE if grey else trained.size
-    labelled, others = sort(
-        images.pictures(config.folder, size=size, resampling=trained.resampling), config.folder, setting.ways
-    )
-    if grey:
-        labelled = {name: [_grey(picture) for picture in each] for name, each in labelled.items()}
-        others = {name: _grey(picture) for name, picture in others.items()}
-    model = classifier.classifier(trained, setting, (size, size, 1 if grey else 3), setting.ways)
-    steps = content.description.get("selected_after", few_shot.TEST_STEPS) if config.steps is None else config.steps
-    return Prepared(config, model, classifier.load_trained(content, model), labelled, others, steps)
+    saved = model_file.load(config.model)
+    about = saved.description
+    if about.get("experiment") not in EXPERIMENTS:
+        raise ValueError(
+            f"{config.model} is not a few-shot classifier, but of the experiment {about.get('experiment')!r}."
+        )
+    run = EXPERIMENTS[about["experiment"]](**about["config"])
+    if run.normalisation == "batch":
+        # The parameters are the same, and the class of a picture does not depend on the other pictures.
+        run = dataclasses.replace(run, normalisation="support")
+    height, _, channels = run.image_shape
+    pictures = images.pictures(config.folder, size=height, resampling=run.resampling)
+    if channels == 1:
+        pictures = {name: np.rint(picture.mean(-1)).astype(np.uint8) for name, picture in pictures.items()}
+    labelled, others = sort(pictures, config.folder, run.ways)
+    steps = about["selected_after"] if config.steps is None else config.steps
+    return Prepared(config, run, testing.load_state(run, saved), labelled, others, steps)
 
 
 def sort(
@@ -106,16 +103,12 @@ def sort(
             others[name] = picture
     if not 2 <= len(labelled) <= ways:
         raise ValueError(
-            f"The model tells up to {ways} classes apart: {folder} must hold 2 to {ways} folders of labelled pictures, "
-            f"but has {len(labelled)}{': ' if labelled else ''}{', '.join(labelled)}."
+            f"The model distinguishes up to {ways} classes: {folder} must hold 2 to {ways} folders of labelled "
+            f"pictures, but has {len(labelled)}{': ' if labelled else ''}{', '.join(labelled)}."
         )
     if not others:
-        raise ValueError(f"There is nothing to classify: put the pictures beside the folders in {folder}.")
+        raise ValueError(f"There are no pictures to classify: put them beside the folders in {folder}.")
     return labelled, others
-
-
-def _grey(picture: np.ndarray) -> np.ndarray:
-    return np.rint(picture.mean(-1)).astype(np.uint8)
 
 
 def predict(prepared: Prepared) -> np.ndarray:
@@ -124,18 +117,19 @@ def predict(prepared: Prepared) -> np.ndarray:
 
     def inputs(pictures: list[np.ndarray]) -> jnp.ndarray:
         pixels = np.stack(pictures)
-        # As in the episodes of training: of drawings the ink is 1, and paper 0.
+        # As in training: in drawings, ink is 1 and paper 0.
         pixels = 255 - pixels[..., None] if pixels.ndim == 3 else pixels
         return jnp.asarray(pixels, jnp.float32)[None] / 255
 
     labels = np.repeat(np.arange(len(labelled), dtype=np.int32), [len(each) for each in labelled])
     support = (inputs([picture for each in labelled for picture in each]), jnp.asarray(labels)[None])
-    query = (inputs(others), jnp.zeros((1, len(others)), jnp.int32))  # No label is known, and none is used.
-    log_probabilities, _ = prepared.model.predictor(prepared.state, prepared.steps)(Task(support, query))
+    query = (inputs(others), jnp.zeros((1, len(others)), jnp.int32))  # Labels are not used.
+    predict = testing.predictor(prepared.run, prepared.state, prepared.steps)
+    log_probabilities, _ = predict(Task(support, query))
     of_classes = np.exp(np.asarray(log_probabilities[0, -1, :, : len(labelled)], np.float64))
     if not np.isfinite(of_classes).all():
         raise FloatingPointError(
-            f"After {prepared.steps} inner steps the predictions are no numbers any more: give fewer --steps."
+            f"After {prepared.steps} inner steps the predictions are not finite: give fewer --steps."
         )
     return of_classes / of_classes.sum(-1, keepdims=True)
 

@@ -8,14 +8,28 @@ characters. Writes metrics, results, the best models and pictures to the work di
 
 import dataclasses
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
-from experiments.few_shot import options as few_shot
-from experiments.few_shot import training
-from experiments.few_shot.options import DataSet, Net, Prepared, Recipe, Setting
-from experiments.shared import command_line
+import jax
+import jax.numpy as jnp
+
+from experiments.few_shot import methods, testing
+from experiments.few_shot import run as few_shot
+from experiments.few_shot.run import DataSet, Net
+from experiments.shared import command_line, plots
 from maml_jax import losses, validation
+from maml_jax.nets import models
+from maml_jax.parallel import processes
+from maml_jax.parallel.task_axis import task_mesh
+from maml_jax.runs.best import Best
+from maml_jax.runs.directory import RunDirectory
+from maml_jax.runs.progress import Progress
+from maml_jax.runs.resumable import Validate, resumable_train
 from maml_jax.tasks import download, episodes, omniglot
+from maml_jax.tasks.fixed import fixed_tasks
+from maml_jax.types import MetaState
+
+STEPS_PER_CALL, SAVE_EVERY, KEEP = 20, 500, 5
 
 Preset = Literal["5w1s", "5w5s", "20w1s", "20w5s", "5w1s-mlp", "5w5s-mlp"]
 PRESETS: dict[str, tuple[int, int, Net]] = {
@@ -38,16 +52,108 @@ PUBLISHED = {
 }  # fmt: skip
 
 
+def main(prepared: tuple[few_shot.Run, DataSet]) -> dict[str, Any]:
+    """Meta-trains, then evaluates the best model of the validation; returns the content of `results.json`.
+
+    All processes train; process 0 validates and evaluates.
+    """
+    run, data = prepared
+    init_key, train_key, val_key, test_key = jax.random.split(jax.random.key(run.seed), 4)
+
+    # Model and loss. Joint training has an output for each class of the split, meta-training one for each way.
+    outputs = len(data.train.counts) if run.method == "pretrained" else run.ways
+    net = methods.network(run, outputs=outputs, training=True)
+    loss_fn = losses.cross_entropy(models.apply_params(net))
+
+    # Learner: the inner loop and the outer optimizer, joined by the algorithm.
+    mesh = task_mesh(run.tasks)
+    learner = methods.learner(run, net, loss_fn, mesh=mesh)
+    state = learner.init(net.init(init_key, jnp.zeros((1, *run.image_shape)))["params"])
+
+    # Tasks: new ones at each meta-step, and the same ones at each validation.
+    draw, train_data = methods.draw_tasks(run, data.train, train_key, mesh)
+    val_tasks = fixed_tasks(val_key, data.val, run.val_tasks, run.shape)
+    statistics_tasks = fixed_tasks(jax.random.fold_in(val_key, 1), data.train, run.val_tasks, run.shape)
+
+    # Loop: every call takes STEPS_PER_CALL meta-steps. A run that was stopped is resumed.
+    directory = RunDirectory(
+        run.workdir, run.name, run.record(data), mutable_fields=run.mutable_fields, wandb=run.wandb
+    )
+    print(f"{run}\nWriting to {directory.path}", flush=True)
+    best = Best(directory.path / "best", run.description(data), keep=KEEP)
+
+    def validate(state: MetaState) -> dict[str, float]:
+        finished = testing.finished(run, state, statistics_tasks)
+        accuracy = testing.accuracy(run, finished, val_tasks(), run.selected_after)
+        best.add(finished, accuracy)
+        return {"val_accuracy": accuracy}
+
+    validate_every = STEPS_PER_CALL * max(1, min(1000, run.steps // 5) // STEPS_PER_CALL)
+    progress = Progress(run.steps, run.name)
+    for state, row in resumable_train(
+        learner,
+        state,
+        draw,
+        train_data,
+        steps=run.steps,
+        steps_per_call=STEPS_PER_CALL,
+        run=directory,
+        save_every=SAVE_EVERY,
+        validate=Validate(validate_every, validate),
+        rates={"inner": run.inner_rate, "outer": methods.outer_rate(run)},
+        profile=run.profile,
+    ):
+        progress.update(row["step"], loss=row["loss"], accuracy=row["accuracy"])
+    if not processes.is_leader():
+        return {}
+
+    # Evaluation of the best models on the test tasks.
+    if not best.paths():  # A run that was stopped before its first validation, and ends there.
+        validate(processes.local(state))
+    states = [testing.load_state(run, saved) for saved in best.models()]
+    run = testing.tuned(run, states[0], val_tasks) if run.tune else run
+    best.describe(run.description(data))  # With the inner rate of the evaluation.
+    test_tasks = fixed_tasks(test_key, data.test, run.test_tasks, run.shape)
+    protocol = testing.protocol(run, data, "test", run.test_tasks)
+    found = testing.all_accuracies(run, states, test_tasks, protocol)
+    published = run.published(data)
+    for label, each in found.items():
+        print(f"{label}: {each}", end="\n\n")
+    if published:
+        print("published: {:.2f} +-{:.2f}".format(*published), f"after {run.published_steps} inner steps, transductive")
+    selected_by = f"accuracy on validation tasks after {run.selected_after} inner steps"
+    results = {
+        "row": run.row,
+        **run.description(data),
+        "selected": {"by": selected_by, "step": int(states[0].step)},
+        "data": data.about,
+        "published": published,
+        "test": {label: each.summary() for label, each in found.items()},
+    }
+    path = directory.write_results(results)
+    plots.few_shot(directory.path / "curves.png", directory.rows(), results)
+    plots.adaptation(directory.path / "examples.png", testing.examples(run, states[0], test_tasks))
+    print(f"Wrote {path}, curves.png and examples.png beside it, and the best {KEEP} models to {best.folder}.")
+    return results
+
+
+def paper_recipe(ways: int, shots: int) -> dict[str, Any]:
+    """The recipe of the paper's appendix A.1, by the number of ways."""
+    if ways >= 20:
+        return {"tasks": 16, "queries": shots, "inner_rate": losses.rate_for_mean_loss(0.1, ways=20), "inner_steps": 5}
+    return {"tasks": 32, "queries": shots, "inner_rate": losses.rate_for_mean_loss(0.4, ways=5), "inner_steps": 1}
+
+
 @dataclasses.dataclass(frozen=True)
-class Config(few_shot.Config):
-    """Few-shot classification of Omniglot. What is not given follows the paper's recipe for the number of ways."""
+class Run(few_shot.Run):
+    """Few-shot classification of Omniglot. Options that are not given follow the paper's recipe."""
 
     preset: Preset | None = None
     """A setting of the paper's table 1, in place of --ways, --shots and --net."""
     split: omniglot.SplitName = "paper"
     """Division of the characters: 1,100/100/423 at random, or by alphabet as Vinyals et al. did."""
     rotations: episodes.Rotations = "random"
-    """Turn each class of a task by a random multiple of 90 degrees, or make four classes of each, or neither."""
+    """Rotate each class of a task by a random multiple of 90 degrees, or make four classes of each, or neither."""
     resampling: omniglot.Resampling = "lanczos"
     """Filter from 105x105 to 28x28 pixels."""
     data_dir: Path = Path("data/omniglot")
@@ -55,73 +161,59 @@ class Config(few_shot.Config):
     download: bool = False
     """Fetch the official archives (16 MB) into --data-dir first."""
 
+    experiment: ClassVar[str] = "omniglot"
+    val_tasks: ClassVar[int] = 160
 
-def recipe(ways: int, shots: int) -> Recipe:
-    """Of the paper's appendix A.1, by the number of ways."""
-    if ways >= 20:
-        return Recipe(tasks=16, queries=shots, inner_rate=losses.rate_for_mean_loss(0.1, ways=20), inner_steps=5)
-    return Recipe(tasks=32, queries=shots, inner_rate=losses.rate_for_mean_loss(0.4, ways=5), inner_steps=1)
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return omniglot.SIZE, omniglot.SIZE, 1
 
+    @property
+    def published_steps(self) -> int:
+        return 5 if self.ways >= 20 else 3
 
-def settle(config: Config) -> tuple[Config, Setting]:
-    """The options with the preset and the recipe filled in, checked as far as that needs no data.
+    def recipe(self) -> dict[str, Any]:
+        return paper_recipe(self.ways, self.shots)
 
-    Raises:
-      ValueError: naming the option, what was given and what is allowed.
-    """
-    validation.one_of("preset", config.preset, (None, *get_args(Preset)))
-    if config.preset is not None:
-        own = {name: getattr(config, name) for name in ("ways", "shots", "net")}
-        if given := ", ".join(f"{name} {value}" for name, value in own.items() if value is not None):
+    def resolved(self) -> Self:
+        validation.one_of("preset", self.preset, (None, *get_args(Preset)))
+        run = self
+        if self.preset is not None:
+            own = {name: getattr(self, name) for name in ("ways", "shots", "net")}
+            if given := ", ".join(f"{name} {value}" for name, value in own.items() if value is not None):
+                raise ValueError(
+                    f"preset {self.preset} sets ways, shots and net: give either it or them, not both, but got {given}."
+                )
+            ways, shots, net = PRESETS[self.preset]
+            run = dataclasses.replace(self, preset=None, ways=ways, shots=shots, net=net)
+        return super(Run, run).resolved()
+
+    def check(self) -> None:
+        super().check()
+        if self.shots + self.queries > omniglot.DRAWINGS:
             raise ValueError(
-                f"preset {config.preset} sets ways, shots and net: give either it or them, not both, but got {given}."
+                f"shots + queries must be at most {omniglot.DRAWINGS}, the drawings of a character, but got "
+                f"{self.shots} + {self.queries}."
             )
-        ways, shots, net = PRESETS[config.preset]
-        config = dataclasses.replace(config, preset=None, ways=ways, shots=shots, net=net)
-    setting = few_shot.resolve(config, recipe)
-    if setting.shots + setting.queries > omniglot.DRAWINGS:
-        raise ValueError(
-            f"shots + queries must be at most {omniglot.DRAWINGS}, the drawings of a character, but got "
-            f"{setting.shots} + {setting.queries}."
-        )
-    return config, setting
 
-
-def prepare(config: Config) -> Prepared:
-    """Checks the options, then reads the data.
-
-    Raises:
-      ValueError, DataError, OSError: saying what is wrong and what to do.
-    """
-    config, setting = settle(config)
-    few_shot.check_workdir(config, setting)
-    if config.download:
-        download.omniglot(config.data_dir)
-    images = omniglot.load(config.data_dir, config.cache_dir, resampling=config.resampling)
-    parts = omniglot.split(config.split, images.names)
-    # Ink is 1 in the episodes, and paper 0.
-    train, val, test = (episodes.equal_classes(255 - images.images[part]) for part in parts)
-    data = DataSet(
-        name=f"Omniglot, divided as {config.split}",
-        train=train,
-        val=val,
-        test=test,
-        sha256={
-            name: omniglot.digest(omniglot.Omniglot(images.images[part], tuple(images.names[i] for i in part)))
+    def load(self) -> DataSet:
+        if self.download:
+            download.omniglot(self.data_dir)
+        data = omniglot.load(self.data_dir, self.cache_dir, resampling=self.resampling)
+        parts = omniglot.split(self.split, data.names)
+        # In the episodes ink is 1, and paper 0.
+        train, val, test = (episodes.equal_classes(255 - data.images[part]) for part in parts)
+        sha256 = {
+            name: omniglot.digest(omniglot.Omniglot(data.images[part], tuple(data.names[i] for i in part)))
             for name, part in parts._asdict().items()
-        },
-        rotations=config.rotations,
-        about={"content_sha256": omniglot.CONTENT_SHA256, "images_sha256": omniglot.digest(images)},
-    )
-    published = None
-    if config.method == "maml" and config.normalisation == "batch":
-        published = PUBLISHED.get((setting.ways, setting.shots, setting.net, config.order))
-    prepared = Prepared(
-        "omniglot", config, setting, data, published, published_steps=5 if setting.ways >= 20 else 3, val_tasks=160
-    )
-    few_shot.check_tasks(prepared)
-    return prepared
+        }
+        about = {"content_sha256": omniglot.CONTENT_SHA256, "images_sha256": omniglot.digest(data)}
+        return DataSet(f"Omniglot, divided as {self.split}", train, val, test, sha256, about)
+
+    def published(self, data: DataSet) -> tuple[float, float] | None:
+        comparable = self.method == "maml" and self.normalisation == "batch"
+        return PUBLISHED.get((self.ways, self.shots, self.net, self.order)) if comparable else None
 
 
 if __name__ == "__main__":
-    command_line.run(Config, prepare, training.main, several=True)
+    command_line.run(Run, few_shot.prepare, main, several=True)

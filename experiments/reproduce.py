@@ -1,12 +1,12 @@
-"""Runs any or all rows of the table, each in a process of its own, and renders one page of what there is.
+"""Runs rows of the table, each in its own process, and renders one page of all results.
 
     python -m experiments.reproduce --list
     python -m experiments.reproduce --rows omniglot-5w1s omniglot-5w1s-order1 --data-dir data/omniglot --hours 12
     python -m experiments.reproduce --rows 'images-5w1s*' --image-dir my_pictures.zip --steps 5000 --seeds 0 1 2
-    python -m experiments.reproduce --render-only --results results --readme README.md
+    python -m experiments.reproduce --render-only --results results
 
-The same command again goes on: what is finished is skipped. Beside the runs, the work directory gets `index.html`,
-which needs no other file, `table.md`, and accuracy over inner steps as pictures.
+The same command resumes: finished runs are skipped. Beside the runs, the work directory gets `index.html`, which needs
+no other file, `table.md`, and pictures of the accuracy over inner steps.
 """
 
 import dataclasses
@@ -27,19 +27,19 @@ from maml_jax import validation
 from maml_jax.runs.files import read_json
 
 GRACE = 600.0
-"""Seconds from SIGTERM until a run is killed: it may be compiling before it saves."""
+"""Seconds from SIGTERM until a run is killed; it may compile a program before it saves."""
 LAST_LINES = 8
-"""Of a failed run's standard error, to be told."""
+"""Lines of a failed run's standard error in the report."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Reproduces rows of the table. What is finished is skipped, so that the same command goes on."""
+    """Reproduces rows of the table. Finished runs are skipped, so that the same command resumes."""
 
     rows: tuple[str, ...] = ("omniglot-*",)
     """Names of rows, or patterns such as 'omniglot-5w*'."""
     list: bool = False
-    """Print all chosen rows with their commands, and end."""
+    """Print all chosen rows with their commands, and exit."""
     data_dir: Path = Path("data/omniglot")
     """Where Omniglot is, for its rows."""
     image_dir: Path = Path("data/miniimagenet")
@@ -47,23 +47,21 @@ class Config:
     steps: int | None = None
     """Meta-steps of each run; default: the full schedule."""
     hours: float | None = None
-    """Budget over all runs of this call. At its end the run under way is stopped, and the rest is left."""
-    seen: Literal["together", "both"] = "both"
-    """Evaluate each run with the queries of a task in one batch, or also one by one, which takes as long again."""
+    """Time budget of this call. At its end the current run is saved and stopped, and the others are not started."""
+    evaluation: Literal["transductive", "both"] = "both"
+    """Evaluate with the queries of a task in one batch, or also inductively, each query alone: takes twice as long."""
     seeds: tuple[int, ...] = (0,)
-    """Seeds; all rows run with the first, then all with the next."""
+    """Seeds; all rows run with the first seed, then all with the next."""
     workdir: Path = Path("runs/reproduce")
     """Where each run has its directory, ROW-seedS, and the page is written."""
     results: tuple[Path, ...] = ()
-    """Further runs to show, or folders of runs, such as results."""
+    """Further runs to show, or folders of runs, such as `results`."""
     render_only: bool = False
-    """Run nothing: only render what is there."""
-    readme: Path | None = None
-    """File whose marked region is written anew from the runs in --results."""
+    """Run nothing; only render the existing results."""
 
 
 class Job(NamedTuple):
-    """One run to be."""
+    """One run of a row."""
 
     row: Row
     seed: int
@@ -71,18 +69,18 @@ class Job(NamedTuple):
     path: Path
     command: list[str]
     folder: Path
-    """Of its data."""
+    """Folder of its data."""
     labels: tuple[str, ...]
-    """Of the evaluations that are wanted."""
+    """Wanted evaluations."""
 
     def __str__(self) -> str:
         return shlex.join(["python", *self.command[1:]])
 
     @property
     def finished(self) -> bool:
-        """Whether its directory holds results of this row, seed and schedule, or of a longer one, with all evaluations.
+        """Whether its directory holds results of this row and seed, of this or a longer schedule, with all evaluations.
 
-        Of any images, also whether it was this folder of them; other data sets are what they are, wherever they lie.
+        For rows of any images, the folder of images must be the same, too.
         """
         run = compare.read(self.path)
         if run is None or run.results is None or run.row is not self.row or run.seed != self.seed:
@@ -92,25 +90,26 @@ class Job(NamedTuple):
         return run.steps >= self.steps and (self.row.data != "images" or self._folder_was() == self.folder)
 
     def _folder_was(self) -> Path | None:
-        """Where the data of the run in its directory were, which the results do not say."""
+        """Folder of the data of the finished run, which is in `run.json` only."""
         about = self.path / "run.json"
         return Path(read_json(about)["config"]["data_dir"]) if about.exists() else None
 
 
 def folder(config: Config, row: Row) -> Path:
-    """Where a row's data is."""
+    """Folder of a row's data."""
     return config.data_dir if row.data == "omniglot" else config.image_dir
 
 
 def command(config: Config, row: Row, seed: int) -> list[str]:
-    """What runs a row."""
+    """Command that runs a row."""
     options = {
+        "row": row.name,
         **row.options,
         "data_dir": folder(config, row),
         "steps": config.steps or row.steps,
         "seed": seed,
         "workdir": config.workdir / f"{row.name}-seed{seed}",
-        **({} if config.seen == "both" else {"seen": config.seen}),
+        **({} if config.evaluation == "both" else {"evaluation": config.evaluation}),
     }
     flags = []
     for name, value in options.items():
@@ -119,7 +118,7 @@ def command(config: Config, row: Row, seed: int) -> list[str]:
 
 
 def prepare(config: Config) -> tuple[Config, list[Job]]:
-    """Checks the options, and finds what is to be run.
+    """Checks the options, and lists the runs.
 
     Raises:
       ValueError, OSError: saying what is wrong and what to do.
@@ -137,11 +136,8 @@ def prepare(config: Config) -> tuple[Config, list[Job]]:
     for path in config.results:
         if not path.is_dir():
             raise ValueError(f"results: there is no folder {path}.")
-    if config.readme is not None:
-        if not config.results:
-            raise ValueError("readme is written from the runs in --results: give a folder of runs there.")
-        page.with_region(config.readme.read_text("utf-8"), "")
-    compare.find([*config.results, *([config.workdir] if config.workdir.is_dir() else [])])  # None is damaged.
+    # Raises ValueError for damaged results.
+    compare.find([*config.results, *([config.workdir] if config.workdir.is_dir() else [])])
     jobs = [
         Job(
             row,
@@ -150,7 +146,7 @@ def prepare(config: Config) -> tuple[Config, list[Job]]:
             config.workdir / f"{row.name}-seed{seed}",
             command(config, row, seed),
             folder(config, row),
-            compare.labels(row, config.seen),
+            compare.labels(row, config.evaluation),
         )
         for seed in config.seeds
         for row in rows
@@ -168,7 +164,7 @@ def prepare(config: Config) -> tuple[Config, list[Job]]:
 
 
 def main(prepared: tuple[Config, list[Job]]) -> None:
-    """Runs what is not finished, and renders. Ends with status 1 if a run failed."""
+    """Runs the jobs that are not finished, and renders. Exits with status 1 if a run failed."""
     config, jobs = prepared
     if config.list:
         for job in jobs:
@@ -192,7 +188,7 @@ def main(prepared: tuple[Config, list[Job]]) -> None:
 
 
 def render(config: Config) -> None:
-    """Writes the page, the table, the pictures of accuracy over inner steps, and the region of the README."""
+    """Writes the page, the table, and the pictures of accuracy over inner steps."""
     rows = choose(config.rows)
     ours = compare.find([config.workdir]) if config.workdir.is_dir() else []
     others = compare.find(config.results)
@@ -200,21 +196,18 @@ def render(config: Config) -> None:
     groups = compare.group(rows, [*ours, *others])
     strays = [run for run in [*ours, *others] if run.row is None]
     (config.workdir / "index.html").write_text(page.html(groups, strays), encoding="utf-8")
-    (config.workdir / "table.md").write_text(page.markdown(groups, config.workdir), encoding="utf-8")
+    (config.workdir / "table.md").write_text(page.markdown(groups), encoding="utf-8")
     for group in groups:
         if any(line.runs for line in group.lines):
             row = group.lines[0].row
             (config.workdir / f"inner-steps-{row.data}-{row.setting}.png").write_bytes(page.curves(group))
-    if config.readme is not None:
-        content = page.markdown(compare.group([], others), config.readme.parent, unfinished=False)
-        config.readme.write_text(page.with_region(config.readme.read_text("utf-8"), content), encoding="utf-8")
 
 
 # Processes
 
 
 def _run(jobs: list[Job], hours: float | None, after_each: Callable[[], None]) -> dict[str, str]:
-    """Runs each in turn; returns what became of each, by the name of its directory."""
+    """Runs the jobs in turn; returns the outcome of each, by the name of its directory."""
     end = None if hours is None else time.monotonic() + 3600 * hours
     outcomes = {}
     for number, job in enumerate(jobs, 1):
@@ -233,7 +226,7 @@ def _run(jobs: list[Job], hours: float | None, after_each: Callable[[], None]) -
 
 
 def _one(job: Job, end: float | None) -> str:
-    """Runs one until it ends, or until the time is over; returns what became of it."""
+    """Runs a job until it exits or the time is over; returns the outcome."""
     errors = job.path.with_name(f"{job.path.name}.stderr.txt")
     with open(errors, "w") as file:
         # A session of its own: Ctrl-C reaches this process alone, which then passes on one signal, not two.
@@ -245,27 +238,27 @@ def _one(job: Job, end: float | None) -> str:
             _stop(process)
             stopped = True
         except BaseException:
-            print(f"{job.path.name}: stops, and saves.", flush=True)
+            print(f"{job.path.name}: stopping; the run saves its state.", flush=True)
             _stop(process)
             raise
-    told = errors.read_text(errors="replace").strip().splitlines()
-    if not told:
+    lines = errors.read_text(errors="replace").strip().splitlines()
+    if not lines:
         errors.unlink()
     if process.returncode == 0:
         return "finished"
     if stopped and process.returncode == -signal.SIGKILL:
-        return f"failed: it did not end within {GRACE:g} s of SIGTERM when the budget was over, and was killed"
+        return f"failed: it did not exit within {GRACE:g} s of SIGTERM when the budget was over, and was killed"
     if stopped and process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM):
         trained = run.trained if (run := compare.read(job.path)) else 0
-        what = f"stopped after {trained:,} of {job.steps:,} meta-steps: the budget is over. The same command goes on"
+        stop = f"stopped after {trained:,} of {job.steps:,} meta-steps: the budget is over. The same command resumes"
         only = f"--rows {job.row.name} --seeds {job.seed} --steps {trained}"
-        evaluate = f"; with {only} it ends there and is evaluated, if nothing falls over all meta-steps"
-        return what + (evaluate if trained else "")
-    return "\n  ".join([f"failed with status {process.returncode}:", *told[-LAST_LINES:], f"(all of it: {errors})"])
+        evaluate = f"; {only} evaluates it as it is, unless its outer rate falls over the meta-steps"
+        return stop + (evaluate if trained else "")
+    return "\n  ".join([f"failed with status {process.returncode}:", *lines[-LAST_LINES:], f"(full output: {errors})"])
 
 
 def _stop(process: subprocess.Popen) -> None:
-    """Ends a run, which saves on SIGTERM; a run that does not end in time, or at a second Ctrl-C, is killed."""
+    """Stops a run, which saves on SIGTERM. It is killed if it takes longer than GRACE, or at a second Ctrl-C."""
     process.terminate()
     try:
         process.wait(GRACE)
@@ -278,7 +271,7 @@ def _stop(process: subprocess.Popen) -> None:
 
 @contextmanager
 def _terminated() -> Iterator[None]:
-    """Within the block SIGTERM and SIGHUP raise SystemExit, so that the run under way is ended too."""
+    """Raises SystemExit at SIGTERM and SIGHUP within the block, so that the current run is stopped too."""
 
     def end(number: int, _: object) -> None:
         raise SystemExit(128 + number)

@@ -20,13 +20,13 @@ import maml_jax
 from experiments.shared import command_line, plots
 from experiments.shared.command_line import RUN_OPTIONS
 from maml_jax import losses, validation
+from maml_jax.evaluation import divergence_rate, interval
 from maml_jax.nets import models
 from maml_jax.parallel import processes
 from maml_jax.parallel.task_axis import task_mesh
 from maml_jax.runs.directory import RunDirectory
 from maml_jax.runs.progress import Progress
 from maml_jax.runs.resumable import Rate, check_steps, resumable_train
-from maml_jax.statistics import divergence_rate, interval
 from maml_jax.tasks import sinusoid
 
 TEST_SHOTS = (5, 10, 20)

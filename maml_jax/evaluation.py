@@ -1,48 +1,52 @@
-"""Evaluation of few-shot classifiers: what was measured, how, and how certain it is, as a value that prints itself."""
+"""Evaluation of few-shot classifiers: accuracies with their protocol, intervals and paired comparisons."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from maml_jax.statistics import Interval, interval
-from maml_jax.types import Task
+from maml_jax.losses import Apply
+from maml_jax.types import Params, Task
+
+QueryMode = Literal["transductive", "inductive"]
+"""'transductive': the queries of a task are one batch, whose statistics a normalisation may use.
+'inductive': each query is a batch of its own."""
 
 
 class Protocol(NamedTuple):
-    """All that an accuracy depends on beside the parameters. Accuracies compare only where all of it is said."""
+    """All that an accuracy depends on beside the parameters. Only accuracies of equal protocols compare."""
 
     data: str
     """Name of the data set."""
     split: str
-    """Of its classes, such as 'test'."""
+    """Split of its classes, such as 'test'."""
     classes: int
-    """In the split."""
+    """Number of classes in the split."""
     split_sha256: str
-    """Content hash of the data of the split."""
+    """Content hash of the images of the split."""
     tasks: int
-    """Tasks evaluated on."""
+    """Number of tasks."""
     seed: int
-    """Of the tasks."""
+    """Seed of the tasks."""
     ways: int
     shots: int
     queries: int
-    """Per class."""
+    """Queries per class."""
     rotations: str
-    """Of the classes of a task, see `episodes.Rotations`."""
+    """Rotations of the classes of a task, see `episodes.Rotations`."""
     inner_steps: int
-    """The most that were taken; accuracies are from 0 to this."""
+    """Largest number of inner steps; there is an accuracy after each, from 0 on."""
     inner_rate: float | None
     """Step size for the mean loss; None where rates are learned or nothing is adapted."""
     normalisation: str
-    """Of the net, see `normalisation.Normalisation`; 'none'."""
-    query_mode: str
-    """'together' in one batch, or 'one by one'."""
+    """Normalisation of the net, see `normalisation.Normalisation`."""
+    query_mode: QueryMode
     models: int = 1
-    """How many are averaged, in their predicted probabilities."""
+    """Number of models whose predicted probabilities are averaged."""
     method: str = "not recorded"
-    """How a task is learned."""
+    """Algorithm."""
 
     def __str__(self) -> str:
         rate = "" if self.inner_rate is None else f" of {self.inner_rate:g}"
@@ -51,25 +55,25 @@ class Protocol(NamedTuple):
             f"{self.data}, {self.split} split ({self.classes} classes, sha256 {self.split_sha256[:12]}): {self.tasks} "
             f"tasks (seed {self.seed}) of {self.ways} ways, {self.shots} shots, {self.queries} queries per class, "
             f"rotations {self.rotations}; method {self.method}, 0 to {self.inner_steps} inner steps{rate}; "
-            f"normalisation {self.normalisation}, queries {self.query_mode}{models}"
+            f"normalisation {self.normalisation}, {self.query_mode}{models}"
         )
 
     def same_tasks(self, other: "Protocol") -> bool:
-        """Whether both were evaluated on the same tasks, one by one."""
+        """Whether both evaluations used the same tasks in the same order."""
         fields = ("split_sha256", "tasks", "seed", "ways", "shots", "queries", "rotations")
         return all(getattr(self, field) == getattr(other, field) for field in fields)
 
 
 class Results(NamedTuple):
-    """What an evaluation found, task by task."""
+    """Accuracies and divergence of single tasks."""
 
     protocol: Protocol
     accuracy: np.ndarray
-    """`[T, S + 1]`: fraction of a task's queries that are classified right, after 0 to S inner steps."""
+    """`[T, S + 1]`: fraction of correct queries of a task after 0 to S inner steps."""
     diverged: np.ndarray
     """`[T, S + 1]` of bools: whether the support loss is above that before adaptation, or not finite."""
 
-    def interval(self) -> Interval:
+    def interval(self) -> "Interval":
         """Mean accuracy in per cent, and the half width of its 95% interval over the tasks: `[S + 1]` each."""
         return interval(100 * self.accuracy)
 
@@ -80,10 +84,10 @@ class Results(NamedTuple):
         return "\n".join([str(self.protocol), "", "inner steps   accuracy (%)       diverged", *lines])
 
     def summary(self) -> dict[str, Any]:
-        """As plain values for JSON, from which `from_summary` makes the same again.
+        """Plain values for JSON, from which `from_summary` restores the results.
 
-        Task by task it says how many of the queries are right and which tasks diverged: a line of text for
-        each number of inner steps, so that the file stays small.
+        Correct queries and divergence of each task are lines of text, one for each number of inner steps, so that the
+        file stays small.
         """
         mean, half_width = self.interval()
         correct = np.rint(self.accuracy * self.protocol.ways * self.protocol.queries).astype(int)
@@ -98,14 +102,14 @@ class Results(NamedTuple):
 
 
 def from_summary(summary: Mapping[str, Any]) -> Results:
-    """What `Results.summary` was made from.
+    """Restores results from `Results.summary`.
 
     Raises:
-      ValueError: if the summary says nothing of single tasks, or of another number of them than its protocol.
+      ValueError: if the summary has no values of single tasks, or not as many tasks as its protocol.
     """
     protocol = Protocol(**summary["protocol"])
     if "correct" not in summary:
-        raise ValueError(f"These results do not say what was right task by task: {protocol}")
+        raise ValueError(f"These results have no values of single tasks: {protocol}")
     correct, diverged = [line.split() for line in summary["correct"]], list(map(list, summary["diverged"]))
     if {protocol.tasks} != (counts := {len(line) for line in (*correct, *diverged)}):
         raise ValueError(f"The protocol says {protocol.tasks} tasks, but there are results of {sorted(counts)}.")
@@ -122,11 +126,18 @@ def evaluate(predictors: Iterable[Predictor], groups: Callable[[], Iterable[Task
 
     Args:
       predictors: one for each model.
-      groups: called for each model, gives the same tasks in groups that fit into memory.
-      protocol: what is told of it.
+      groups: called once for each model; yields the same tasks in groups that fit into memory, such as
+        `tasks.fixed.fixed_tasks`.
+      protocol: description of the tasks and of the adaptation.
+
+    Returns:
+      Results of all tasks. In an ensemble, a task has diverged if it diverged for any of the models.
 
     Raises:
-      ValueError: if the tasks are not as many as the protocol says.
+      ValueError: if the number of tasks is not that of the protocol.
+
+    References:
+      Averaged predictions: Antoniou et al. 2019, arXiv:1810.09502, section 5.
     """
     probabilities, diverged, labels = [], [], []
     for number, predict in enumerate(predictors):
@@ -141,25 +152,100 @@ def evaluate(predictors: Iterable[Predictor], groups: Callable[[], Iterable[Task
             else:
                 probabilities[place] += own
                 diverged[place] |= worse
-    found = predicted(np.concatenate(probabilities))
-    accuracy = (found == np.concatenate(labels)[:, None]).mean(-1)
+    classes = predicted(np.concatenate(probabilities))
+    accuracy = (classes == np.concatenate(labels)[:, None]).mean(-1)
     if len(accuracy) != protocol.tasks:
         raise ValueError(f"The protocol says {protocol.tasks} tasks, but {len(accuracy)} were given.")
     return Results(protocol, accuracy, np.concatenate(diverged))
 
 
 def predicted(probabilities: np.ndarray) -> np.ndarray:
-    """`[..., N] -> [...]`: the likeliest class, and -1, which is never right, where all are not a number."""
+    """The likeliest class, `[..., N] -> [...]`; -1, which is never correct, where all probabilities are NaN."""
     known = np.nan_to_num(probabilities, nan=-1.0)
     return np.where(known.max(-1) < 0, -1, known.argmax(-1))
 
 
+def nearest_neighbour(features: Apply, params: Params, ways: int) -> Predictor:
+    """The baseline without adaptation: a query gets the class of the support image with the nearest features.
+
+    Distances are Euclidean.
+
+    Args:
+      features: `(params, inputs [B, ...]) -> [B, features]`; for queries that are `QueryWithSupport` it gets their
+        context as a third argument.
+      params: parameters of `features`.
+      ways: classes of a task, N.
+
+    Returns:
+      A `Predictor` whose probabilities are 0 or 1, for 0 inner steps: `[T, 1, Q, N]`.
+
+    References:
+      Finn et al. 2017, arXiv:1703.03400, table 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from maml_jax import Task
+      >>> from maml_jax.evaluation import nearest_neighbour
+      >>> support = (jnp.array([[[0.0], [1.0]]]), jnp.array([[0, 1]]))  # One task, two classes.
+      >>> query = (jnp.array([[[0.9], [0.2]]]), jnp.array([[1, 0]]))
+      >>> log_probabilities, _ = nearest_neighbour(lambda params, x: x, {}, ways=2)(Task(support, query))
+      >>> log_probabilities[0, 0].argmax(-1).tolist()
+      [1, 0]
+    """
+
+    def one(task: Task) -> tuple[jax.Array, jax.Array]:
+        inputs, labels = task.support
+        support = features(params, inputs)
+        query = features(params, *task.query[:1], *task.query[2:])
+        distances = jnp.square(query[:, None] - support).sum(-1)
+        nearest = labels[distances.argmin(-1)]
+        return jnp.log(nearest[:, None] == jnp.arange(ways))[None], jnp.zeros(1)
+
+    return jax.jit(jax.vmap(one))
+
+
+class Interval(NamedTuple):
+    """A mean over tasks and the half width of its 95% interval."""
+
+    mean: np.ndarray
+    half_width: np.ndarray
+
+
+def interval(values: Any) -> Interval:
+    """Mean over the first axis (tasks) and 1.96 standard errors: `[T, ...] -> [...]` each.
+
+    The half width is NaN where a value is infinite, as that of a task which diverged.
+
+    Example:
+      >>> from maml_jax.evaluation import interval
+      >>> mean, half_width = interval([1.0, 3.0])
+      >>> print(f"{mean:.2f} +- {half_width:.2f}")
+      2.00 +- 1.39
+    """
+    values = np.asarray(values, np.float64)
+    with np.errstate(invalid="ignore"):
+        return Interval(values.mean(0), 1.96 * values.std(0) / np.sqrt(len(values)))
+
+
+def divergence_rate(support_loss: Any) -> np.ndarray:
+    """Fraction of tasks on which the inner loop has made the support loss larger.
+
+    Args:
+      support_loss: `[T, S + 1]`, from before adaptation on, as `Evaluation.support_loss`.
+
+    Returns:
+      `[S + 1]`: after each step, the fraction of tasks whose support loss is above that before adaptation, or not
+      finite.
+    """
+    support_loss = np.asarray(support_loss)
+    return 1 - (support_loss <= support_loss[:, :1]).mean(0)
+
+
 class Difference(NamedTuple):
-    """Of two accuracies on the same tasks, in per cent."""
+    """Difference of two accuracies on the same tasks, in percentage points, with its 95% interval."""
 
     mean: float
     low: float
-    """Lower end of the 95% interval."""
     high: float
 
     def __str__(self) -> str:
@@ -167,12 +253,13 @@ class Difference(NamedTuple):
 
 
 def difference(first: Results, second: Results, *, steps: tuple[int, int], samples: int = 10_000) -> Difference:
-    """How much better the first is, with a paired bootstrap over the tasks.
+    """Accuracy of the first minus that of the second, with a paired bootstrap over the tasks.
 
-    Tasks are drawn again with replacement, both results of a task together: what is hard in a task falls on
-    both sides, so that the interval is narrower than those of the two accuracies suggest.
+    Tasks are sampled with replacement, and both results of a task stay together: a hard task lowers both
+    accuracies, so the interval is narrower than the two separate intervals suggest.
 
     Args:
+      first, second: results on the same tasks.
       steps: inner steps of the first and of the second at which they are compared.
       samples: bootstrap samples.
 

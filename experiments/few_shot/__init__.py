@@ -1,1 +1,1 @@
-"""What the few-shot experiments share."""
+"""Shared parts of the few-shot experiments: the options of a run, the methods, evaluation."""

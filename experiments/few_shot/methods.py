@@ -1,188 +1,140 @@
-"""The family of algorithms by name, each a value built from the parts of the library."""
+"""The parts of a few-shot run: net, inner learner, outer optimizer, algorithm, tasks. Functions of the run alone."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any
 
+import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 import maml_jax
+from experiments.few_shot.run import Run
 from maml_jax import losses
 from maml_jax.algorithms import heads
-from maml_jax.algorithms.imaml import imaml, with_proximal_term
+from maml_jax.algorithms.imaml import imaml
 from maml_jax.algorithms.maml_plus_plus import maml_plus_plus, per_step_sgd
 from maml_jax.algorithms.meta_curvature import meta_curvature
 from maml_jax.algorithms.reptile import one_of_each_class, reptile
-from maml_jax.evaluation import Predictor
-from maml_jax.inner import InnerLearner
-from maml_jax.losses import Apply
+from maml_jax.meta import MetaLearner
 from maml_jax.nets import models
-from maml_jax.types import Params, Task
+from maml_jax.nets.normalisation import NEEDS_CONTEXT
+from maml_jax.tasks import host_memory
+from maml_jax.tasks.episodes import EpisodeShape, ImageClasses
+from maml_jax.types import LossFn, Task
 
-MethodName = Literal[
-    "maml",
-    "anil",
-    "boil",
-    "meta-sgd",
-    "meta-curvature",
-    "maml++",
-    "shared-head",
-    "prototypes",
-    "reptile",
-    "imaml",
-    "pretrained",
-]
-METHODS: tuple[MethodName, ...] = get_args(MethodName)
-FIXED_ORDER = ("reptile", "imaml", "pretrained")
-"""Those in which nothing is differentiated through the inner steps, whatever the order."""
-
-ANNEALED = ("maml++", "reptile")
-"""Those with an outer rate that falls over all meta-steps, whatever is asked for."""
-
-PROXIMAL_WEIGHT, CG_STEPS = 0.5, 5  # Of iMAML. The iterations are the paper's, the proximal_weight is chosen here.
+PROXIMAL_WEIGHT = 0.5
+"""Proximal weight of iMAML, chosen here."""
+CG_STEPS = 5
+"""Iterations of conjugate gradients of iMAML, as in Rajeswaran et al. 2019."""
+REPTILE_SHOTS = 10
+"""Support images per class in Reptile's training, more than at test (Nichol et al. 2018, appendix A)."""
+JOINT_CLASSES = 64
+"""Classes in a batch of joint training, with one image each."""
 
 
-class Training(NamedTuple):
-    """What a method needs to know of the training that it is for."""
-
-    method: MethodName
-    order: Literal[1, 2]
-    inner_rate: float
-    inner_steps: int
-    outer_rate: float
-    clip: float | None
-    """Bound of each entry of the meta-gradient."""
-    steps: int
-    """Meta-steps in all, over which what is annealed is annealed."""
-    anneal: bool = False
-    """Whether the outer rate falls also where the method itself does not say so."""
-
-
-class Method(NamedTuple):
-    """An algorithm for few-shot classification."""
-
-    inner: InnerLearner
-    """How a task is learned, in training and at test."""
-    learner: Callable[..., maml_jax.MetaLearner]
-    """`(loss_fn, **options of maml) -> MetaLearner`."""
-    finish: Callable[[Params], Params] = lambda params: params
-    """From trained parameters to those that tasks are learned from."""
-
-
-def inner_steps_of(method: MethodName, recipe: int) -> int:
-    """Inner steps in training where none are given: the paper's recipe, unless the method cannot do with so few."""
-    least = {"maml++": 5, "reptile": 5, "imaml": 16}
-    return max(recipe, least.get(method, 1))
-
-
-def inner_rate_of(method: MethodName, recipe: float) -> float:
-    """The inner step size where none is given: the paper's recipe, unless the method cannot do with so large a one."""
-    # Beside the loss iMAML minimises a parabola of curvature `PROXIMAL_WEIGHT`, in many steps: large ones run away.
-    return min(recipe, 0.2) if method == "imaml" else recipe
-
-
-def outer_rate_of(method: MethodName) -> float:
-    """The outer rate where none is given: Adam's in the paper, or the fraction of the way that Reptile begins with."""
-    return 0.5 if method == "reptile" else 1e-3
-
-
-def build(training: Training, net_apply: Apply, features: Apply, ways: int) -> Method:
-    """The method of that name.
+def network(run: Run, *, outputs: int | None = None, training: bool = False) -> nn.Module:
+    """The net of the paper's section 5.2: strided for small images, pooled for large ones.
 
     Args:
-      training: the method and its numbers.
-      net_apply: `(params, inputs, ...) -> logits`, the net that is trained.
-      features: the same up to the last layer.
-      ways: classes of a task.
+      run: the run.
+      outputs: classes; default: the ways of a task.
+      training: whether the net is for meta-training, where running statistics are not known yet.
     """
-    name, rate, steps, order = training.method, training.inner_rate, training.inner_steps, training.order
-    outer = _outer(training)
-    loss_fn = losses.cross_entropy(net_apply)
-    options: dict[str, Any] = {"steps": steps, "order": order, "trainable": models.all_but_norms}
+    outputs = run.ways if outputs is None else outputs
+    normalisation = "batch" if training and run.normalisation == "running" else run.normalisation
+    if run.net == "mlp":
+        return models.MLP((256, 128, 64, 64), outputs, normalisation)
+    large = run.image_shape[0] > 32
+    return models.ConvNet(outputs, filters=32 if large else 64, pooled=large, normalisation=normalisation)
 
-    def by_maml(inner: InnerLearner, **extra: Any) -> Method:
-        def learner(**others: Any) -> maml_jax.MetaLearner:
-            return maml_jax.maml(loss_fn, inner, outer, **extra, **others)
 
-        return Method(inner, learner)
+def inner_learner(run: Run, net: nn.Module) -> maml_jax.InnerLearner:
+    """Learning of one task, in training and at test."""
+    rate = run.inner_rate
+    options: dict[str, Any] = {"steps": run.inner_steps, "order": run.order, "trainable": models.all_but_norms}
+    match run.method:
+        case "anil":
+            return maml_jax.sgd(rate, **options | {"trainable": models.head_only})
+        case "boil":
+            return maml_jax.sgd(rate, **options | {"trainable": models.body_only})
+        case "reptile":  # Reptile meta-learns only the parameters that the inner loop adapts.
+            return maml_jax.sgd(rate, **options | {"trainable": None})
+        case "meta-sgd":
+            return maml_jax.sgd(rate, learn_rates="parameter", **options)
+        case "meta-curvature":
+            return meta_curvature(rate, **options)
+        case "shared-head":
+            return maml_jax.sgd(rate, start=heads.shared(), **options)
+        case "prototypes":
+            return maml_jax.sgd(rate, start=heads.prototypes(models.apply_params(net, head=False)), **options)
+        case "maml++":
+            return per_step_sgd(rate, per_step=models.norms_only, **options)
+    return maml_jax.sgd(rate, **options)
 
-    if name == "anil":
-        return by_maml(maml_jax.sgd(rate, **options | {"trainable": models.head_only}))
-    if name == "boil":
-        return by_maml(maml_jax.sgd(rate, **options | {"trainable": models.body_only}))
-    if name == "meta-sgd":
-        return by_maml(maml_jax.sgd(rate, learn_rates="parameter", **options))
-    if name == "meta-curvature":
-        return by_maml(meta_curvature(rate, **options))
-    if name == "shared-head":
-        return by_maml(maml_jax.sgd(rate, start=heads.shared(), **options))
-    if name == "prototypes":
-        return by_maml(maml_jax.sgd(rate, start=heads.prototypes(features), **options))
-    if name == "maml++":
-        options |= {"per_step": models.norms_only}
 
-        def plus_plus(**others: Any) -> maml_jax.MetaLearner:
+def outer_rate(run: Run) -> float | Callable[[Any], Any]:
+    """The outer rate, or its schedule over the meta-steps."""
+    if run.method == "reptile":
+        return optax.linear_schedule(run.outer_rate, 0.0, run.steps)  # Nichol et al. 2018, section 6.1.
+    if run.falls:
+        return optax.cosine_decay_schedule(run.outer_rate, run.steps, alpha=0.01)
+    return run.outer_rate
+
+
+def outer_optimizer(run: Run) -> optax.GradientTransformation:
+    """Adam; for Reptile, which moves a part of the way to the adapted parameters, SGD."""
+    clip = optax.identity() if run.clip is None else optax.clip(run.clip)
+    return optax.chain(clip, optax.sgd(outer_rate(run)) if run.method == "reptile" else optax.adam(outer_rate(run)))
+
+
+def learner(run: Run, net: nn.Module, loss_fn: LossFn, *, mesh: Mesh | None = None) -> MetaLearner:
+    """The algorithm of the run.
+
+    Args:
+      run: the run.
+      net: the net in training.
+      loss_fn: its loss.
+      mesh: devices among which the tasks are divided.
+    """
+    inner, outer = inner_learner(run, net), outer_optimizer(run)
+    options: dict[str, Any] = {"task_batch_size": run.task_batch_size, "mesh": mesh}
+    match run.method:
+        case "reptile":
+            return reptile(loss_fn, inner, outer, batches=one_of_each_class(run.ways), **options)
+        case "imaml":
+            return imaml(loss_fn, inner, outer, proximal_weight=PROXIMAL_WEIGHT, cg_steps=CG_STEPS, **options)
+        case "pretrained":
+            return maml_jax.maml(loss_fn, maml_jax.no_adaptation(), outer, **options)
+        case "maml++":
             return maml_plus_plus(
-                loss_fn, learning_rate=rate, outer=outer, meta_steps=training.steps, **options, **others
+                loss_fn,
+                learning_rate=run.inner_rate,
+                steps=run.inner_steps,
+                meta_steps=run.steps,
+                outer=outer,
+                order=run.order,
+                trainable=models.all_but_norms,
+                per_step=models.norms_only,
+                **options,
             )
-
-        return Method(per_step_sgd(rate, **options), plus_plus)
-    if name == "reptile":
-        # Of everything: what the inner loop leaves as it is, Reptile does not learn.
-        inner = maml_jax.sgd(rate, **options | {"trainable": None})
-        batches = one_of_each_class(ways)
-        return Method(inner, lambda **others: reptile(loss_fn, inner, outer, batches=batches, **others))
-    if name == "imaml":
-        inner = maml_jax.sgd(rate, **options)
-
-        def implicit(**others: Any) -> maml_jax.MetaLearner:
-            return imaml(loss_fn, inner, outer, proximal_weight=PROXIMAL_WEIGHT, cg_steps=CG_STEPS, **others)
-
-        return Method(with_proximal_term(inner, PROXIMAL_WEIGHT), implicit)
-    if name == "pretrained":
-
-        def joint(**others: Any) -> maml_jax.MetaLearner:
-            return maml_jax.maml(loss_fn, maml_jax.no_adaptation(), outer, **others)
-
-        return Method(maml_jax.sgd(rate, **options), joint, finish=lambda params: _other_head(params, ways))
-    return by_maml(maml_jax.sgd(rate, **options))
+    return maml_jax.maml(loss_fn, inner, outer, **options)
 
 
-def outer_rate(training: Training) -> float | Callable[[Any], Any]:
-    """The outer rate, or its schedule by meta-steps taken."""
-    if training.method == "reptile":
-        # A part of the way to the adapted parameters, ever less (Nichol et al. 2018, section 6.1).
-        return optax.linear_schedule(training.outer_rate, 0.0, training.steps)
-    if training.anneal or training.method in ANNEALED:
-        return optax.cosine_decay_schedule(training.outer_rate, training.steps, alpha=0.01)
-    return training.outer_rate
+def draw_tasks(
+    run: Run, classes: ImageClasses, key: jax.Array, mesh: Mesh | None = None
+) -> tuple[Callable[[Any, Any], Task], Any]:
+    """`draw` and `data` for `train`: the tasks of each meta-step."""
+    shape = run.shape
+    if run.method == "reptile":
+        most = min(classes.counts) - shape.queries
+        shape = shape._replace(shots=max(shape.shots, min(REPTILE_SHOTS, most)))
+    elif run.method == "pretrained":
+        shape = EpisodeShape(min(JOINT_CLASSES, len(classes.counts)), 1, 1, shape.rotations, labels="classes")
+    draw, data = host_memory.episodes_by_step(key, classes, run.tasks, shape, mesh=mesh)
+    return lambda data, step: with_context(run, draw(data, step)), data
 
 
-def _outer(training: Training) -> optax.GradientTransformation:
-    rate = outer_rate(training)
-    if training.method == "reptile":
-        return optax.sgd(rate)
-    return optax.chain(optax.identity() if training.clip is None else optax.clip(training.clip), optax.adam(rate))
-
-
-def _other_head(params: Params, ways: int) -> Params:
-    """The body of a net that knows other classes, and a head of zeros."""
-    head = {name: jnp.zeros((*leaf.shape[:-1], ways), leaf.dtype) for name, leaf in params[models.HEAD].items()}
-    return {**params, models.HEAD: head}
-
-
-def nearest_neighbour(features: Apply, params: Params) -> Predictor:
-    """The baseline that learns nothing of a task: each query has the class of the support image whose features
-    are nearest, in Euclidean distance."""
-
-    def one(task: Task) -> tuple[jax.Array, jax.Array]:
-        inputs, labels = task.support
-        support = features(params, inputs)
-        query = features(params, *task.query[:1], *task.query[2:])
-        distances = jnp.square(query[:, None] - support).sum(-1)
-        predicted = labels[distances.argmin(-1)]
-        ways = jnp.arange(len(params[models.HEAD]["bias"]))
-        return jnp.log(predicted[:, None] == ways)[None], jnp.zeros(1)
-
-    return jax.jit(jax.vmap(one))
+def with_context(run: Run, tasks: Task) -> Task:
+    """Tasks whose queries bring the support set along, where the normalisation needs its statistics."""
+    return losses.query_with_support(tasks) if run.normalisation in NEEDS_CONTEXT else tasks

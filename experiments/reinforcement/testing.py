@@ -16,6 +16,7 @@ import optax
 import maml_jax
 from experiments.reinforcement import plots
 from experiments.reinforcement.options import MethodName, Prepared
+from maml_jax.evaluation import interval
 from maml_jax.parallel.task_axis import local_mesh, task_axis
 from maml_jax.rl.advantage import Summary
 from maml_jax.rl.environment import Environment
@@ -23,7 +24,6 @@ from maml_jax.rl.losses import InnerLossName
 from maml_jax.rl.meta_rl import TaskBatch, draw_task_batch, maml_rl
 from maml_jax.rl.outer import policy_gradient
 from maml_jax.rl.policy import Policy
-from maml_jax.statistics import interval
 
 TEST_STEPS = 3
 TUNING = 8  # Times as many tasks as are tested choose the rates; with fewer, noise does.

@@ -1,7 +1,6 @@
-"""Runs set beside the rows of the table: what each gave, how it differs from the others, and what is still missing."""
+"""Results of runs by the rows of the table, with published accuracies and paired differences."""
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -9,11 +8,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from experiments.table.rows import DATA, METHODS, PUBLISHED, ROWS, SETTINGS, Published, Row, row_of
+from experiments.table.rows import BY_NAME, DATA, METHODS, PUBLISHED, ROWS, SETTINGS, Published, Row
 from maml_jax import evaluation
 from maml_jax.evaluation import Difference, Protocol
 
-TOGETHER, ONE_BY_ONE, NEAREST, ENSEMBLE = "queries together", "queries one by one", "nearest neighbour", "ensemble"
+TRANSDUCTIVE, INDUCTIVE, NEAREST, ENSEMBLE = "transductive", "inductive", "nearest neighbour", "ensemble"
+"""Evaluations in `results.json`."""
 
 
 class Run(NamedTuple):
@@ -21,7 +21,7 @@ class Run(NamedTuple):
 
     path: Path
     row: Row | None
-    """None if its options are of no row."""
+    """None for a run that is no row of the table."""
     seed: int
     trained: int
     """Meta-steps done."""
@@ -30,64 +30,79 @@ class Run(NamedTuple):
 
     @property
     def steps(self) -> int:
-        """Meta-steps of the schedule that the results are of."""
+        """Meta-steps of the evaluated training; 0 before the first evaluation."""
         return self.results["config"]["steps"] if self.results else 0
 
-    def cost(self, label: str = "") -> str:
-        """Hours, hardware, commit and day of the results, and which model those of that label are of."""
+    @property
+    def starts(self) -> list[dict[str, Any]]:
+        """Provenance of each start of the run, see `maml_jax.runs.provenance`."""
         assert self.results is not None
-        made_by, selected = self.results["made_by"], self.results["selected"]
-        earlier = made_by.get("earlier_starts", [])
-        times = [(each.get("started"), each.get("until")) for each in earlier]
-        times.append((made_by.get("started"), made_by["finished"]))
-        if all(start and end for start, end in times):
-            took = [datetime.fromisoformat(end) - datetime.fromisoformat(start) for start, end in times]
-            seconds = sum(each.total_seconds() for each in took)
-            hours = f"{seconds / 3600:.2f} hours" + (f" in {len(times)} starts" if earlier else "")
-        else:
-            hours = "time not recorded"
-        # Of all its starts: a run may have gone on elsewhere.
-        hardware, commits = (", then ".join(dict.fromkeys(str(each.get(key)) for each in (*earlier, made_by)))
-                             for key in ("hardware", "commit"))  # fmt: skip
+        made_by = self.results["made_by"]
+        return [*made_by.get("earlier_starts", []), made_by]
+
+    @property
+    def hours(self) -> float | None:
+        """Hours over all starts; None where a time is not recorded."""
+        *earlier, last = self.starts
+        seconds = 0.0
+        for start, end in [*((each, each.get("until")) for each in earlier), (last, last["finished"])]:
+            if not (end and start.get("started")):
+                return None
+            seconds += (datetime.fromisoformat(end) - datetime.fromisoformat(start["started"])).total_seconds()
+        return seconds / 3600
+
+    def over_starts(self, key: str) -> str:
+        """An entry of the provenance, such as 'hardware' or 'commit', of all starts: a run may be resumed elsewhere."""
+        return ", then ".join(dict.fromkeys(str(start.get(key)) for start in self.starts))
+
+    def cost(self, label: str = "") -> str:
+        """Hours, hardware, commit and day, and the evaluated model, in words."""
+        assert self.results is not None
+        starts = f" in {len(self.starts)} starts" if len(self.starts) > 1 else ""
+        hours = "time not recorded" if self.hours is None else f"{self.hours:.2f} hours{starts}"
+        selected = self.results["selected"]
         model = "the best models together" if label == ENSEMBLE else f"the model of meta-step {selected['step']:,}"
-        return f"{hours}, {hardware}, commit {commits}, {made_by['finished'][:10]}; {model}, selected: {selected['by']}"
+        day = self.results["made_by"]["finished"][:10]
+        made = f"{hours}, {self.over_starts('hardware')}, commit {self.over_starts('commit')}, {day}"
+        return f"{made}; {model}, selected: {selected['by']}"
 
 
 def read(path: Path) -> Run | None:
-    """The run in a directory; None if it holds none of few-shot classification.
+    """Reads the run in a directory; None if it holds no run of few-shot classification.
 
     Raises:
-      ValueError: if its `results.json` is damaged.
+      ValueError: if its `results.json` or `run.json` is damaged.
     """
     trained = _trained(path / "metrics.jsonl")
-    if (path / "results.json").exists():
-        try:
-            results = json.loads((path / "results.json").read_text())
-            if "experiment" not in results:
-                return None
-            config = results["config"]
-            return Run(path, row_of(results), config["seed"], max(trained, config["steps"]), results)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path / 'results.json'} is damaged: {error!r}. Restore it, or move it away.") from error
-    named = re.fullmatch(r"(.+)-seed(\d+)", path.name)
-    row = next((row for row in ROWS if named and row.name == named[1]), None)
-    if named is None or row is None or not (path / "metrics.jsonl").exists():
+    name = "results.json" if (path / "results.json").exists() else "run.json"
+    if not (path / name).exists():
         return None
-    return Run(path, row, int(named[2]), trained, None)
+    try:
+        content = json.loads((path / name).read_text())
+        if name == "run.json":
+            config = content["config"] or {}
+            row = BY_NAME.get(config.get("row", ""))
+            return None if row is None else Run(path, row, config["seed"], trained, None)
+        if "experiment" not in content:
+            return None
+        config = content["config"]
+        return Run(path, BY_NAME.get(content["row"]), config["seed"], max(trained, config["steps"]), content)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path / name} is damaged: {error!r}. Restore it, or move it away.") from error
 
 
 def find(folders: Iterable[Path]) -> list[Run]:
-    """The runs that the folders are or hold, by path."""
+    """The runs in folders; each folder is the directory of a run, or holds such directories."""
     found = []
     for folder in folders:
-        alone = (folder / "results.json").exists() or (folder / "metrics.jsonl").exists()
+        alone = (folder / "results.json").exists() or (folder / "run.json").exists()
         for path in [folder] if alone else sorted(path for path in folder.iterdir() if path.is_dir()):
             found += [run] if (run := read(path)) else []
     return found
 
 
 def _trained(metrics: Path) -> int:
-    """The last step in `metrics.jsonl`, whose last line may be cut."""
+    """The last step in `metrics.jsonl`, whose last line may be incomplete."""
     lines = metrics.read_text().splitlines() if metrics.exists() else []
     for line in reversed(lines):
         try:
@@ -97,11 +112,10 @@ def _trained(metrics: Path) -> int:
     return 0
 
 
-def labels(row: Row, seen: Literal["together", "both"] = "both") -> tuple[str, ...]:
-    """Of the evaluations of a row's run: the queries are apart only where they see each other."""
-    both = seen == "both" and row.options.get("normalisation", "batch") == "batch"
-    apart, ensemble = (ONE_BY_ONE,) * both, (ENSEMBLE,) * row.options.get("ensemble", False)
-    return (TOGETHER, *apart, *ensemble)
+def labels(row: Row, evaluation: Literal["transductive", "both"] = "both") -> tuple[str, ...]:
+    """Evaluations of a row's run. With other normalisations than 'batch' both modes are the same."""
+    both = evaluation == "both" and row.options.get("normalisation", "batch") == "batch"
+    return (TRANSDUCTIVE, *(INDUCTIVE,) * both, *(ENSEMBLE,) * row.options.get("ensemble", False))
 
 
 class Number(NamedTuple):
@@ -115,13 +129,13 @@ class Number(NamedTuple):
 
 
 class Line(NamedTuple):
-    """What one row gave with one schedule on one data set: a number for each seed."""
+    """Results of one row with one schedule on one data set: a number for each seed."""
 
     row: Row
     label: str
-    """Of the evaluation in `results.json`."""
+    """Evaluation in `results.json`."""
     runs: list[Run]
-    """Evaluated, of as many meta-steps each; none if the row has no result yet."""
+    """Evaluated runs with equal numbers of meta-steps; none if the row has no result yet."""
     trained: int
     """Meta-steps done by any run of the row."""
 
@@ -139,7 +153,7 @@ class Line(NamedTuple):
 
     @property
     def data(self) -> str:
-        """Name of the data set that was evaluated on."""
+        """Name of the data set of the evaluation."""
         return _data(self.runs[0])
 
     @property
@@ -157,18 +171,18 @@ class Line(NamedTuple):
                 yield run, test[label or self.label]
 
     def numbers(self, label: str | None = None) -> list[Number]:
-        """By seed, of this evaluation or another."""
+        """Accuracies by seed, of this evaluation or another."""
         at = self.inner_steps
         return [
             Number(found["accuracy"][at], found["half_width"][at], at, run.seed, str(Protocol(**found["protocol"])))
             for run, found in self.summaries(label)
         ]
 
-    def apart(self) -> list[Number]:
-        """Those with the queries one by one; the same ones where queries do not see each other anyway."""
+    def inductive(self) -> list[Number]:
+        """Inductive accuracies by seed."""
         if self.label in (NEAREST, ENSEMBLE):
             return []
-        return self.numbers(ONE_BY_ONE if ONE_BY_ONE in labels(self.row) else TOGETHER)
+        return self.numbers(INDUCTIVE if INDUCTIVE in labels(self.row) else TRANSDUCTIVE)
 
     def curve(self) -> dict[str, list[float]]:
         """Accuracy after each number of inner steps, mean over seeds, and the half width of its interval."""
@@ -181,7 +195,7 @@ class Line(NamedTuple):
 
 
 class Paired(NamedTuple):
-    """A line against another, on the same tasks."""
+    """Difference of two lines on the same tasks."""
 
     first: Line
     second: Line
@@ -190,18 +204,18 @@ class Paired(NamedTuple):
 
 
 class Group(NamedTuple):
-    """All lines of one data set and setting, with what others have published for it."""
+    """All lines of one data set and setting, with the published accuracies."""
 
     title: str
     lines: list[Line]
-    """At least one of each row."""
+    """At least one for each row."""
     paired: list[Paired]
     others: dict[str, Published]
-    """Published of methods which have no line here."""
+    """Published accuracies of methods without a line."""
 
 
 def group(rows: Sequence[Row], runs: Sequence[Run]) -> list[Group]:
-    """Rows, and those that runs are of, by data set and setting."""
+    """The given rows and the rows of the given runs, by data set and setting."""
     shown = [row for row in ROWS if row in rows or any(run.row is row for run in runs)]
     groups = []
     for key in dict.fromkeys((row.data, row.setting) for row in shown):
@@ -217,21 +231,21 @@ def group(rows: Sequence[Row], runs: Sequence[Run]) -> list[Group]:
 
 
 def _lines(row: Row, runs: Sequence[Run]) -> Iterator[Line]:
-    """Runs of the same data and schedule are one line; the longest schedule first."""
+    """Yields a line for each data set and schedule of a row, the longest schedule first."""
     trained = max((run.trained for run in runs if run.row is row), default=0)
     done = [run for run in runs if run.row is row and run.results]
     if not done:
-        yield Line(row, TOGETHER, [], trained)
+        yield Line(row, TRANSDUCTIVE, [], trained)
     for data, steps in sorted({(_data(run), run.steps) for run in done}, key=lambda key: (-key[1], key[0])):
         same = _one_a_seed([run for run in done if (_data(run), run.steps) == (data, steps)])
-        yield Line(row, TOGETHER, same, trained)
+        yield Line(row, TRANSDUCTIVE, same, trained)
         for label in (ENSEMBLE, NEAREST):
             if having := [run for run in same if label in (run.results or {})["test"]]:
                 yield Line(row, label, having, trained)
 
 
 def _one_a_seed(runs: Sequence[Run]) -> list[Run]:
-    """A run may be there twice, such as below `runs/` and, committed, below `results/`: of each seed the latest."""
+    """The latest run of each seed: the same run may stand in `runs/` and, committed, in `results/`."""
     latest: dict[int, Run] = {}
     for run in sorted(runs, key=lambda run: (run.results or {})["made_by"]["finished"]):
         latest[run.seed] = run
@@ -239,16 +253,16 @@ def _one_a_seed(runs: Sequence[Run]) -> list[Run]:
 
 
 def _data(run: Run) -> str:
-    return (run.results or {})["test"][TOGETHER]["protocol"]["data"]
+    return (run.results or {})["test"][TRANSDUCTIVE]["protocol"]["data"]
 
 
 def _paired(lines: Sequence[Line]) -> Iterator[Paired]:
     """Second-order MAML against every other line of the same schedule, where the tasks were the same.
 
-    A row that there is no such line of is set, with its longest, against the longest.
+    Of a row without a line of the same schedule, the longest schedules are compared.
     """
     done = [line for line in lines if line.runs]
-    mine = [line for line in done if line.method == "maml" and line.label == TOGETHER]
+    mine = [line for line in done if line.method == "maml" and line.label == TRANSDUCTIVE]
     others = [line for line in done if line.title not in {line.title for line in mine}]
     paired = set()
     for first in mine:

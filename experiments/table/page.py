@@ -1,12 +1,11 @@
-"""The table of all rows as text: one HTML file that needs nothing else, and Markdown."""
+"""The table of all rows as one self-contained HTML file, and as Markdown."""
 
 import base64
 import io
-import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
-from pathlib import Path
+from typing import Any
 
 from experiments.shared import plots
 from experiments.table.compare import Group, Line, Number, Paired, Run
@@ -34,19 +33,19 @@ details { margin: .5rem 0; }
 
 LEGEND = (
     "Accuracy on test tasks of held-out classes, in per cent, with the 95% interval over tasks, after the inner steps "
-    "of the published protocol. Of several seeds: the mean and the range."
+    "of the published protocol. Several seeds: mean and range."
 )
 
 
 def interval(number: Number | Published, sign: str = "+-") -> str:
-    """As the paper writes it; others' with as many digits as they give."""
+    """Accuracy and half width; a published accuracy has as many digits as it was published with."""
     digits = ".2f" if isinstance(number, Number) else "g"
     half_width = "" if number.half_width is None else f" {sign} {number.half_width:{digits}}"
     return f"{number.accuracy:{digits}}{half_width}"
 
 
 def over_seeds(numbers: Sequence[Number], sign: str = "+-") -> str:
-    """The number, or of several the mean and the range."""
+    """The accuracy of one seed, or mean and range of several seeds."""
     if len(numbers) == 1:
         return interval(numbers[0], sign)
     found = [number.accuracy for number in numbers]
@@ -54,7 +53,7 @@ def over_seeds(numbers: Sequence[Number], sign: str = "+-") -> str:
 
 
 def short(groups: Sequence[Group]) -> list[str]:
-    """What is still short of the full schedule, an entry for each row."""
+    """Rows short of the full schedule, with the meta-steps so far."""
     lines = [line for group in groups for line in _longest(group)]
     return [f"{line.row.name}: {_so_far(line)}" for line in lines if line.steps < line.row.steps]
 
@@ -65,7 +64,7 @@ def _schedules(pair: Paired) -> str:
 
 
 def _longest(group: Group) -> list[Line]:
-    """Of each row the line of the longest schedule, which comes first."""
+    """The line of the longest schedule of each row."""
     return list({line.row.name: line for line in reversed(group.lines)}.values())[::-1]
 
 
@@ -80,7 +79,7 @@ def _so_far(line: Line) -> str:
 
 
 def head(title: str) -> str:
-    """How a page begins, up to its body."""
+    """Beginning of a page, up to its body."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -105,7 +104,7 @@ def html(groups: Sequence[Group], strays: Sequence[Run]) -> str:
         parts.append(f"<h2>Short of the full schedule</h2><ul>{listed}</ul>")
     if strays:
         listed = "".join(f"<li><code>{escape(str(run.path))}</code>: {escape(_command(run))}</li>" for run in strays)
-        parts.append(f"<h2>Runs whose options are of no row</h2><ul>{listed}</ul>")
+        parts.append(f"<h2>Runs that are no row of the table</h2><ul>{listed}</ul>")
     return "\n".join([*parts, "</body></html>\n"])
 
 
@@ -133,7 +132,7 @@ def _section(group: Group) -> str:
 
 def _line(line: Line) -> str:
     ours = []
-    for name, numbers in (("", line.numbers()), ("queries one by one: ", line.apart())):
+    for name, numbers in (("", line.numbers()), ("inductive: ", line.inductive())):
         if numbers:
             ours.append(f"<div>{name}<b>{over_seeds(numbers, '±')}</b></div>")
         for number in numbers:
@@ -156,7 +155,7 @@ def _published(number: Published | None) -> str:
 
 
 def curves(group: Group) -> bytes:
-    """Picture of the accuracy over inner steps as PNG, a line for each method that has a result."""
+    """PNG of the accuracy over inner steps, with a line for each method that has a result."""
     lines = [line for line in group.lines if line.runs]
     several = len({line.data for line in lines}) > 1
     shown = {}
@@ -170,7 +169,7 @@ def curves(group: Group) -> bytes:
 
 
 def image(png: bytes, alt: str) -> str:
-    """A PNG as part of the page."""
+    """A PNG inside the page."""
     return f'<img alt="{escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
@@ -181,58 +180,108 @@ def _command(run: Run) -> str:
 # Markdown
 
 
-def markdown(groups: Sequence[Group], beside: Path, *, unfinished: bool = True) -> str:
-    """Tables, paired differences and protocols.
+def markdown(groups: Sequence[Group], *, unfinished: bool = True) -> str:
+    """All tables: the summary, the methods of each setting, protocols and provenance.
 
     Args:
-      beside: folder of the file to be, to which paths are relative.
-      unfinished: whether to list what is short of the full schedule.
+      groups: from `compare.group`.
+      unfinished: whether to list the rows short of the full schedule.
     """
+    parts = [textwrap.fill(LEGEND, 120), summary(groups), accuracies(groups)]
+    parts += ["### Protocols\n", protocols(groups), "### Runs\n", provenance(groups)]
+    if unfinished and (still := short(groups)):
+        parts.append("\n".join(["Short of the full schedule:", "", *(f"- {each}" for each in still), ""]))
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def summary(groups: Sequence[Group]) -> str:
+    """MAML beside the published accuracy, one row for each setting."""
+    rows = []
+    for group in groups:
+        line = next((line for line in group.lines if line.method == "maml"), None)
+        if line is not None and line.runs:
+            rows.append([group.title, over_seeds(line.numbers()), _quoted(line.published), _schedule(line)])
+    return table(("MAML, second order", "ours, %", "published, %", "meta-steps"), rows)
+
+
+def accuracies(groups: Sequence[Group]) -> str:
+    """A table of all methods for each setting, and the differences on the same tasks."""
     parts = []
     for group in groups:
-        parts.append(_table(group))
-        protocols, made = [], []
+        rows = []
         for line in group.lines:
-            protocols += [number.protocol for number in (*line.numbers(), *line.apart())]
-            made += [f"`{os.path.relpath(run.path, beside)}`: {run.cost(line.label)}" for run in line.runs]
-        for pair in group.paired:
-            what = f"{pair.first.title} minus {pair.second.title}"
-            parts.append(f"- {what}, same tasks (seed {pair.seed}), {_schedules(pair)}: {pair.difference}")
+            both = [over_seeds(numbers) if numbers else "" for numbers in (line.numbers(), line.inductive())]
+            rows.append([line.title, *both, str(line.inner_steps), _schedule(line), _quoted(line.published)])
+        rows += [[METHODS[name], "", "", "", "", _quoted(number)] for name, number in group.others.items()]
+        head = ("method", "transductive, %", "inductive, %", "inner steps", "meta-steps", "published, %")
+        parts += [f"### {group.title}\n", table(head, rows)]
         if group.paired:
-            parts.append("")
-        if protocols:
-            parts += ["Protocols:", "", *(f"- {each}" for each in dict.fromkeys(protocols)), ""]
-            parts += ["Made by:", "", *(f"- {each}" for each in dict.fromkeys(made)), ""]
-    if unfinished and (still := short(groups)):
-        parts += ["Short of the full schedule:", "", *(f"- {each}" for each in still), ""]
-    return "\n".join([textwrap.fill(LEGEND, 120), "", *parts]).rstrip() + "\n"
+            pairs = [
+                [pair.second.title, _schedules(pair).removesuffix(" meta-steps"), str(pair.seed), str(pair.difference)]
+                for pair in group.paired
+            ]
+            parts += ["Paired differences on the same tasks, with the 95% interval of a bootstrap over the tasks:\n"]
+            parts += [table(("MAML, second order, minus", "meta-steps", "seed", "difference, points"), pairs)]
+    return "\n".join(parts)
 
 
-def _table(group: Group) -> str:
-    names = (group.title, "ours (%)", "queries one by one", "inner steps", "meta-steps", "published")
-    rows = [list(names), ["---"] * len(names)]
-    for line in group.lines:
-        numbers, apart = line.numbers(), line.apart()
-        steps = f"{line.steps or line.trained:,}" + ("" if line.steps >= line.row.steps else f" of {line.row.steps:,}")
-        cells = [over_seeds(numbers) if numbers else "", over_seeds(apart) if apart else "", str(line.inner_steps)]
-        rows.append([line.title, *cells, steps, _quoted(line.published)])
-    rows += [[METHODS[method], "", "", "", "", _quoted(number)] for method, number in group.others.items()]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows) + "\n"
+def protocols(groups: Sequence[Group]) -> str:
+    """Tasks of each setting: all that accuracies depend on beside the run."""
+    rows = []
+    for group in groups:
+        found = [summary["protocol"] for line in group.lines for _, summary in line.summaries()]
+        if found:
+            splits = dict.fromkeys(f"{p['split']}, {p['classes']} classes, {p['split_sha256'][:12]}" for p in found)
+            keys = ("tasks", "seed", "queries", "rotations")
+            rows.append([group.title, _listed(splits), *(_listed(sorted({p[key] for p in found})) for key in keys)])
+    head = ("setting", "split, classes, sha256", "tasks", "task seeds", "queries per class", "rotations")
+    return table(head, rows)
+
+
+def provenance(groups: Sequence[Group]) -> str:
+    """Model, cost, hardware and commit of each run."""
+    rows: dict[str, list[str]] = {}
+    for line in (line for group in groups for line in group.lines):
+        for run, summary in line.summaries():
+            results, rate = run.results or {}, summary["protocol"]["inner_rate"]
+            rows.setdefault(run.path.name, [
+                f"`{run.path.name}`",
+                line.title,
+                str(run.seed),
+                "learned" if rate is None else f"{rate:g}",
+                f"{results['selected']['step']:,}",
+                "" if run.hours is None else f"{run.hours:.2f}",
+                run.over_starts("hardware"),
+                run.over_starts("commit"),
+                results["made_by"]["finished"][:10],
+            ])  # fmt: skip
+    head = ("run", "method", "seed", "inner rate", "meta-step of the model", "hours", "hardware", "commit", "date")
+    return table(head, rows.values())
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *rows))
+
+
+def _schedule(line: Line) -> str:
+    """Meta-steps, and those of the full schedule where a line is short of it."""
+    return f"{line.steps or line.trained:,}" + ("" if line.steps >= line.row.steps else f" of {line.row.steps:,}")
 
 
 def _quoted(number: Published | None) -> str:
     return "" if number is None else f"{interval(number)} ({number.source})"
 
 
-BEGIN, END = "<!-- few-shot results: begin -->\n", "<!-- few-shot results: end -->"
-"""Marks of the region of a README which `with_region` replaces."""
+def _listed(values: Iterable[Any]) -> str:
+    return ", ".join(map(str, values))
 
 
-def with_region(text: str, content: str, begin: str = BEGIN, end: str = END) -> str:
-    """The text with another content between the marks.
+def with_region(text: str, content: str, begin: str, end: str) -> str:
+    """The text with another content between two marks.
 
     Raises:
-      ValueError: if they are not there, once each and in order.
+      ValueError: unless each mark stands in the text once, in this order.
     """
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"The file must hold the lines {begin.strip()!r} and {end!r} once each, in this order.")

@@ -14,8 +14,8 @@ import numpy as np
 from experiments.reinforcement import testing
 from experiments.shared import command_line
 from experiments.table import page
+from maml_jax.evaluation import interval
 from maml_jax.runs.files import read_json
-from maml_jax.statistics import interval
 
 BEGIN, END = "<!-- returns: begin -->\n", "<!-- returns: end -->"
 """Marks of the region of a README that is written."""

@@ -1,33 +1,33 @@
-"""The rows of the table to reproduce, as data: what to run for each, and what others have published beside it."""
+"""The rows of the table to reproduce: the options of each, and the accuracies published by others."""
 
 import dataclasses
 import difflib
 import fnmatch
 from collections.abc import Mapping, Sequence
-from functools import cache
-from types import ModuleType
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from experiments import miniimagenet, omniglot
-from experiments.few_shot import methods
-from experiments.few_shot import options as few_shot
+from experiments.few_shot.run import Run
 
-EXPERIMENTS: dict[str, ModuleType] = {"omniglot": omniglot, "miniimagenet": miniimagenet}
-FULL = 60_000  # Meta-steps of the paper's schedule, for every data set.
+EXPERIMENTS: dict[str, type[Run]] = {"omniglot": omniglot.Run, "miniimagenet": miniimagenet.Run}
+"""The runs of each experiment, by the name in saved models and results."""
+FULL = 60_000
+"""Meta-steps of the paper's schedule, for every data set."""
 
 
 class Published(NamedTuple):
-    """An accuracy of others, in per cent."""
+    """A published accuracy, in per cent."""
 
     accuracy: float
     half_width: float | None
-    """Of its 95% interval, where one is given."""
+    """Half width of its 95% interval, where one is published."""
     source: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One training of the table."""
+    """One training of the table. Results refer to their row by its name."""
 
     name: str
     data: str
@@ -35,15 +35,18 @@ class Row:
     setting: str
     """Ways and shots, such as '5w1s'."""
     method: str
-    """What differs from the other rows of the same data and setting, a key of `METHODS`."""
+    """A key of `METHODS`, which tells the rows of one data set and setting apart."""
     experiment: str
-    """Module of `experiments`."""
+    """A key of `EXPERIMENTS`, and the module of the command."""
     options: Mapping[str, Any]
-    """Of its `Config`, beside directories, steps and seed."""
-    inner_steps: int
-    """At test, by the published protocol; the most that we evaluate, 10, where it takes more."""
+    """Options of the run, without directories, steps and seed."""
     steps: int = FULL
     """Meta-steps of the full schedule."""
+
+    @cached_property
+    def inner_steps(self) -> int:
+        """Inner steps at test, by the published protocol; at most 10, as many as are recorded."""
+        return EXPERIMENTS[self.experiment](**self.options).resolved().selected_after
 
     @property
     def published(self) -> Published | None:
@@ -54,7 +57,7 @@ METHODS = {
     "maml": "MAML, second order",
     "order1": "MAML, first order",
     "mlp": "MAML, no convolutions",
-    "annealed": "MAML, 16 tasks a meta-step, outer rate falling from .01",
+    "annealed": "MAML, 16 tasks a meta-step, outer rate falling from 0.01",
     "anil": "ANIL",
     "boil": "BOIL",
     "meta-sgd": "Meta-SGD",
@@ -76,7 +79,7 @@ METHODS = {
     "COMLN": "COMLN",
     "NPBML": "NPBML",
 }
-"""How the methods of rows, and those that only others have results of, are called on the page."""
+"""Titles of the methods of rows, and of methods with published accuracies only."""
 
 DATA = {"omniglot": "Omniglot", "miniimagenet": "MiniImagenet", "images": "A folder of images"}
 SETTINGS = {
@@ -123,7 +126,7 @@ def _published() -> dict[tuple[str, str], dict[str, Published]]:
 
 
 PUBLISHED = _published()
-"""Of `(data, setting)`, by method. A folder of images of one's own has none."""
+"""Published accuracies by `(data, setting)` and method. There are none for `images`."""
 
 
 def _row(data: str, setting: str, method: str) -> Row:
@@ -143,13 +146,8 @@ def _row(data: str, setting: str, method: str) -> Row:
         options["method"] = method
     if method == "maml++":
         options["ensemble"] = True
-    published = (3 if ways < 20 else 5) if data == "omniglot" else 10
-    algorithm = options.get("method", "maml")
-    steps = few_shot.reported_steps(algorithm, published, methods.inner_steps_of(algorithm, 1))
     name = f"{data}-{setting}" if method == "maml" else f"{data}-{setting}-{method}"
-    return Row(
-        name, data, setting, method, "omniglot" if data == "omniglot" else "miniimagenet", options, inner_steps=steps
-    )
+    return Row(name, data, setting, method, "omniglot" if data == "omniglot" else "miniimagenet", options)
 
 
 def _rows() -> list[Row]:
@@ -176,49 +174,19 @@ def _rows() -> list[Row]:
 
 
 ROWS = tuple(_rows())
+BY_NAME = {row.name: row for row in ROWS}
 
 
 def choose(patterns: Sequence[str]) -> list[Row]:
     """The rows of these names or glob patterns, in the order of `ROWS`.
 
     Raises:
-      ValueError: if a pattern fits none, with the names that are near.
+      ValueError: if a pattern matches no row, with similar names.
     """
     names = [row.name for row in ROWS]
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             near = difflib.get_close_matches(pattern, names, n=4, cutoff=0.5)
-            meant = f"near are {', '.join(near)}" if near else "none is near"
-            raise ValueError(f"rows: none is called {pattern!r}; {meant}. --list prints all of them.")
+            similar = f"; similar rows are {', '.join(near)}" if near else ""
+            raise ValueError(f"rows: no row matches {pattern!r}{similar}. --list prints all rows.")
     return [row for row in ROWS if any(fnmatch.fnmatch(row.name, pattern) for pattern in patterns)]
-
-
-_OPEN = (*few_shot.PLACES, "task_batch_size", "test_tasks", "seen", "ensemble", "preset", "steps", "seed")
-"""Options that runs of one row may differ in; the preset is told by ways, shots and net."""
-
-
-@cache
-def _identity(index: int) -> tuple[str, dict[str, Any]]:
-    row = ROWS[index]
-    module = EXPERIMENTS[row.experiment]
-    every = few_shot.every_option(*module.settle(module.Config(**row.options)))
-    # Fine-tuning chooses its rate in validation.
-    chosen = (*_OPEN, "inner_rate") if every["method"] == "pretrained" else _OPEN
-    return row.experiment, {name: value for name, value in every.items() if name not in chosen}
-
-
-def row_of(results: Mapping[str, Any]) -> Row | None:
-    """The row that a `results.json` is of, by every option that its numbers depend on; None if there is none."""
-    experiment = results["experiment"]
-    if experiment not in EXPERIMENTS:
-        return None
-    # An option that is younger than the results had its default.
-    defaults = dataclasses.asdict(EXPERIMENTS[experiment].Config())
-    every = defaults | results["config"] | results["setting"]
-    if every["method"] == "pretrained" and results["config"]["inner_rate"] is not None:
-        return None  # The rows' rate is the best in validation.
-    for index, row in enumerate(ROWS):
-        name, wanted = _identity(index)
-        if name == experiment and all(every[key] == value for key, value in wanted.items()):
-            return row
-    return None
