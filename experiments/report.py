@@ -1,9 +1,9 @@
-"""Draws runs as one page that needs no network: curves of training, results, pictures, options and cost.
+"""Renders runs as one self-contained page: curves of training, results, pictures, options and cost.
 
     python -m experiments.report runs/NAME
     python -m experiments.report runs/FIRST runs/SECOND --output comparison.html
 
-Works from what a run has written, while it trains, too. Of several runs it says in which options they differ.
+Reads the files of a run, also while the run trains. For several runs, the page lists the options that differ.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from maml_jax.runs.loggers import labels_and_numbers
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Runs to draw."""
+    """Runs to render."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Directories that experiments wrote to, or folders of `results/`."""
@@ -38,21 +38,21 @@ ABSENT = ""
 
 
 class Run(NamedTuple):
-    """What is left of one run."""
+    """Files of one run."""
 
     path: Path
     label: str
-    """What it is called on the page."""
+    """Name of the run on the page."""
     config: dict[str, Any]
     starts: list[dict[str, Any]]
-    """What `maml_jax.runs.provenance` told at each start."""
+    """Provenance of each start, from `maml_jax.runs.provenance`."""
     rows: list[dict[str, Any]]
-    """Of `metrics.jsonl`; none where only results were kept."""
+    """Rows of `metrics.jsonl`; none where only the results were kept."""
     results: dict[str, Any] | None
 
 
 def read_all(paths: Sequence[Path]) -> list[Run]:
-    """Reads runs, called by their directories, or by the paths to these where two are called the same."""
+    """Reads runs. Their labels are the names of their directories, or the paths if two names are equal."""
     runs = [read(path) for path in dict.fromkeys(paths)]
     names = [run.label for run in runs]
     return [run if names.count(run.label) == 1 else run._replace(label=str(run.path)) for run in runs]
@@ -81,8 +81,8 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = path.read_text().split("\n")
-    if lines.pop():  # A run that is at work may be writing its last line; a run that goes on mends it.
-        print(f"{path}: the last line is not whole yet, and left out.")
+    if lines.pop():  # A running training may be writing its last line.
+        print(f"{path}: the incomplete last line is left out.")
     try:
         rows = [json.loads(line) for line in lines]
     except ValueError as error:

@@ -3,7 +3,7 @@
     python -m experiments.sinusoid
 
 Trains MAML, its first-order approximation and the paper's two baselines: a net trained on all curves
-together ('pretrained'), and one that is told amplitude and phase ('oracle'). Then adapts them to 600
+together ('pretrained'), and one that gets amplitude and phase as inputs ('oracle'). Then adapts them to 600
 new curves from 5, 10 and 20 points, and prints the mean squared errors beside the paper's.
 """
 
@@ -37,7 +37,7 @@ SHOWN_STEPS = (0, 1, 5, 10)
 # The paper's errors for 5 points after 1, 5 and 10 steps (section 5.1, by the tables of the authors' code).
 PAPER = {"maml": (0.67, 0.38, 0.35), "pretrained": (2.41, 2.23, 2.19)}
 
-# The pretrained net is fine-tuned at the best of these rates, found on other curves (the paper tunes it too).
+# The pretrained net is fine-tuned at the best of these rates, chosen on other curves (the paper tunes it too).
 FINE_TUNING_RATES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
 
 
@@ -65,14 +65,14 @@ class Config(command_line.RunOptions):
     test_tasks: int = 600
     """Curves to evaluate on."""
     methods: tuple[MethodName, ...] = ("maml", "first_order", "pretrained", "oracle")
-    """What to train. 'steady' is MAML by another recipe than the paper's, against losses that run away:
-    50 curves with 5 support and 50 query points, the losses after one and after two inner steps weighted .8 and .2, an
-    outer rate that falls from .003 to 0, and inner gradients scaled down to norm 40."""
+    """Methods to train. 'steady' is MAML by a recipe of our own, against diverging losses: 50 curves with 5 support and
+    50 query points, the losses after one and two inner steps with weights 0.8 and 0.2, an outer rate that falls from
+    0.003 to 0, and inner gradients clipped to norm 40."""
     seeds: tuple[int, ...] = (0,)
-    """One whole run for each; the test curves are the same."""
+    """Seeds, each a run of its own; the test curves are the same."""
 
     def check(self) -> None:
-        """Raises ValueError, naming the option, what was given and what is allowed."""
+        """Raises ValueError, naming the option, the value and the allowed values."""
         validation.meta_steps("steps", self.steps)
         for name in ("tasks", "shots", "queries", "inner_steps"):
             validation.at_least(name, getattr(self, name), 1)
@@ -92,7 +92,7 @@ class Config(command_line.RunOptions):
 
 
 class Method(NamedTuple):
-    """One row of the table: how a net is trained, and how it is tested."""
+    """One row of the table: training and test of a net."""
 
     title: str
     training: maml_jax.InnerLearner
@@ -101,19 +101,19 @@ class Method(NamedTuple):
     shots: int
     queries: int
     rates: dict[str, Rate]
-    """Of training, as they are told if a loss stops being finite."""
+    """Rates of the training, for the message about a loss that is not finite."""
     test_rates: tuple[float, ...]
-    """Inner rates at test: the best on other curves is taken."""
-    told: bool = False
+    """Candidates for the inner rate at test; the best on other curves is taken."""
+    reveal: bool = False
     """Whether the net gets amplitude and phase."""
     step_weights: tuple[float, ...] | None = None
-    """Weights of the query loss before and after each inner step; None: the last alone."""
+    """Weights of the query loss before and after each inner step; None: only the loss after the last step counts."""
     clip: float | None = None
-    """Norm to which inner gradients are scaled down, in training and at test."""
+    """Norm to which inner gradients are clipped, in training and at test."""
 
 
 def methods(config: Config) -> dict[MethodName, Method]:
-    """What is compared: nets trained by the same code, with different inner learners."""
+    """The compared methods: the same training code with different inner learners."""
     rate, steps = config.inner_rate, config.inner_steps
     paper = {
         "outer": optax.adam(config.outer_rate),
@@ -123,7 +123,7 @@ def methods(config: Config) -> dict[MethodName, Method]:
         "queries": config.queries,
     }
     falling = optax.cosine_decay_schedule(3e-3, config.steps)
-    steady = Config.inner_rate  # The recipe's own, whatever the other methods are given.
+    steady = Config.inner_rate  # Independent of the options, which are for the other methods.
     clipped = maml_jax.unrolled(descent(steady, 40.0), steps=2)
     joint = maml_jax.no_adaptation()
     return {
@@ -132,7 +132,7 @@ def methods(config: Config) -> dict[MethodName, Method]:
             "MAML, first order", maml_jax.sgd(rate, steps=steps, order=1), test_rates=(rate,), **paper
         ),
         "pretrained": Method("pretrained", joint, test_rates=FINE_TUNING_RATES, **paper),
-        "oracle": Method("oracle", joint, test_rates=(rate,), told=True, **paper),
+        "oracle": Method("oracle", joint, test_rates=(rate,), reveal=True, **paper),
         "steady": Method(
             "MAML, steady",
             clipped,
@@ -149,7 +149,7 @@ def methods(config: Config) -> dict[MethodName, Method]:
 
 
 def descent(rate: float, clip: float | None) -> optax.GradientTransformation:
-    """Gradient descent on gradients scaled down to norm `clip`."""
+    """Gradient descent on gradients clipped to norm `clip`."""
     return optax.sgd(rate) if clip is None else optax.chain(optax.clip_by_global_norm(clip), optax.sgd(rate))
 
 
@@ -158,14 +158,14 @@ loss_fn = losses.mean_squared_error(models.apply_params(net))
 
 
 def meta_train(config: Config, run: RunDirectory, name: MethodName, seed: int) -> maml_jax.MetaState:
-    """Trains one net, or goes on where that stopped; logs and saves to `run`."""
+    """Trains one net, or resumes its training; logs and saves to `run`."""
     method = methods(config)[name]
-    # One device is faster with so little to do; several processes are only for whom wants to see that they work.
+    # A single device is faster for so small a net.
     mesh = task_mesh(method.tasks) if processes.multiple() else None
     learner = maml_jax.maml(loss_fn, method.training, method.outer, step_weights=method.step_weights, mesh=mesh)
     init_key, task_key = jax.random.split(jax.random.key(seed))
-    state = learner.init(net.init(init_key, jnp.zeros((1, 3 if method.told else 1)))["params"])
-    draw_tasks = partial(sinusoid.draw_tasks, shots=method.shots, queries=method.queries, reveal=method.told)
+    state = learner.init(net.init(init_key, jnp.zeros((1, 3 if method.reveal else 1)))["params"])
+    draw_tasks = partial(sinusoid.draw_tasks, shots=method.shots, queries=method.queries, reveal=method.reveal)
 
     def draw(key: jax.Array, step: jax.Array) -> maml_jax.Task:
         return draw_tasks(jax.random.fold_in(key, step), method.tasks)
@@ -180,14 +180,14 @@ def meta_train(config: Config, run: RunDirectory, name: MethodName, seed: int) -
 
 
 def tester(method: Method, rate: float) -> maml_jax.MetaLearner:
-    """For adaptation at test alone: order and outer optimizer play no part."""
+    """A learner for adaptation at test; order and outer optimizer have no effect there."""
     return maml_jax.maml(loss_fn, maml_jax.unrolled(descent(rate, method.clip), steps=TEST_STEPS), optax.identity())
 
 
 def evaluate(config: Config, method: Method, state: maml_jax.MetaState, shots: int, key: jax.Array) -> dict:
-    """Adapts to the test curves. The rate, where there is a choice, is chosen on as many other curves."""
+    """Adapts to the test curves. Of several rates, the best on as many other curves is taken."""
     test_key, tuning_key = jax.random.split(key)
-    draw = partial(sinusoid.draw_tasks, shots=shots, queries=TEST_QUERIES, reveal=method.told)
+    draw = partial(sinusoid.draw_tasks, shots=shots, queries=TEST_QUERIES, reveal=method.reveal)
 
     def adapted(rate: float, tasks: maml_jax.Task) -> maml_jax.Evaluation:
         return jax.jit(tester(method, rate).evaluate)(state, tasks)
@@ -209,17 +209,17 @@ def evaluate(config: Config, method: Method, state: maml_jax.MetaState, shots: i
 
 
 def mutable_fields(config: Config) -> set[str]:
-    """Options that may be others when a run goes on."""
+    """Options that may change when a run is resumed."""
     # Only the schedule of 'steady' depends on the number of steps.
     return {"test_tasks", *RUN_OPTIONS} | ({"steps"} if "steady" not in config.methods else set())
 
 
 APPENDABLE_FIELDS = ("methods", "seeds")
-"""Options that may get further entries when a run goes on: each is a training of its own."""
+"""Options that may get further entries when a run is resumed: each entry is a separate training."""
 
 
 def run_of(config: Config) -> dict[str, Any]:
-    """What a run directory is to know of the run."""
+    """Arguments of `RunDirectory` that describe the run."""
     return {
         "config": dataclasses.asdict(config),
         "mutable_fields": mutable_fields(config),
@@ -229,7 +229,7 @@ def run_of(config: Config) -> dict[str, Any]:
 
 
 def prepare(config: Config) -> Config:
-    """Checks the options and the work directory, which may hold a part of this run.
+    """Checks the options and the work directory.
 
     Raises:
       ValueError, OSError: saying what is wrong and what to do.
@@ -246,7 +246,7 @@ def main(config: Config) -> dict:
     """Runs the experiment; returns what it writes to `results.json`."""
     run = RunDirectory(config.workdir, "sinusoid", **run_of(config))
     print(f"{config}\nWriting to {run.path}", flush=True)
-    test_key = jax.random.key(600)  # Apart from every training seed's keys, and the same for all of them.
+    test_key = jax.random.key(600)  # The same for all training seeds, and independent of their keys.
     rows: list[dict] = []
     states: dict[MethodName, maml_jax.MetaState] = {}
     for seed in config.seeds:
@@ -289,7 +289,7 @@ def fits(
         curve = sinusoid.draw_curves(curve_key, 1)
         points = sinusoid.draw_examples(example_key, curve, shots=shots, queries=1)
         support = jax.tree.map(lambda leaf: leaf[0], points.support)
-        for name in (name for name in states if not methods(config)[name].told):
+        for name in (name for name in states if not methods(config)[name].reveal):
             learner = tester(methods(config)[name], rates[name, shots])
             adapted = {steps: learner.adapt(states[name], support, steps)[0] for steps in (0, 1, 10)}
             predictions = {steps: net.apply({"params": params}, x) for steps, params in adapted.items()}
@@ -299,7 +299,7 @@ def fits(
 
 
 def table(config: Config, results: dict) -> str:
-    """Mean errors of every method, seed and number of points, the paper's beside."""
+    """Mean errors of every method, seed and number of points, beside the paper's."""
     lines = [results["protocol"], ""]
     for shots in TEST_SHOTS:
         lines.append(f"K = {shots:<12} rate  seed" + "".join(f"{f'{s} steps':>16}" for s in SHOWN_STEPS))

@@ -1,4 +1,4 @@
-"""How every experiment starts: a dataclass becomes the command line, and a mistake in it becomes one clear line."""
+"""The command line of every experiment, made from a dataclass, with one-line messages for wrong input."""
 
 import dataclasses
 import hashlib
@@ -31,15 +31,17 @@ def run(
 ) -> None:
     """Parses the command line into `config_type`, checks and loads with `prepare`, and runs the experiment.
 
-    What is wrong with the input, which `prepare` finds before anything long starts, ends the process
-    with status 2 and one line on standard error; a loss that stops being finite, and a work directory that cannot
-    be written any more, do so with status 1. After SIGINT or SIGTERM in training everything is saved, and the status
-    is 130 or 143 (`maml_jax.runs.signals`).
+    Exit status: 2, with one line on standard error, for wrong input, which `prepare` finds before anything long
+    starts; 1 for a loss that is not finite and a work directory that cannot be written; 130 or 143 after SIGINT or
+    SIGTERM in training, which saves the state first (`maml_jax.runs.signals`).
 
-    With `several` the command line has the options of `Hosts` too, which make the process one of several; all end if
-    one finds its input wrong or is lost.
-
-    `small` and `calls_host` are those of `use_cores`.
+    Args:
+      config_type: dataclass of the options.
+      prepare: raises ValueError, DataError or OSError for wrong input.
+      experiment: the experiment, given what `prepare` returns.
+      several: whether the command has the options of `Hosts`, for several processes that train together. All processes
+        exit if one finds wrong input or is lost.
+      small, calls_host: as in `use_cores`.
     """
     use_cores(small, calls_host)
     parts: list[tuple[str, Any]] = [("experiment", config_type), *([("hosts", Hosts)] if several else [])]
@@ -51,7 +53,8 @@ def run(
     try:
         if several:
             processes.connect(**dataclasses.asdict(options.hosts))
-        if not processes.multiple():  # Several compile together, which one that finds its program kept would not.
+        # Several processes must compile together: a process with a cached program would not take part.
+        if not processes.multiple():
             keep_compiled(Path("runs") / "compiled")
     except ValueError as error:
         _end(f"error: {error}", 2)
@@ -64,57 +67,57 @@ def run(
         if problem or other:
             _end(f"error: {problem or f'process {number}: {other}'}", 2)
     if not processes.is_leader():
-        sys.stdout = open(os.devnull, "w")  # One tells what all of them do.
+        sys.stdout = open(os.devnull, "w")  # Process 0 prints for all.
     try:
         experiment(prepared)
     except (FloatingPointError, WorkdirError, processes.LeaderError) as error:
         _end(f"error: {error}", 1)
     except KeyboardInterrupt:
         _end("interrupted", 130)
-    except BrokenPipeError:  # Whoever read the output, such as `head`, has seen enough.
+    except BrokenPipeError:  # The reader of the output, such as `head`, has closed it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         processes.exit_process(1)
     except jax.errors.JaxRuntimeError as error:
         if not (processes.multiple() and any(sign in str(error) for sign in LOST)):
             raise
-        _end(f"error: another process is lost, and the same command goes on from the last checkpoint: {error}", 1)
+        _end(f"error: another process is lost; the same command resumes from the last checkpoint: {error}", 1)
 
 
 LOST = ("Gloo", "UNAVAILABLE", "ABORTED", "onnection")
-"""What JAX says, among other things, where a process can no longer be reached."""
+"""Parts of JAX's messages when a process cannot be reached."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """Options of everything that trains: where it writes, and how it can be watched."""
+    """Options of every training: its directory and its monitoring."""
 
     workdir: Path | None = None
     """Where the run writes; default: a new directory below runs/."""
     wandb: str | None = None
-    """A project of Weights & Biases, to get a copy of the metrics (pip install wandb)."""
+    """Project of Weights & Biases for a copy of the metrics (pip install wandb)."""
     profile: bool = False
-    """Trace the second and the third call of each training into the directory `profile` of the run."""
+    """Trace the second and the third call of each training to `profile` in the run's directory."""
 
 
 RUN_OPTIONS = tuple(field.name for field in dataclasses.fields(RunOptions))
-"""These change no number."""
+"""Names of these options, which change no number."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Hosts:
-    """Several processes as one run: the same command for each, with its own --process."""
+    """Several processes as one run: the same command for each, with a different --process."""
 
     coordinator: str | None = None
-    """HOST:PORT of process 0, where several processes train together; 'auto' on Cloud TPU and under Slurm or Open MPI,
+    """HOST:PORT of process 0 if several processes train together; 'auto' on Cloud TPU and under Slurm or Open MPI,
     where the other two options are not needed."""
     processes: int | None = None
-    """How many there are."""
+    """Number of processes."""
     process: int | None = None
-    """Which of them this is, from 0, which alone writes."""
+    """Number of this process, from 0. Only process 0 writes files."""
 
 
 def check_output(path: Path) -> None:
-    """Raises ValueError unless a JSON file can be written there and a picture of the same name, as PNG, beside it."""
+    """Raises ValueError unless a JSON file can be written to `path`, and beside it a PNG of the same name."""
     if not path.parent.is_dir():
         raise ValueError(f"output must be in a directory that exists, but {path.parent} does not.")
     if path.is_dir() or path.suffix == ".png":
@@ -124,10 +127,10 @@ def check_output(path: Path) -> None:
 
 
 def keep_compiled(folder: Path) -> None:
-    """Keeps compiled programs in `folder`, so that the same run starts sooner the next time.
+    """Caches compiled programs in `folder`, so that the same run starts sooner the next time.
 
-    Unless `JAX_COMPILATION_CACHE_DIR` names another place. Programs are for one kind of processor, which its
-    name alone does not tell, so each has a folder of its own.
+    `JAX_COMPILATION_CACHE_DIR` takes precedence. Programs depend on the features of the processor, so each kind of
+    processor has its own folder.
     """
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
@@ -141,20 +144,23 @@ def keep_compiled(folder: Path) -> None:
 
 
 def use_cores(small: bool = False, calls_host: bool = False) -> None:
-    """Settles how JAX uses a CPU's cores; to be called before its first computation.
+    """Sets the CPU devices and threads of JAX. Call it before the first computation. No effect on an accelerator.
 
-    As many devices as cores: each goes through its share of the tasks, which uses the cores better than dividing
-    single matrix products does. With `small` one device of one thread: where a meta-step takes less than a
-    millisecond, to hand work to other threads takes longer than the work. With `calls_host`, where programs call
-    simulators on the host, a thread more than devices: a large argument of a call is copied by a thread of XLA's pool
-    while that of the device waits, and where all of them waited the program would hang (jax-ml/jax#24255). So it would
-    in jaxlib .10 for many large systems of equations at once, as those of the baseline of ant's episodes, which are
-    divided among the pool's threads by one that waits for the others. Without effect on an accelerator.
+    By default there is one device for each core, and each device computes its share of the tasks: this uses the cores
+    better than dividing single matrix products.
+
+    Args:
+      small: use one device with one thread. For meta-steps below a millisecond, passing work to other threads takes
+        longer than the work.
+      calls_host: use one more thread than devices, for programs that call simulators on the host. XLA copies a large
+        argument of a call in a thread of its pool while the thread of the device waits; if all threads wait, the
+        program hangs (jax-ml/jax#24255). In jaxlib 0.10, so do many large linear systems at once, as those of the
+        ant's baseline.
     """
     if not small:
         jax.config.update("jax_num_cpu_devices", backend.cores())
     if small:
-        os.environ.setdefault("NPROC", "1")  # How XLA is told how many cores there are.
+        os.environ.setdefault("NPROC", "1")  # The number of cores for XLA.
     elif calls_host:
         given = os.environ.get("NPROC", "")
         os.environ["NPROC"] = str(max(int(given) if given.isdigit() else 0, backend.cores() + 1))
