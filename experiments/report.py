@@ -176,7 +176,7 @@ def cost(run: Run) -> list[str]:
     last = run.starts[-1]
     finished = (run.results or {}).get("made_by", {}).get("finished")
     if finished and finished < last.get("started", ""):
-        said, finished = "At work again, with more to do: the results are of an earlier start.", None
+        said, finished = "Running again: the results are of an earlier start.", None
     else:
         said = "Finished." if finished else "Not finished."
     ends = [*(start.get("until") for start in run.starts[:-1]), finished]

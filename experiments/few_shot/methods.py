@@ -33,6 +33,10 @@ JOINT_CLASSES = 64
 """Classes in a batch of joint training, with one image each."""
 
 
+HIDDEN = (256, 128, 64, 64)
+"""Layers of the fully connected net (paper, section 5.2)."""
+
+
 def network(run: Run, *, outputs: int | None = None, training: bool = False) -> nn.Module:
     """The net of the paper's section 5.2: strided for small images, pooled for large ones.
 
@@ -44,7 +48,7 @@ def network(run: Run, *, outputs: int | None = None, training: bool = False) -> 
     outputs = run.ways if outputs is None else outputs
     normalisation = "batch" if training and run.normalisation == "running" else run.normalisation
     if run.net == "mlp":
-        return models.MLP((256, 128, 64, 64), outputs, normalisation)
+        return models.MLP(HIDDEN, outputs, normalisation)
     large = run.image_shape[0] > 32
     return models.ConvNet(outputs, filters=32 if large else 64, pooled=large, normalisation=normalisation)
 

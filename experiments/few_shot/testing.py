@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 import maml_jax
-from experiments.few_shot.methods import PROXIMAL_WEIGHT, inner_learner, network, with_context
+from experiments.few_shot import methods
 from experiments.few_shot.run import FIRST_ORDER, TEST_STEPS, DataSet, Run, Split
 from maml_jax import evaluation, losses
 from maml_jax.algorithms import running_statistics
@@ -53,14 +53,14 @@ def finished(run: Run, state: MetaState, train_tasks: Groups, steps: int = TEST_
 
 @functools.cache  # Compiled once for all validations.
 def _gatherer(run: Run, steps: int) -> Callable[[Params, InnerParams, Task], Params]:
-    net = network(run, training=True)
-    inner, loss_fn = inner_learner(run, net), losses.cross_entropy(models.apply_params(net))
+    net = methods.network(run, training=True)
+    inner, loss_fn = methods.inner_learner(run, net), losses.cross_entropy(models.apply_params(net))
     return jax.jit(functools.partial(running_statistics.gather, net, inner, loss_fn, steps=steps))
 
 
 def load_state(run: Run, saved: model_file.Saved) -> MetaState:
     """The state of a saved model, without that of the outer optimizer."""
-    inner = inner_learner(run, network(run))
+    inner = methods.inner_learner(run, methods.network(run))
     like = jax.eval_shape(lambda params: inner.init_inner_params(adapted_part(inner, params)), saved.params)
     params, inner_params = jax.tree.map(jnp.asarray, saved.params), model_file.restore(like, saved.inner_params)
     return MetaState(jnp.int32(saved.description["step"]), params, inner_params, ())
@@ -74,19 +74,19 @@ def evaluator(
     run: Run, query_mode: QueryMode = "transductive", only_last: bool = False
 ) -> Callable[[MetaState, Task, int], maml_jax.Evaluation]:
     """`(state, tasks, steps) -> Evaluation`, whose aux are log probabilities of the queries, `[T, S + 1, Q, N]`."""
-    net = network(run, training=True)
-    support_loss, inner = losses.cross_entropy(models.apply_params(net)), inner_learner(run, net)
+    net = methods.network(run, training=True)
+    support_loss, inner = losses.cross_entropy(models.apply_params(net)), methods.inner_learner(run, net)
     if run.method == "imaml":
-        inner = with_proximal_term(inner, PROXIMAL_WEIGHT)
+        inner = with_proximal_term(inner, methods.PROXIMAL_WEIGHT)
     if run.normalisation == "running":  # One of the gathered statistics for each inner step.
         inner = inner._replace(params_at_step=select_step(models.norms_only))
-    apply = models.apply_params(network(run))
+    apply = models.apply_params(methods.network(run))
     query_loss = losses.log_probabilities(losses.inductive(apply) if query_mode == "inductive" else apply)
     mesh = local_mesh()
     learner = maml_jax.maml(support_loss, inner, optax.identity(), query_loss_fn=query_loss, mesh=mesh)
     evaluate = jax.jit(functools.partial(learner.evaluate, only_last=only_last), static_argnums=2)
     replicate = task_axis(None, mesh).replicate
-    return lambda state, tasks, steps: evaluate(replicate(state), with_context(run, tasks), steps)
+    return lambda state, tasks, steps: evaluate(replicate(state), methods.with_context(run, tasks), steps)
 
 
 def predictor(run: Run, state: MetaState, steps: int, query_mode: QueryMode = "transductive") -> Predictor:
@@ -162,9 +162,9 @@ def evaluate(
 def nearest(run: Run, state: MetaState, groups: Groups, protocol: Protocol) -> Results:
     """Accuracy of the nearest neighbour in the features of a finished state."""
     protocol = protocol._replace(method=f"nearest neighbour in the features of {protocol.method}")
-    features = models.apply_params(network(run), head=False)
+    features = models.apply_params(methods.network(run), head=False)
     predict = evaluation.nearest_neighbour(features, state.params, run.ways)
-    return evaluation.evaluate([lambda tasks: predict(with_context(run, tasks))], groups, protocol)
+    return evaluation.evaluate([lambda tasks: predict(methods.with_context(run, tasks))], groups, protocol)
 
 
 def all_accuracies(run: Run, states: Sequence[MetaState], groups: Groups, protocol: Protocol) -> dict[str, Results]:

@@ -12,8 +12,8 @@ from helpers.model_zoo import plain_dict, tasks
 from jax.sharding import NamedSharding, PartitionSpec
 
 import maml_jax
-from maml_jax.parallel.task_axis import task_mesh
 from maml_jax.evaluation import divergence_rate, interval
+from maml_jax.parallel.task_axis import task_mesh
 from maml_jax.training import train
 from maml_jax.types import Task
 

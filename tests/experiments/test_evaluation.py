@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from experiments.few_shot.options import DataSet, Prepared, Setting
 
 from experiments import evaluate
 from experiments import omniglot as omniglot_experiment
 from experiments.few_shot import classifier, methods, training
 from experiments.few_shot import options as few_shot
-from experiments.few_shot.options import DataSet, Prepared, Setting
 from experiments.omniglot import Config
 from experiments.shared import plots
 from maml_jax import evaluation, statistics

@@ -1,0 +1,20 @@
+"""Fixtures of the few-shot experiments."""
+
+import pytest
+from helpers import few_shot
+
+from experiments import omniglot
+from experiments.few_shot import methods
+
+
+@pytest.fixture
+def characters(shared_data, omniglot_cache):
+    """Omniglot, with made-up hashes."""
+    return few_shot.characters(shared_data / "omniglot", omniglot_cache)
+
+
+@pytest.fixture
+def small_net(monkeypatch):
+    """A small fully connected net, and few validation tasks."""
+    monkeypatch.setattr(methods, "HIDDEN", (16, 8))
+    monkeypatch.setattr(omniglot.Run, "val_tasks", 20)
