@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from experiments import adapt, miniimagenet
-from experiments.few_shot import classifier
-from experiments.few_shot import options as few_shot
+from experiments.few_shot import methods, testing
+from experiments.few_shot.run import DataSet
 from maml_jax.nets import models
 from maml_jax.runs import model_file
 
@@ -19,15 +19,16 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (20, 40, 210)}
 
 @pytest.fixture
 def model(tmp_path, monkeypatch):
-    """A net that was never trained, with features that tell colours apart, as prototypes see."""
-    monkeypatch.setattr(classifier, "network", lambda s, kind, image, out: models.MLP((32,), out, kind))
-    config, setting = miniimagenet.settle(
-        miniimagenet.Config(method="prototypes", normalisation="layer", size=8, inner_rate=0.01)
-    )
-    net = models.MLP((32,), setting.ways, "layer")
-    params = net.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
-    about = {name: value for name, value in vars(config).items() if name not in few_shot.PLACES}
-    description = {"experiment": "miniimagenet", "config": about, "setting": vars(setting), "step": 1}
+    """A net that was never trained, with features that distinguish colours, which suffices for prototypes."""
+    return untrained(tmp_path, monkeypatch, "layer")
+
+
+def untrained(tmp_path, monkeypatch, normalisation):
+    monkeypatch.setattr(methods, "HIDDEN", (32,))
+    run = miniimagenet.Run(method="prototypes", net="mlp", normalisation=normalisation, size=8, inner_rate=0.01)
+    run = run.resolved()
+    params = methods.initial_params(run, methods.network(run), jax.random.key(0))
+    description = run.description(DataSet("made up", None, None, None, {}, {})) | {"step": 1}
     return model_file.save(tmp_path / "model.msgpack", params, (), description)
 
 
@@ -60,13 +61,8 @@ def test_pictures_are_classified_and_shown(model, folder, tmp_path, capsys):
 
 
 def test_a_picture_is_classified_as_if_it_were_alone(folder, tmp_path, monkeypatch):
-    """Also by a model that in training normalised a batch by itself, as most do."""
-    monkeypatch.setattr(classifier, "network", lambda s, kind, image, out: models.MLP((32,), out, kind))
-    config, setting = miniimagenet.settle(miniimagenet.Config(method="prototypes", size=8, inner_rate=0.01))
-    params = models.MLP((32,), setting.ways, "batch").init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
-    about = {name: value for name, value in vars(config).items() if name not in few_shot.PLACES}
-    description = {"experiment": "miniimagenet", "config": about, "setting": vars(setting), "step": 1}
-    path = model_file.save(tmp_path / "model.msgpack", params, (), description)
+    """Also by a model that was trained with batch normalisation."""
+    path = untrained(tmp_path, monkeypatch, "batch")
     options = {"steps": 3, "output": tmp_path / "found.json"}
     together = adapt.main(adapt.prepare(adapt.Config(path, folder, **options)))
     assert all(f"a {each['class']} one.png" == each["picture"] for each in together)
@@ -93,7 +89,7 @@ def test_pictures_are_resized_as_in_training(model, folder, monkeypatch):
 
 
 def test_inner_steps_are_those_that_the_model_was_selected_after(model, folder):
-    assert adapt.prepare(adapt.Config(model, folder)).steps == 10  # Where it does not say.
+    assert adapt.prepare(adapt.Config(model, folder)).steps == 10
     content = model_file.load(model)
     model_file.save(model, content.params, (), content.description | {"selected_after": 3})
     assert adapt.prepare(adapt.Config(model, folder)).steps == 3
@@ -117,10 +113,10 @@ def test_what_is_wrong_with_the_folder_is_told(model, folder, tmp_path):
         path.unlink()
     for number in range(3):
         (folder / f"more {number}" / "x.png").unlink()
-    refused("There is nothing to classify")
+    refused("There are no pictures to classify")
 
 
-def test_drawings_are_seen_as_in_training(tmp_path):
+def test_drawings_are_seen_as_in_training(tmp_path, monkeypatch):
     """For a model of characters ink is 1 and paper 0, whatever the colour mode of the file."""
     net = models.ConvNet(5)
     prepared = adapt.Prepared(
@@ -133,17 +129,17 @@ def test_drawings_are_seen_as_in_training(tmp_path):
     )
     seen = []
 
-    class Recorder:
-        def predictor(self, state, steps):
-            assert steps == 2
+    def predictor(run, state, steps):
+        assert steps == 2
 
-            def predict(tasks):
-                seen.append(tasks)
-                return jnp.zeros((1, steps + 1, 1, net.ways)), None
+        def predict(tasks):
+            seen.append(tasks)
+            return jnp.zeros((1, steps + 1, 1, net.ways)), None
 
-            return predict
+        return predict
 
-    adapt.predict(prepared._replace(model=Recorder()))
+    monkeypatch.setattr(testing, "predictor", predictor)
+    adapt.predict(prepared)
     images, labels = seen[0].support
     assert images.shape == (1, 2, 28, 28, 1) and images[0, 0].max() == 0 and images[0, 1].min() == 1
     assert labels.tolist() == [[0, 1]]

@@ -14,7 +14,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from experiments import locomotion, miniimagenet, navigation, omniglot, sinusoid
-from experiments.few_shot import options as few_shot
 from experiments.reinforcement import options as reinforcement
 
 MOST_STEPS, MOST_SEED = 2**31 - 1, 2**32 - 1
@@ -61,7 +60,7 @@ FEW_SHOT = {
     "normalisation": choice("batch", "support", "instance", "tasknorm", "layer", "group", "running"),
     "steps": whole(1, MOST_STEPS), "tasks": optional(COUNT), "queries": optional(COUNT),
     "inner_rate": optional(RATE), "inner_steps": optional(COUNT), "outer_rate": optional(RATE),
-    "task_batch_size": optional(COUNT), "test_tasks": COUNT, "seed": whole(0, MOST_SEED),
+    "clip": optional(RATE), "task_batch_size": optional(COUNT), "test_tasks": COUNT, "seed": whole(0, MOST_SEED),
 }  # fmt: skip
 RL = {
     "steps": optional(whole(1, MOST_STEPS)), "tasks": optional(COUNT), "episodes": optional(COUNT),
@@ -143,11 +142,11 @@ def settle(name, config):
     elif name == "locomotion":
         config.resolve(locomotion.problem(config.preset))
     else:
-        {"omniglot": omniglot, "miniimagenet": miniimagenet}[name].settle(config)
+        config.resolved()
 
 
 CONFIGS = {
-    "sinusoid": sinusoid.Config, "omniglot": omniglot.Config, "miniimagenet": miniimagenet.Config,
+    "sinusoid": sinusoid.Config, "omniglot": omniglot.Run, "miniimagenet": miniimagenet.Run,
     "navigation": reinforcement.Config, "locomotion": locomotion.Config,
 }  # fmt: skip
 
@@ -233,7 +232,7 @@ def test_fewer_steps_than_are_done_are_told_before_anything_is_written(tmp_path)
     for prepare in (
         lambda: sinusoid.prepare(sinusoid.Config(**options)),
         lambda: reinforcement.prepare(reinforcement.Config(**options), navigation.problem()),
-        lambda: few_shot.check_workdir(*omniglot.settle(omniglot.Config(**options))),
+        lambda: omniglot.Run(**options).resolved().check_workdir(),
     ):
         with pytest.raises(OSError, match="maml-0 has 7 meta-steps behind it, more than the 5"):
             prepare()

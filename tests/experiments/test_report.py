@@ -101,7 +101,7 @@ def test_a_run_that_is_at_work(runs, tmp_path, capsys):
         file.write('{"step": 10')
     run = report.read(tmp_path)
     assert run.results is None and len(run.rows) == len(report.read(runs / "short").rows)
-    assert "not whole yet" in capsys.readouterr().out
+    assert "the incomplete last line is left out" in capsys.readouterr().out
     assert "Not finished." in report.html([run])
 
 
@@ -114,7 +114,7 @@ def test_accuracy_over_inner_steps_and_cost(tmp_path):
     }
     made_by["earlier_starts"] = [{"started": "2026-01-01T08:00:00Z", "until": "2026-01-01T09:30:00Z"}]
     summary = {"accuracy": [20.0, 90.0], "half_width": [1.0, 2.0]}
-    content = {"made_by": made_by, "config": {"ways": 5}, "test": {"queries together": summary}}
+    content = {"made_by": made_by, "config": {"ways": 5}, "test": {"transductive": summary}}
     (tmp_path / "results.json").write_text(json.dumps(content))
     run = report.read(tmp_path)
     assert report.cost(run) == ["Finished. 4.50 hours, in 2 starts.", "On abacus, commit c."]
@@ -150,7 +150,7 @@ def test_a_finished_run_that_is_at_work_again():
     run = run._replace(results={"made_by": {"finished": "2026-01-01T09:00:00Z"}})
     assert report.cost(run) == ["Finished. 1.00 hours."]
     again = run._replace(starts=[*run.starts, {"started": "2026-01-02T08:00:00Z"}])
-    assert report.cost(again)[0].startswith("At work again, with more to do") and "1.00 hours" in report.cost(again)[0]
+    assert report.cost(again)[0].startswith("Running again") and "1.00 hours" in report.cost(again)[0]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,70 @@
+"""What the commands say to wrong input."""
+
+import sys
+import time
+
+import pytest
+from helpers.commands import launch
+
+from experiments import miniimagenet, omniglot, sinusoid
+from experiments.few_shot import run as few_shot
+from experiments.shared import command_line
+
+BAD = [
+    ("sinusoid", ["--steps", "0"], "steps must be an integer of at least 1, but got 0"),
+    ("sinusoid", ["--inner-rate", "nan"], "inner_rate must be positive and finite, but got nan"),
+    ("sinusoid", ["--outer-rate", "-1"], "outer_rate must be positive and finite, but got -1"),
+    ("sinusoid", ["--methods", "magic"], "methods"),
+    ("sinusoid", ["--seeds", "-1"], "seeds must be an integer of at least 0, but got -1"),
+    ("sinusoid", ["--shots", "many"], "shots"),
+    ("omniglot", ["--order", "3"], "order"),
+    ("omniglot", ["--ways", "1"], "ways must be an integer of at least 2, but got 1"),
+    ("omniglot", ["--ways", "2000"], "ways must be at most the number of classes, 1100, but got 2000"),
+    ("omniglot", ["--ways", "150"], "ways must be at most the number of classes, 100, but got 150"),
+    ("omniglot", ["--shots", "0"], "shots must be an integer of at least 1, but got 0"),
+    ("omniglot", ["--shots", "12", "--queries", "9"], "shots + queries must be at most 20"),
+    ("omniglot", ["--inner-rate", "inf"], "inner_rate must be positive and finite, but got inf"),
+    ("omniglot", ["--inner-steps", "0"], "inner_steps must be an integer of at least 1, but got 0"),
+    ("omniglot", ["--preset", "20w1s", "--ways", "10"], "give either it or them, not both"),
+    ("omniglot", ["--task-batch-size", "5"], "task_batch_size must divide the tasks of one device, 16, but got 5"),
+    ("omniglot", ["--preset", "20w5s", "--ways", "5"], "give either it or them, not both"),
+    ("omniglot", ["--rotations", "up"], "rotations"),
+    ("omniglot", ["--method", "magic"], "method"),
+    ("omniglot", ["--method", "reptile", "--order", "1"], "order 1 is for methods that differentiate the inner loop"),
+    ("omniglot", ["--method", "maml++", "--anneal"], "anneal is for methods with a constant outer rate"),
+    ("omniglot", ["--net", "mlp", "--normalisation", "tasknorm"], "'tasknorm' needs spatial axes"),
+    ("omniglot", ["--method", "pretrained", "--normalisation", "running"], "'running' gathers statistics"),
+    ("miniimagenet", ["--data-dir", "nowhere"], "nowhere"),
+    ("miniimagenet", ["--outer-rate", "0"], "outer_rate must be positive and finite, but got 0"),
+    ("omniglot", ["--data-dir", "nowhere"], "--download"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "message"), BAD)
+def test_bad_input_ends_before_anything_long_starts(name, options, message, monkeypatch, capsys, tmp_path, request):
+    """In this process, to be quick; the exit status of a real one is tested below."""
+    options_type, prepare, main = {
+        "sinusoid": (sinusoid.Config, sinusoid.prepare, sinusoid.main),
+        "omniglot": (omniglot.Run, few_shot.prepare, omniglot.main),
+        "miniimagenet": (miniimagenet.Run, few_shot.prepare, omniglot.main),
+    }[name]
+    if name == "omniglot" and "--data-dir" not in options:
+        shared, cache = request.getfixturevalue("shared_data"), request.getfixturevalue("omniglot_cache")
+        options = [*options, "--data-dir", str(shared / "omniglot"), "--cache-dir", str(cache)]
+    monkeypatch.setattr(sys, "argv", [name, *options])
+    monkeypatch.setattr(command_line.jax.config, "update", lambda *_: None)  # This process has its devices already.
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        command_line.run(options_type, prepare, main)
+    assert end.value.code == 2
+    printed = capsys.readouterr()
+    assert message in printed.err + printed.out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_bad_input_ends_a_real_process_with_status_2_and_soon(tmp_path):
+    start = time.monotonic()
+    ended = launch("experiments.omniglot", "--data-dir", tmp_path, "--cache-dir", tmp_path)
+    assert ended.returncode == 2 and time.monotonic() - start < 30
+    assert ended.stderr.startswith(f"error: The data directory {tmp_path} holds no Omniglot.")
+    assert "Traceback" not in ended.stderr

@@ -1,0 +1,143 @@
+"""The few-shot experiment, from the command line and as a function: training, selection, evaluation."""
+
+import json
+from contextlib import ExitStack
+
+import jax
+import numpy as np
+import pytest
+from helpers.commands import ended, launch, start
+from helpers.few_shot import small_run
+
+from experiments import evaluate, omniglot
+from experiments.few_shot import testing
+from maml_jax import evaluation
+from maml_jax.runs import model_file
+from maml_jax.runs.best import Best
+from maml_jax.runs.files import plain
+from maml_jax.tasks.fixed import fixed_tasks
+
+
+def test_models_are_selected_after_the_inner_steps_of_the_test(characters, tmp_path, small_net, monkeypatch):
+    """Not after as many inner steps as training takes. Inductive evaluation is left out where not asked for."""
+    asked, whole = [], testing.accuracy
+
+    def accuracy(run, state, groups, steps):
+        asked.append((steps, whole(run, state, groups, steps)))
+        return asked[-1][1]
+
+    monkeypatch.setattr(testing, "accuracy", accuracy)
+    options = {"steps": 40, "tasks": 4, "test_tasks": 5, "evaluation": "transductive", "row": "omniglot-5w1s-mlp"}
+    run = small_run(tmp_path, **options)
+    results = omniglot.main((run, characters))
+    assert run.inner_steps == 1 and [steps for steps, _ in asked] == [3, 3]
+    assert results["selected"]["by"] == "accuracy on validation tasks after 3 inner steps"
+    assert results["selected"]["step"] == (40 if asked[1][1] >= asked[0][1] else 20)
+    assert list(results["test"]) == ["transductive"]
+    assert results["row"] == "omniglot-5w1s-mlp" and results["config"]["tasks"] == 4
+    (best,) = [path for path in (tmp_path / "run" / "best").iterdir() if str(results["selected"]["step"]) in path.name]
+    assert model_file.load(best).description["selected_after"] == 3
+
+
+def test_the_best_models_are_an_ensemble_where_asked(characters, tmp_path, small_net):
+    run = small_run(tmp_path, steps=60, tasks=4, test_tasks=6, ensemble=True)
+    found = omniglot.main((run, characters))["test"]
+    assert list(found) == ["transductive", "inductive", "ensemble"]
+    assert [each["protocol"]["models"] for each in found.values()] == [1, 1, 3]
+    test_key = jax.random.split(jax.random.key(run.seed), 4)[3]
+    (tasks,) = fixed_tasks(test_key, characters.test, 6, run.shape)()
+    states = [testing.load_state(run, saved) for saved in Best(tmp_path / "run" / "best").models()]
+    each = [np.exp(testing.predictor(run, state, 10)(tasks)[0]) for state in states]
+    together = evaluation.predicted(np.mean(each, 0)) == np.asarray(tasks.query[1])[:, None]
+    np.testing.assert_allclose(found["ensemble"]["accuracy"], 100 * together.mean((0, 2)), atol=1e-4)
+    assert (found["ensemble"]["accuracy"] != found["transductive"]["accuracy"]).any()
+
+
+def test_a_pretrained_model_is_evaluated_again_as_it_was(characters, tmp_path, small_net, monkeypatch):
+    """Fine-tuned at the rate that its training chose."""
+    monkeypatch.setattr(testing, "FINE_TUNING_FACTORS", (0.03, 0.1))
+    monkeypatch.setattr(omniglot.Run, "load", lambda run: characters)
+    options = {"steps": 20, "tasks": 2, "test_tasks": 6, "evaluation": "transductive"}
+    run = small_run(tmp_path, method="pretrained", **options)
+    found = omniglot.main((run, characters))
+    (path,) = (tmp_path / "run" / "best").iterdir()
+    # A run that was stopped before its first validation, and ends there, is evaluated too.
+    path.unlink()
+    assert plain(omniglot.main((run, characters))["test"]) == plain(found["test"])
+    again = evaluate.main(evaluate.prepare(evaluate.Config((path,), tasks=6)))
+    assert plain(again[f"{path}, transductive"]) == plain(found["test"]["transductive"])
+    protocol = found["test"]["nearest neighbour"]["protocol"]
+    assert protocol["method"] == "nearest neighbour in the features of pretrained" and protocol["inner_steps"] == 0
+    assert found["config"]["inner_rate"] in (0.06, 0.2)
+    assert model_file.load(path).description["config"] == plain(found["config"])
+
+
+def test_the_schedule_of_the_outer_rate_is_given_to_the_training(characters, tmp_path, small_net, monkeypatch):
+    """For the message about a loss that stops being finite."""
+    given = []
+
+    def stopped(*_, rates, **options):
+        given.append(rates)
+        raise InterruptedError
+
+    monkeypatch.setattr(omniglot, "resumable_train", stopped)
+    for number, options in enumerate(({}, {"anneal": True})):
+        with pytest.raises(InterruptedError):
+            omniglot.main((small_run(tmp_path / str(number), steps=100, **options), characters))
+    constant, annealed = given
+    assert constant == {"inner": 2.0, "outer": 1e-3}
+    assert annealed["outer"](0) == pytest.approx(1e-3) and annealed["outer"](100) == pytest.approx(1e-5)
+
+
+def test_omniglot_from_beginning_to_end(shared_data, omniglot_cache, tmp_path):
+    workdir = tmp_path / "run"
+    common = ["--data-dir", shared_data / "omniglot", "--cache-dir", omniglot_cache, "--workdir", workdir]
+    # The fully connected net: the programs of the other take most of the time to compile, and other tests run them.
+    options = ["--net", "mlp", "--split", "vinyals", "--steps", 200, "--tasks", 8, "--test-tasks", 40]
+    ended = launch("experiments.omniglot", *common, *options)
+    assert ended.returncode == 0, ended.stderr
+    assert "inductive" in ended.stdout and "published" in ended.stdout
+    results = json.loads((workdir / "results.json").read_text())
+    for label in ("transductive", "inductive"):
+        found = results["test"][label]
+        assert len(found["accuracy"]) == len(found["half_width"]) == 11
+        assert found["protocol"]["query_mode"] == label and found["protocol"]["classes"] == 423
+    accuracy = results["test"]["transductive"]["accuracy"]
+    assert accuracy[3] > accuracy[0] + 5  # Adaptation helps, after so few meta-steps too.
+    assert results["row"] is None and results["published"] == [89.7, 1.1]
+    for name in ("curves.png", "examples.png"):
+        assert (workdir / name).stat().st_size > 10_000
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 200 and "val_accuracy" in rows[-1]
+    (selected,) = [row for row in rows if row["step"] == results["selected"]["step"]]
+    assert selected["val_accuracy"] == max(row["val_accuracy"] for row in rows if "val_accuracy" in row)
+
+    # The saved model alone, evaluated on the same tasks, has the same accuracy.
+    model = workdir / "best" / f"step-{selected['step']:07d}.msgpack"
+    output = tmp_path / "evaluated.json"
+    data = ["--data-dir", shared_data / "omniglot", "--cache-dir", omniglot_cache]
+    ended = launch("experiments.evaluate", model, *data, "--tasks", 40, "--output", output)
+    assert ended.returncode == 0, ended.stderr
+    (evaluated,) = json.loads(output.read_text())["test"].values()
+    assert evaluated == results["test"]["transductive"]
+    assert output.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_characters_in_two_processes_with_no_directory_in_common(shared_data, omniglot_cache, tmp_path):
+    options = (
+        "--net mlp --normalisation layer --split vinyals --steps 40 --tasks 8 --test-tasks 8 --workdir run".split()
+    )
+    options += "--coordinator 127.0.0.1:{port} --processes {processes} --process {process}".split()
+    data = ["--data-dir", shared_data / "omniglot", "--cache-dir", omniglot_cache]
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        folder.mkdir()
+    with ExitStack() as stack:
+        both = start(stack, tmp_path / "compiled", 2, 1, "-m", "experiments.omniglot", *options, *data, folders=folders)
+        errors, statuses = ended(both)
+    assert statuses == [0, 0], errors
+    results = json.loads((folders[0] / "run" / "results.json").read_text())
+    assert len(results["test"]["transductive"]["accuracy"]) == 11 and results["made_by"]["processes"] == 2
+    rows = [json.loads(line) for line in (folders[0] / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "val_accuracy" in row] == [20, 40]
+    assert list(folders[1].iterdir()) == []
