@@ -37,17 +37,17 @@ LEGEND = (
 )
 
 
-def interval(number: Number | Published, sign: str = "+-") -> str:
+def interval(number: Number | Published) -> str:
     """Accuracy and half width; a published accuracy has as many digits as it was published with."""
     digits = ".2f" if isinstance(number, Number) else "g"
-    half_width = "" if number.half_width is None else f" {sign} {number.half_width:{digits}}"
+    half_width = "" if number.half_width is None else f" ± {number.half_width:{digits}}"
     return f"{number.accuracy:{digits}}{half_width}"
 
 
-def over_seeds(numbers: Sequence[Number], sign: str = "+-") -> str:
+def over_seeds(numbers: Sequence[Number]) -> str:
     """The accuracy of one seed, or mean and range of several seeds."""
     if len(numbers) == 1:
-        return interval(numbers[0], sign)
+        return interval(numbers[0])
     found = [number.accuracy for number in numbers]
     return f"{sum(found) / len(found):.2f} ({min(found):.2f} to {max(found):.2f}, {len(found)} seeds)"
 
@@ -134,9 +134,9 @@ def _line(line: Line) -> str:
     ours = []
     for name, numbers in (("", line.numbers()), ("inductive: ", line.inductive())):
         if numbers:
-            ours.append(f"<div>{name}<b>{over_seeds(numbers, '±')}</b></div>")
+            ours.append(f"<div>{name}<b>{over_seeds(numbers)}</b></div>")
         for number in numbers:
-            seed = f"seed {number.seed}: {interval(number, '±')}; " if len(numbers) > 1 else ""
+            seed = f"seed {number.seed}: {interval(number)}; " if len(numbers) > 1 else ""
             ours.append(f"<small>{seed}after {number.inner_steps} inner steps; {escape(number.protocol)}</small>")
     cost = [f"<div>{_so_far(line)}</div>"]
     for run in line.runs:
@@ -151,7 +151,7 @@ def _line(line: Line) -> str:
 def _published(number: Published | None) -> str:
     if number is None:
         return "<td></td>"
-    return f'<td data-name="published"><b>{interval(number, "±")}</b><small>{escape(number.source)}</small></td>'
+    return f'<td data-name="published"><b>{interval(number)}</b><small>{escape(number.source)}</small></td>'
 
 
 def curves(group: Group) -> bytes:

@@ -149,7 +149,7 @@ def _gain(rows: list[dict[str, Any]]) -> str:
     if returns is None or len(returns) == 1:
         return ""
     mean, half_width = interval(returns[1] - returns[0])
-    return f"{mean:+.1f} +- {half_width:.1f}"
+    return f"{mean:+.1f} ± {half_width:.1f}"
 
 
 def _title(line: Line) -> str:
@@ -167,7 +167,7 @@ def _title(line: Line) -> str:
 
 def _number(found: list[float], rows: list[dict[str, Any]], step: int) -> str:
     if len(found) == 1:
-        return f"{found[0]:.1f} +- {rows[0]['half_width'][step]:.1f}"
+        return f"{found[0]:.1f} ± {rows[0]['half_width'][step]:.1f}"
     return f"{np.mean(found):.2f} ({min(found):.1f} to {max(found):.1f}, {len(found)} seeds)"
 
 

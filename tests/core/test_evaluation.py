@@ -10,7 +10,7 @@ import pytest
 from maml_jax import evaluation
 from maml_jax.evaluation import Protocol, Results
 from maml_jax.losses import query_with_support
-from maml_jax.runs.files import plain
+from maml_jax.runs.files import to_jsonable
 from maml_jax.types import Task
 
 PROTOCOL = Protocol("made up", "test", 7, "0" * 64, 2, 0, 2, 1, 2, "none", 1, 0.5, "layer", "transductive")
@@ -75,7 +75,7 @@ def test_results_are_restored_from_their_summary():
     random = np.random.default_rng(0)
     protocol = Protocol("made up", "test", 9, "0" * 64, 40, 0, 5, 1, 3, "none", 10, None, "batch", "transductive")
     whole = Results(protocol, random.integers(0, 16, (40, 11)) / 15, random.integers(0, 2, (40, 11)) == 1)
-    text = json.dumps(plain(whole.summary()))
+    text = json.dumps(to_jsonable(whole.summary()))
     back = evaluation.from_summary(json.loads(text))
     assert len(text) < 4000 and back.protocol == protocol
     np.testing.assert_array_equal(back.accuracy, whole.accuracy)

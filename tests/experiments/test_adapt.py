@@ -27,7 +27,7 @@ def untrained(tmp_path, monkeypatch, normalisation):
     monkeypatch.setattr(methods, "HIDDEN", (32,))
     run = miniimagenet.Run(method="prototypes", net="mlp", normalisation=normalisation, size=8, inner_rate=0.01)
     run = run.resolved()
-    params = methods.initial_params(run, methods.network(run), jax.random.key(0))
+    params = methods.network(run).init(jax.random.key(0), jnp.zeros((1, *run.image_shape)))["params"]
     description = run.description(DataSet("made up", None, None, None, {}, {})) | {"step": 1}
     return model_file.save(tmp_path / "model.msgpack", params, (), description)
 

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 import jax
 import numpy as np
 import pytest
-from helpers.commands import ended, launch, start
+from helpers.commands import launch, start, wait
 from helpers.few_shot import small_run
 
 from experiments import evaluate, omniglot
@@ -14,7 +14,7 @@ from experiments.few_shot import testing
 from maml_jax import evaluation
 from maml_jax.runs import model_file
 from maml_jax.runs.best import Best
-from maml_jax.runs.files import plain
+from maml_jax.runs.files import to_jsonable
 from maml_jax.tasks.fixed import fixed_tasks
 
 
@@ -63,13 +63,13 @@ def test_a_pretrained_model_is_evaluated_again_as_it_was(characters, tmp_path, s
     (path,) = (tmp_path / "run" / "best").iterdir()
     # A run that was stopped before its first validation, and ends there, is evaluated too.
     path.unlink()
-    assert plain(omniglot.main((run, characters))["test"]) == plain(found["test"])
+    assert to_jsonable(omniglot.main((run, characters))["test"]) == to_jsonable(found["test"])
     again = evaluate.main(evaluate.prepare(evaluate.Config((path,), tasks=6)))
-    assert plain(again[f"{path}, transductive"]) == plain(found["test"]["transductive"])
+    assert to_jsonable(again[f"{path}, transductive"]) == to_jsonable(found["test"]["transductive"])
     protocol = found["test"]["nearest neighbour"]["protocol"]
     assert protocol["method"] == "nearest neighbour in the features of pretrained" and protocol["inner_steps"] == 0
     assert found["config"]["inner_rate"] in (0.06, 0.2)
-    assert model_file.load(path).description["config"] == plain(found["config"])
+    assert model_file.load(path).description["config"] == to_jsonable(found["config"])
 
 
 def test_the_schedule_of_the_outer_rate_is_given_to_the_training(characters, tmp_path, small_net, monkeypatch):
@@ -134,7 +134,7 @@ def test_characters_in_two_processes_with_no_directory_in_common(shared_data, om
         folder.mkdir()
     with ExitStack() as stack:
         both = start(stack, tmp_path / "compiled", 2, 1, "-m", "experiments.omniglot", *options, *data, folders=folders)
-        errors, statuses = ended(both)
+        errors, statuses = wait(both)
     assert statuses == [0, 0], errors
     results = json.loads((folders[0] / "run" / "results.json").read_text())
     assert len(results["test"]["transductive"]["accuracy"]) == 11 and results["made_by"]["processes"] == 2

@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 from helpers.made_up_runs import ROOT, made_up, start
 
-from experiments import reproduce
-from experiments.table import rows
+from experiments import miniimagenet, reproduce
 
 STUB = """
 import json, pathlib, signal, sys, time
 workdir, behaviour, results = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 workdir.mkdir(exist_ok=True)
 (workdir / "metrics.jsonl").write_text('{"step": 40}\\n')
+if len(sys.argv) > 4:
+    (workdir / "run.json").write_text(json.dumps({"config": {"row": sys.argv[4], "seed": 0}}))
 with open(workdir.parent / "order", "a") as file:
     file.write(workdir.name + "\\n")
 def stop(*_):
@@ -42,7 +43,7 @@ def stub(tmp_path, monkeypatch):
     def command(config, row, seed):
         name = f"{row.name}-seed{seed}"
         if not (tmp_path / "made" / name).exists():
-            made_up(tmp_path / "made" / name, row.name, seed, config.steps or row.steps, queries_one_by_one=0.8)
+            made_up(tmp_path / "made" / name, row.name, seed, config.steps or row.steps, inductive=0.8)
         results = tmp_path / "made" / name / "results.json"
         return [
             sys.executable,
@@ -50,6 +51,7 @@ def stub(tmp_path, monkeypatch):
             str(config.workdir / name),
             behaviours.get(row.name, "ends"),
             str(results),
+            row.name,
         ]
 
     monkeypatch.setattr(reproduce, "command", command)
@@ -89,14 +91,15 @@ def test_a_row_that_fails_stops_no_other_and_what_is_finished_is_skipped(stub, t
 def test_any_images_are_finished_only_where_they_are_the_same(tmp_path):
     made_up(tmp_path / "images-5w1s-seed0", "images-5w1s", steps=100)
     places = {"rows": ("images-5w1s",), "steps": 100, "workdir": tmp_path}
-    same = rows.EXPERIMENTS["miniimagenet"].Config().data_dir
-    for images, seen, finished in (
-        (same, "together", True),
-        (tmp_path, "together", False),
-        (same, "both", False),  # The evaluation of the queries one by one is missing.
+    same = miniimagenet.Run().data_dir
+    for images, evaluation, finished in (
+        (same, "transductive", True),
+        (tmp_path, "transductive", False),
+        (same, "both", False),  # The inductive evaluation is missing.
     ):
-        _, (job,) = reproduce.prepare(reproduce.Config(image_dir=images, seen=seen, list=True, **places))
-        assert job.finished == finished and ("--seen together" in str(job)) == (seen == "together")
+        _, (job,) = reproduce.prepare(reproduce.Config(image_dir=images, evaluation=evaluation, list=True, **places))
+        assert job.finished == finished
+        assert ("--evaluation transductive" in str(job)) == (evaluation == "transductive")
 
 
 def test_at_the_end_of_the_budget_the_run_saves_and_the_rest_is_left(stub, tmp_path, capfd):
@@ -106,7 +109,7 @@ def test_at_the_end_of_the_budget_the_run_saves_and_the_rest_is_left(stub, tmp_p
     assert 3 <= time.monotonic() - begun < 20
     told = capfd.readouterr().out
     assert "omniglot-5w1s-order1-seed0: stopped after 40 of 60,000 meta-steps: the budget is over" in told
-    assert "; with --rows omniglot-5w1s-order1 --seeds 0 --steps 40 it ends there and is evaluated, if nothing" in told
+    assert "; --rows omniglot-5w1s-order1 --seeds 0 --steps 40 evaluates it as it is, unless its outer rate" in told
     assert "omniglot-5w5s-order1-seed0: not run: the budget is over" in told
     assert (tmp_path / "work" / "omniglot-5w1s-order1-seed0" / "saved").exists()
     assert not (tmp_path / "work" / "omniglot-5w5s-order1-seed0").exists()
@@ -117,7 +120,7 @@ def test_a_run_that_ignores_the_signal_is_killed(stub, tmp_path, monkeypatch, ca
     stub({"omniglot-5w1s": "stubborn"})
     with pytest.raises(SystemExit) as end:
         start(tmp_path, rows=("omniglot-5w1s",), hours=3 / 3600)
-    assert end.value.code == 1 and "did not end within 0.3 s" in capfd.readouterr().out
+    assert end.value.code == 1 and "did not exit within 0.3 s" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -126,7 +129,7 @@ def test_a_signal_ends_the_run_and_then_the_program(number, tmp_path):
     work = tmp_path / "work"
     (tmp_path / "stub.py").write_text(STUB)
     program = (
-        "import sys; from experiments import command_line, reproduce\n"
+        "import sys; from experiments import reproduce; from experiments.shared import command_line\n"
         "def stub(config, row, seed):\n"
         f"    return [sys.executable, {str(tmp_path / 'stub.py')!r}, str(config.workdir / row.name), 'hangs', '-']\n"
         "reproduce.command = stub\n"
@@ -150,7 +153,7 @@ def test_a_signal_ends_the_run_and_then_the_program(number, tmp_path):
 
 
 BAD = [
-    ({"rows": ("omniglot-5w1z",)}, "none is called 'omniglot-5w1z'; near are omniglot-5w1s, omniglot-5w5s"),
+    ({"rows": ("omniglot-5w1z",)}, "no row matches 'omniglot-5w1z'; similar rows are omniglot-5w1s, omniglot-5w5s"),
     ({"rows": ()}, "at least one row"),
     ({"steps": 0}, "steps must be an integer of at least 1, but got 0"),
     ({"hours": float("nan")}, "hours must be positive and finite"),
@@ -158,8 +161,6 @@ BAD = [
     ({"seeds": (-1,)}, "seeds must be an integer of at least 0, but got -1"),
     ({"rows": ("images-*",), "image_dir": Path("nowhere")}, "image_dir: nowhere does not exist, and images-5w1s needs"),
     ({"results": (Path("nowhere"),)}, "there is no folder nowhere"),
-    ({"readme": ROOT / "README.md"}, "give a folder of runs"),
-    ({"readme": ROOT / "setup.cfg", "results": (ROOT / "results",)}, "once each, in this order"),
 ]
 
 

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 
 from experiments import omniglot
 from experiments.few_shot import methods
@@ -31,7 +32,7 @@ def initial(run, classes=None):
     """The learner of the run and its initial state."""
     net = methods.network(run, outputs=classes, training=True)
     learner = methods.learner(run, net, losses.cross_entropy(models.apply_params(net)))
-    return learner, learner.init(methods.initial_params(run, net, jax.random.key(0)))
+    return learner, learner.init(net.init(jax.random.key(0), jnp.zeros((1, *run.image_shape)))["params"])
 
 
 def save(path, run, data_set, state, step=1, selected_after=None):

@@ -1,4 +1,4 @@
-"""What the tests of the table share: directories as runs leave them, and the program over them."""
+"""Made-up run directories for the tests of the table, and the program that renders them."""
 
 import json
 from pathlib import Path
@@ -6,34 +6,31 @@ from pathlib import Path
 import numpy as np
 
 from experiments import reproduce
-from experiments.few_shot import options as few_shot
-from experiments.table import rows
+from experiments.few_shot.run import DataSet
+from experiments.table.rows import BY_NAME, EXPERIMENTS
 from maml_jax.evaluation import Protocol, Results
+from maml_jax.runs.files import to_jsonable
 
 ROOT = Path(__file__).parents[2]
-BY_NAME = {row.name: row for row in rows.ROWS}
-
-
-def as_json(tree):
-    return json.dumps(tree, default=lambda leaf: leaf.tolist() if hasattr(leaf, "tolist") else str(leaf))
+DATA = DataSet("made up", None, None, None, {"test": "0123456789abcdef"}, {})
 
 
 def made_up(path, name, seed=0, steps=60_000, accuracy=0.9, tasks=50, **labels):
-    """A directory as a run leaves it: `tasks` tasks, of which every query is right with that chance."""
+    """Writes the directory of a finished run with `tasks` tasks, whose queries are correct with that probability."""
     row = BY_NAME[name]
-    module = rows.EXPERIMENTS[row.experiment]
-    config, setting = module.settle(module.Config(**row.options, steps=steps, seed=seed))
-    told = Protocol("made up", "test", 9, "0123456789abcdef", tasks, seed, setting.ways, setting.shots,
-                    setting.queries, "none", 10, 2.0, config.normalisation, "together")  # fmt: skip
-    count = setting.ways * setting.queries
+    run = EXPERIMENTS[row.experiment](**row.options, row=name, steps=steps, seed=seed).resolved()
+    protocol = Protocol("made up", "test", 9, "0123456789abcdef", tasks, seed, run.ways, run.shots,
+                        run.queries, "none", 10, 2.0, run.normalisation, "transductive")  # fmt: skip
+    count = run.ways * run.queries
     random = np.random.default_rng(seed)
     test = {}
-    for label, chance in {"queries together": accuracy, **labels}.items():
+    for label, chance in {"transductive": accuracy, **labels}.items():
         label = label.replace("_", " ")
         columns = 1 if label == "nearest neighbour" else 11
         found = random.binomial(count, chance, (tasks, columns)) / count
-        protocol = told._replace(query_mode="one by one" if label.endswith("one by one") else "together")
-        test[label] = Results(protocol, found, np.zeros((tasks, columns), bool)).summary()
+        mode = "inductive" if label == "inductive" else "transductive"
+        results = Results(protocol._replace(query_mode=mode), found, np.zeros((tasks, columns), bool))
+        test[label] = results.summary()
     results = {
         "made_by": {
             "command": "python -m <made & up>",
@@ -42,16 +39,22 @@ def made_up(path, name, seed=0, steps=60_000, accuracy=0.9, tasks=50, **labels):
             "started": "2026-01-01T00:00:00Z",
             "finished": "2026-01-01T02:30:00Z",
         },
-        "experiment": row.experiment,
-        "config": {name: value for name, value in vars(config).items() if name not in few_shot.PLACES},
-        "setting": vars(setting),
+        "row": name,
+        **run.description(DATA),
         "selected": {"by": "accuracy on validation tasks", "step": steps - 1},
         "test": test,
     }
     path.mkdir(parents=True)
-    (path / "results.json").write_text(as_json(results))
-    (path / "run.json").write_text(as_json({"config": few_shot.recorded(config, setting)}))
+    (path / "results.json").write_text(json.dumps(to_jsonable(results)))
+    (path / "run.json").write_text(json.dumps(to_jsonable({"config": run.record(DATA)})))
     return results
+
+
+def unfinished(path, name, seed=0):
+    """Writes the directory of a run that has no results after 1,240 meta-steps; the last row is incomplete."""
+    path.mkdir(parents=True)
+    (path / "run.json").write_text(json.dumps({"config": {"row": name, "seed": seed}}))
+    (path / "metrics.jsonl").write_text('{"step": 20}\n{"step": 1240}\n{"step": 12')
 
 
 def start(tmp_path, **options):

@@ -11,7 +11,7 @@ from experiments.few_shot import methods, testing
 from experiments.few_shot.run import Method
 from maml_jax.tasks import host_memory
 from maml_jax.tasks.fixed import fixed_tasks
-from maml_jax.train import many_steps
+from maml_jax.training import many_steps
 
 METHODS = Method.__args__
 
