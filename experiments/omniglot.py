@@ -186,7 +186,7 @@ class Run(few_shot.Run):
                 )
             ways, shots, net = PRESETS[self.preset]
             run = dataclasses.replace(self, preset=None, ways=ways, shots=shots, net=net)
-        return super(Run, run).resolved()
+        return few_shot.Run.resolved(run)
 
     def check(self) -> None:
         super().check()

@@ -81,7 +81,7 @@ def outer_rate(run: Run) -> float | Callable[[Any], Any]:
     """The outer rate, or its schedule over the meta-steps."""
     if run.method == "reptile":
         return optax.linear_schedule(run.outer_rate, 0.0, run.steps)  # Nichol et al. 2018, section 6.1.
-    if run.falls:
+    if run.outer_rate_falls:
         return optax.cosine_decay_schedule(run.outer_rate, run.steps, alpha=0.01)
     return run.outer_rate
 

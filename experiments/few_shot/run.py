@@ -1,4 +1,4 @@
-"""One few-shot run as one record: the options of the command line, and after `resolved()` every number of the run."""
+"""A few-shot run as one record: the options of the command line, which `resolved()` completes by the recipe."""
 
 import dataclasses
 from pathlib import Path
@@ -31,8 +31,8 @@ Method = Literal[
 Net = Literal["conv", "mlp"]
 Split = Literal["train", "val", "test"]
 
-FIRST_ORDER = ("reptile", "imaml", "pretrained")
-"""Methods that do not differentiate through the inner steps, with any `order`."""
+WITHOUT_ORDER = ("reptile", "imaml", "pretrained")
+"""Methods that do not differentiate through the inner steps: `order` has no effect."""
 ANNEALED = ("maml++", "reptile")
 """Methods whose outer rate always falls over the meta-steps."""
 TEST_STEPS = 10
@@ -55,6 +55,7 @@ class DataSet(NamedTuple):
         return {"train": self.train, "val": self.val, "test": self.test}[name]
 
 
+# The command line sees an optional option, and mypy the type that it has after `resolved()`.
 T = TypeVar("T")
 if TYPE_CHECKING:
     FromRecipe = Annotated[T, "None until `resolved()`"]
@@ -68,7 +69,8 @@ RECIPE: Any = None
 class Run(command_line.RunOptions):
     """Options of every few-shot experiment. Options that are not given follow the recipe.
 
-    `resolved()` fills in the recipe; all functions of `experiments.few_shot` take a resolved run.
+    `resolved()` completes a run by its recipe; the functions of `experiments.few_shot` take a resolved run. A subclass
+    for each experiment adds the options of its data.
     """
 
     ways: FromRecipe[int] = RECIPE
@@ -151,7 +153,7 @@ class Run(command_line.RunOptions):
     # From options to numbers
 
     def resolved(self) -> Self:
-        """Returns the run with every option filled in by the recipe, checked as far as possible without data.
+        """Returns the run with values for all options, checked as far as possible without data.
 
         Raises:
           ValueError: naming the option, the value and the allowed values.
@@ -162,15 +164,17 @@ class Run(command_line.RunOptions):
                 f"inner_steps is for methods that adapt in training, unlike pretrained, but got {self.inner_steps}. "
                 f"Fine-tuning is evaluated after 0 to {TEST_STEPS} steps."
             )
-        run = self.filled(ways=5, shots=1, net="conv", tune=self.method == "pretrained" and self.inner_rate is None)
+        run = self.with_defaults(
+            ways=5, shots=1, net="conv", tune=self.method == "pretrained" and self.inner_rate is None
+        )
         validation.at_least("ways", run.ways, 2)
         validation.at_least("shots", run.shots, 1)
-        run = run.filled(**for_method(self.method, run.recipe()))
+        run = run.with_defaults(**for_method(self.method, run.recipe()))
         run.check()
         return run
 
-    def filled(self, **values: Any) -> Self:
-        """Returns the run with these values for the options that are None."""
+    def with_defaults(self, **values: Any) -> Self:
+        """Returns the run with these values in place of None."""
         return dataclasses.replace(self, **{name: v for name, v in values.items() if getattr(self, name) is None})
 
     def check(self) -> None:
@@ -217,7 +221,7 @@ class Run(command_line.RunOptions):
             )
         if self.tune and self.method != "pretrained":
             raise ValueError(f"tune is for the method pretrained, but got {self.method}.")
-        if self.order == 1 and self.method in FIRST_ORDER:
+        if self.order == 1 and self.method in WITHOUT_ORDER:
             raise ValueError(f"order 1 is for methods that differentiate the inner loop, and {self.method} does not.")
         if self.anneal and self.method in ANNEALED:
             raise ValueError(f"anneal is for methods with a constant outer rate; the rate of {self.method} falls.")
@@ -230,7 +234,7 @@ class Run(command_line.RunOptions):
         return EpisodeShape(self.ways, self.shots, self.queries, self.rotations)
 
     @property
-    def falls(self) -> bool:
+    def outer_rate_falls(self) -> bool:
         """Whether the outer rate falls over the meta-steps, so that `steps` changes the training."""
         return self.anneal or self.method in ANNEALED
 
@@ -267,14 +271,14 @@ class Run(command_line.RunOptions):
     def mutable_fields(self) -> tuple[str, ...]:
         """Fields of `record` that may change when the run is resumed."""
         fields = (*NEUTRAL, "expect", "test_tasks", "evaluation", "ensemble", "task_batch_size")
-        return fields if self.falls else (*fields, "steps")
+        return fields if self.outer_rate_falls else (*fields, "steps")
 
     def description(self, data: DataSet) -> dict[str, Any]:
         """Description in saved models and results, from which `experiments.evaluate` restores the run."""
-        unnamed = (*NEUTRAL, "task_batch_size")
+        left_out = (*NEUTRAL, "task_batch_size")
         return {
             "experiment": self.experiment,
-            "config": {name: value for name, value in dataclasses.asdict(self).items() if name not in unnamed},
+            "config": {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out},
             "selected_after": self.selected_after,
             "data_sha256": data.sha256,
         }
@@ -297,7 +301,6 @@ class Run(command_line.RunOptions):
 
 NEUTRAL = ("data_dir", "cache_dir", "download", "row", *RUN_OPTIONS)
 """Options without effect on any number."""
-
 
 LEAST_STEPS = {"maml++": 5, "reptile": 5, "imaml": 16}
 """Inner steps that a method needs at least; a recipe with fewer steps is changed to these."""

@@ -12,7 +12,7 @@ import optax
 
 import maml_jax
 from experiments.few_shot import methods
-from experiments.few_shot.run import FIRST_ORDER, TEST_STEPS, DataSet, Run, Split
+from experiments.few_shot.run import TEST_STEPS, WITHOUT_ORDER, DataSet, Run, Split
 from maml_jax import evaluation, losses
 from maml_jax.algorithms import running_statistics
 from maml_jax.algorithms.imaml import with_proximal_term
@@ -110,7 +110,7 @@ def accuracy(run: Run, state: MetaState, groups: Iterable[Task], steps: int) -> 
 
 def protocol(run: Run, data: DataSet, split: Split, tasks: int) -> Protocol:
     """Protocol of an evaluation without adaptation, on tasks from the seed of the run."""
-    order = "" if run.method in FIRST_ORDER else f", order {run.order}"
+    order = "" if run.method in WITHOUT_ORDER else f", order {run.order}"
     return Protocol(
         method=run.method + order,
         data=data.name,
