@@ -172,7 +172,7 @@ def _section(run: Run) -> str:
 
 
 def cost(run: Run) -> list[str]:
-    """What the run took, in words: time, meta-steps, hardware."""
+    """Time, meta-steps and hardware of the run, in words."""
     last = run.starts[-1]
     finished = (run.results or {}).get("made_by", {}).get("finished")
     if finished and finished < last.get("started", ""):

@@ -1,1 +1,1 @@
-"""What all experiments share."""
+"""Shared parts of all experiments: the command line and pictures."""

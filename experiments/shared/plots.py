@@ -1,4 +1,4 @@
-"""Pictures of results, drawn from what a run has recorded. Only this file and `rl/plots.py` import matplotlib."""
+"""Pictures of results. Only this file and `reinforcement/plots.py` import matplotlib."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any, BinaryIO
 
 import matplotlib
 
-matplotlib.use("Agg")  # Pictures go to files: no display is needed.
+matplotlib.use("Agg")  # Pictures are files: no display is needed.
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -18,7 +18,7 @@ def few_shot(path: Path, history: Sequence[dict[str, Any]], results: dict[str, A
     accuracy = 100 * np.array([row["accuracy"] for row in history])
     left.plot(*_smoothed(steps, accuracy), label="training tasks, after adaptation")
     validated = [(row["step"], 100 * row["val_accuracy"]) for row in history if "val_accuracy" in row]
-    if validated:  # A run that was ended before its first validation has none.
+    if validated:  # A run that was stopped before its first validation has none.
         left.plot(*zip(*validated), "o-", markersize=3, label="validation tasks")
     left.set(xlabel="meta-steps", ylabel="accuracy (%)", title="Training")
     _over_inner_steps(right, results["test"])
@@ -45,7 +45,7 @@ def training(
     figure, grid = plt.subplots(rows, columns, figsize=(4.5 * columns, 3 * rows), squeeze=False, layout="constrained")
     for axes in grid.flat[len(curves) :]:
         axes.axis("off")
-    colours: dict[str, str] = {}  # One for a line, in whichever panels it is.
+    colours: dict[str, str] = {}  # A line has the same colour in all panels.
     for axes, (metric, lines) in zip(grid.flat, curves.items()):
         for label, (steps, values) in lines.items():
             colour = colours.setdefault(label, f"C{len(colours) % 10}")
@@ -53,7 +53,7 @@ def training(
             axes.plot(*_smoothed(np.array(steps), np.array(values)), color=colour, marker=marker, label=label)
         axes.set(title=metric, xlabel="meta-steps")
         axes.grid(alpha=0.3)
-    # A name is no formula.
+    # A dollar sign in a name begins no formula.
     handles = [plt.Line2D([], [], color=colour, label=label.replace("$", r"\$")) for label, colour in colours.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize="small")
     figure.savefig(target, dpi=120, format="png")
@@ -61,11 +61,11 @@ def training(
 
 
 def inner_steps(target: Path | BinaryIO, found: Mapping[str, dict[str, Any]]) -> None:
-    """Accuracy over inner steps of several evaluations, each a summary of `evaluation.Results`, by label.
+    """Accuracy over inner steps, with a line for each evaluation.
 
     Args:
       target: file to write the PNG to.
-      found: of each summary, `accuracy` and `half_width` are drawn.
+      found: summaries of `evaluation.Results` by label, with `accuracy` and `half_width`.
     """
     figure, axes = plt.subplots(figsize=(8, 4 + 0.12 * len(found)), layout="constrained")
     _over_inner_steps(axes, found)
@@ -78,7 +78,7 @@ def inner_steps(target: Path | BinaryIO, found: Mapping[str, dict[str, Any]]) ->
 def predictions(
     path: Path, labelled: Mapping[str, Sequence[np.ndarray]], predicted: Sequence[tuple[np.ndarray, str, float]]
 ) -> None:
-    """Labelled pictures, a column for each class, and below them the others, each with its class and confidence."""
+    """Labelled pictures, a column for each class, and below them the classified ones with class and confidence."""
     columns = max(len(labelled), 5)
     examples = max(len(pictures) for pictures in labelled.values())
     rows = examples + -(-len(predicted) // columns)
@@ -97,13 +97,13 @@ def predictions(
 
 
 def adaptation(path: Path, examples: Sequence[Mapping[str, np.ndarray]]) -> None:
-    """Adaptation to some tasks, three rows for each: a support image and a query of each class, and the probability
-    that the query has of its class over the inner steps.
+    """Adaptation to some tasks, three rows for each task: a support image and a query of each class, and the predicted
+    probability of the query's class over the inner steps. At most five classes are shown.
 
     Args:
       path: file to write the PNG to.
-      examples: of each task `support` and `query` images, `[N, H, W, C]` in [0, 1], one of each class, and
-        `probabilities` of the queries `[S + 1, N, N]`, by inner step, query and class. At most five classes are shown.
+      examples: for each task `support` and `query` images, `[N, H, W, C]` in [0, 1], one of each class, and
+        `probabilities` of the queries `[S + 1, N, N]`, by inner step, query and class.
     """
     columns = min(5, len(examples[0]["support"]))
     heights = [1.0, 1.0, 0.7] * len(examples)
@@ -128,9 +128,9 @@ def adaptation(path: Path, examples: Sequence[Mapping[str, np.ndarray]]) -> None
                 axes.plot(steps[kind], lines[kind], "o", color=colour, markersize=3)
             axes.set(ylim=(-0.05, 1.05), yticks=[0, 1], xticks=[0, steps[-1]])
             axes.tick_params(labelsize="x-small")
-        for axes, name in zip(block[:, 0], ("support", "query", "P(its class)")):
+        for axes, name in zip(block[:, 0], ("support", "query", "P(true class)")):
             axes.set_ylabel(name, fontsize="small")
-    figure.suptitle("Test tasks, before and after each inner step; green is right", fontsize="small")
+    figure.suptitle("Test tasks, before and after each inner step; green: correct", fontsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -144,7 +144,7 @@ def _over_inner_steps(axes: Any, found: Mapping[str, dict[str, Any]]) -> None:
 
 
 def _smoothed(steps: np.ndarray, values: np.ndarray, points: int = 200) -> tuple[np.ndarray, np.ndarray]:
-    """Means over groups of neighbours, at most `points` of them."""
+    """Means over at most `points` groups of neighbouring values."""
     groups = np.array_split(np.arange(len(steps)), min(points, len(steps)))
     return np.array([steps[g].mean() for g in groups]), np.array([values[g].mean() for g in groups])
 
@@ -189,7 +189,7 @@ def sinusoid_fits(path: Path, panels: Sequence[dict[str, Any]]) -> None:
 
 
 def benchmark(path: Path, rows: Sequence[dict[str, Any]], peers: Mapping[str, str]) -> None:
-    """Time of a meta-step by workload, ours and PyTorch's; and time and memory over inner steps where they vary."""
+    """Time of a meta-step by workload, ours and PyTorch's; or time and memory over inner steps, if these vary."""
     rows = [row for row in rows if "ms" in row]
     swept = len({row["inner_steps"] for row in rows}) > 1
     figure, panels = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
@@ -203,7 +203,7 @@ def benchmark(path: Path, rows: Sequence[dict[str, Any]], peers: Mapping[str, st
             steps = [row["inner_steps"] for row in same]
             panels[0].plot(steps, [row["ms"] for row in same], **style)
             panels[1].plot(steps, [(row["memory_compiled"] or np.nan) / 1e6 for row in same], **style)
-        for axes, label in zip(panels, ("ms a meta-step", "MB for what is computed in between")):
+        for axes, label in zip(panels, ("ms a meta-step", "MB of intermediate values")):
             axes.set(xlabel="inner steps", ylabel=label, xscale="log", yscale="log")
             axes.grid(alpha=0.3)
         panels[1].legend(fontsize="small")
@@ -238,7 +238,7 @@ def _kind(row: dict[str, Any], peers: Mapping[str, str]) -> str:
 
 
 def shares(path: Path, rows: Mapping[str, Mapping[str, float]], whole: str) -> None:
-    """What parts take of a `whole`, which is named, a bar for each row."""
+    """Shares of the parts of a `whole`, which is named, with a bar for each row."""
     figure, axes = plt.subplots(figsize=(8, 1.2 + 0.5 * len(rows)), layout="constrained")
     for number, (name, parts) in enumerate(rows.items()):
         left = 0.0

@@ -1,4 +1,4 @@
-"""A folder of pictures is classified by a saved model; what is wrong with it is told before."""
+"""A folder of pictures is classified by a saved model; a wrong folder is refused before."""
 
 import json
 
@@ -96,7 +96,7 @@ def test_inner_steps_are_those_that_the_model_was_selected_after(model, folder):
     assert adapt.prepare(adapt.Config(model, folder, steps=0)).steps == 0
 
 
-def test_what_is_wrong_with_the_folder_is_told(model, folder, tmp_path):
+def test_a_wrong_folder_is_refused(model, folder, tmp_path):
     def refused(message, **options):
         with pytest.raises(ValueError, match=message):
             adapt.prepare(adapt.Config(**{"model": model, "folder": folder, **options}))

@@ -1,6 +1,6 @@
 """Hypothesis looks for an option that is wrong and gets through, or is right and does not.
 
-What is allowed is said here once more, apart from the code that checks it.
+The allowed values are stated here independently of the code that checks them.
 """
 
 import collections
@@ -134,7 +134,7 @@ def contradicts(name, given):
 
 
 def settle(name, config):
-    """What an experiment checks before it reads data."""
+    """The checks of an experiment before it reads data."""
     if name == "sinusoid":
         config.check()
     elif name == "navigation":

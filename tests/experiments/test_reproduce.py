@@ -64,9 +64,9 @@ def test_a_row_that_fails_stops_no_other_and_what_is_finished_is_skipped(stub, t
     with pytest.raises(SystemExit) as end:
         start(tmp_path, rows=chosen, steps=100, seeds=(0, 1))
     assert end.value.code == 1
-    told = capfd.readouterr().out
-    assert "omniglot-5w1s-seed1: failed with status 1:\n  one\n  error: the loss is nan\n" in told
-    assert "omniglot-5w1s-order1-seed1: finished\n" in told
+    output = capfd.readouterr().out
+    assert "omniglot-5w1s-seed1: failed with status 1:\n  one\n  error: the loss is nan\n" in output
+    assert "omniglot-5w1s-order1-seed1: finished\n" in output
     order = tmp_path / "work" / "order"
     expected = [
         "omniglot-5w1s-seed0",
@@ -107,10 +107,10 @@ def test_at_the_end_of_the_budget_the_run_saves_and_the_rest_is_left(stub, tmp_p
     begun = time.monotonic()
     start(tmp_path, rows=("omniglot-5w?s-order1",), hours=3 / 3600)
     assert 3 <= time.monotonic() - begun < 20
-    told = capfd.readouterr().out
-    assert "omniglot-5w1s-order1-seed0: stopped after 40 of 60,000 meta-steps: the budget is over" in told
-    assert "; --rows omniglot-5w1s-order1 --seeds 0 --steps 40 evaluates it as it is, unless its outer rate" in told
-    assert "omniglot-5w5s-order1-seed0: not run: the budget is over" in told
+    output = capfd.readouterr().out
+    assert "omniglot-5w1s-order1-seed0: stopped after 40 of 60,000 meta-steps: the budget is over" in output
+    assert "; --rows omniglot-5w1s-order1 --seeds 0 --steps 40 evaluates it as it is, unless its outer rate" in output
+    assert "omniglot-5w5s-order1-seed0: not run: the budget is over" in output
     assert (tmp_path / "work" / "omniglot-5w1s-order1-seed0" / "saved").exists()
     assert not (tmp_path / "work" / "omniglot-5w5s-order1-seed0").exists()
 
@@ -146,8 +146,8 @@ def test_a_signal_ends_the_run_and_then_the_program(number, tmp_path):
         assert process.poll() is None and time.monotonic() < until
         time.sleep(0.05)
     os.killpg(process.pid, number)  # As Ctrl-C does.
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and "Traceback" not in told
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "Traceback" not in errors
     assert (work / "omniglot-5w1s" / "saved").exists() and not (work / "omniglot-5w5s").exists()
     assert (work / "index.html").exists()
 

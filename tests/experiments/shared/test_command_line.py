@@ -1,4 +1,4 @@
-"""What the commands say to wrong input."""
+"""Wrong input ends a command soon, with a message."""
 
 import sys
 import time
