@@ -1,11 +1,13 @@
-"""Tables of returns against results, and pictures of returns over tasks."""
+"""Tables of returns against results; what they cannot be written into or made of is told."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from experiments.reinforcement import plots
-from experiments.table import returns
+from experiments.table import page, returns
+
+ROOT = Path(__file__).parents[2]
 
 
 def made_up(folder, environment="ant-velocity", rows=(), steps=30, **config):
@@ -51,15 +53,15 @@ def test_tables_tell_each_method_with_its_paper_and_engine(tmp_path):
         "Half-cheetah, velocity", "MAML",
         "Ant, velocity", "MAML", "not trained, `lvc`, inner_steps 2, 400 tasks", "oracle, told the task",
     ]  # fmt: skip
-    assert cells[1][1:] == ["5", "0.1, 0.05", "0.0 ± 0.2", "1.0 ± 0.2", "2.0 ± 0.2", "3.0 ± 0.2", "50%",
+    assert cells[1][1:] == ["5", "0.1, 0.05", "0.0 +- 0.2", "1.0 +- 0.2", "2.0 +- 0.2", "3.0 +- 0.2", "50%",
                             "", "1, 2.5, 3, 4"]  # fmt: skip
     assert cells[3][1:5] == ["30", "0.1, 0.05", "11.00 (10.0 to 12.0, 2 seeds)", "12.00 (11.0 to 13.0, 2 seeds)"]
-    assert cells[3][7] == "75%" and cells[4][1] == "" and cells[4][3] == "-7.0 ± 0.2"
-    assert cells[5][1:] == ["30", "", "0.0 ± 0.2", "", "", "", "", "", "9"]
+    assert cells[3][7] == "75%" and cells[4][1] == "" and cells[4][3] == "-7.0 +- 0.2"
+    assert cells[5][1:] == ["30", "", "0.0 +- 0.2", "", "", "", "", "", "9"]
     assert f"`{tmp_path.as_posix()}/b` (MuJoCo 3.17.0)" in text.replace("\n", " ")
 
 
-def test_returns_are_drawn_over_tasks_that_are_numbers_with_the_oracle_for_all(tmp_path, monkeypatch, capsys):
+def test_returns_are_drawn_over_tasks_that_are_numbers_with_the_oracle_for_all(tmp_path, monkeypatch):
     def of_tasks(row, tasks, returns, kinds=None):
         return row | {"tasks": [tasks], "return_of_task": returns, "return_of_kind": kinds or {}}
 
@@ -71,24 +73,48 @@ def test_returns_are_drawn_over_tasks_that_are_numbers_with_the_oracle_for_all(t
     made_up(tmp_path / "results" / "older", rows=[row()], steps=20)
     directions = of_tasks(row(), "1 -1", ["5 3", "6 4"], {"1": [5, 6], "-1": [3, 4]})
     made_up(tmp_path / "results" / "c", "ant-direction", rows=[directions])
-    drawn, draw = [], plots.returns_of_tasks
+    drawn, draw = [], returns.reinforcement_testing.plots.returns_of_tasks
 
     def watched(path, methods, bound):
         drawn.append((path.name, methods, bound))
         draw(path, methods, bound)
 
-    monkeypatch.setattr(plots, "returns_of_tasks", watched)
-    returns.main(returns.prepare(returns.Config(tmp_path / "results")))
+    monkeypatch.setattr("experiments.reinforcement.plots.returns_of_tasks", watched)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{returns.BEGIN}{returns.END}")
+    returns.main(returns.prepare(returns.Config(tmp_path / "results", readme)))
     ((name, methods, (_, bound)),) = drawn
     assert name == "ant-velocity-tasks.png" and (tmp_path / "results" / name).stat().st_size > 1000
     assert [*methods] == ["MAML, kl_limit 0.03, 30", "MAML, kl_limit 0.03, 30 (again)"]
     tasks, found = methods["MAML, kl_limit 0.03, 30"]
     assert tasks.tolist() == [2, 1]
     assert found.tolist() == [[6, 3], [7.5, 4.5]] and bound.tolist() == [[9, 8]]
-    gains = [line[-2] for line in cells_of(capsys.readouterr().out)]
-    assert gains == ["gains", "+1.5 ± 0.0", "+1.0 ± 0.0", "", "", "", "gains", "+1.0 ± 0.0"]
+    gains = [line[-2] for line in cells_of(readme.read_text())]
+    assert gains == ["gains", "+1.5 +- 0.0", "+1.0 +- 0.0", "", "", "", "gains", "+1.0 +- 0.0"]
 
 
-def test_a_folder_without_returns_is_refused(tmp_path):
+def test_only_the_region_of_the_readme_is_written(tmp_path):
+    made_up(tmp_path / "results" / "a", rows=[row()])
+    readme = tmp_path / "README.md"
+    config = returns.Config(tmp_path / "results", readme)
+    readme.write_text("No marks.\n")
+    with pytest.raises(ValueError, match="must hold the lines '<!-- returns: begin -->'"):
+        returns.prepare(config)
+    readme.write_text(f"Before.\n{returns.BEGIN}old\n{returns.END}After.\n{page.BEGIN}kept\n{page.END}")
+    returns.main(returns.prepare(config))
+    text = readme.read_text()
+    assert text.startswith(f"Before.\n{returns.BEGIN}Mean return") and "old" not in text
+    assert text.endswith(f"{returns.END}After.\n{page.BEGIN}kept\n{page.END}")
+    (tmp_path / "results" / "a" / "results.json").unlink()
     with pytest.raises(ValueError, match="holds no runs of reinforcement learning"):
-        returns.prepare(returns.Config(tmp_path))
+        returns.prepare(config)
+
+
+def test_the_readme_shows_what_results_hold(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = Path("README.md").read_text()
+    rendered = returns.markdown(returns.found(Path("results")))
+    assert page.with_region(text, rendered, returns.BEGIN, returns.END) == text, (
+        "The README's tables of returns are not what results/ holds: "
+        "python -m experiments.table.returns --results results --readme README.md"
+    )
