@@ -95,7 +95,7 @@ def test_commands_that_call_the_host_get_a_spare_thread(module, wrong, calls_hos
 
 CALLS_FROM_ALL_DEVICES = """
 import faulthandler; faulthandler.dump_traceback_later(60, exit=True)
-from experiments import command_line; command_line.use_cores(calls_host=True)
+from experiments.shared import command_line; command_line.use_cores(calls_host=True)
 import jax, jax.numpy as jnp, numpy as np
 from maml_jax.parallel.task_axis import local_mesh
 P = jax.sharding.PartitionSpec
