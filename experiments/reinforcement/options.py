@@ -79,7 +79,7 @@ MUTABLE_FIELDS = ("steps", "test_rates", "test_tasks", "test_episodes", "render"
 """Options that may change when a run is resumed."""
 
 APPENDABLE_FIELDS = ("methods", "seeds")
-"""Options that may get further entries when a run is resumed. Each entry is a training run of its own."""
+"""Options that may get further entries when a run is resumed. Each entry is a separate training run."""
 
 METHODS_OF_OPTION: dict[str, tuple[MethodName, ...]] = {
     "sampling_term": ("maml", "first_order"),

@@ -100,10 +100,10 @@ def test_rewards_and_observations_follow_the_authors_code(x64_everywhere, engine
         expected += 0.05
         observation = [data.qpos, data.qvel, forces.ravel(), data.xmat[1], data.subtree_com[1]]
     np.testing.assert_allclose(step.reward, expected, rtol=1e-9)
-    seen = environment.observe(step.state, task)
-    assert seen.shape == (environment.observation_size,) and not step.done
-    np.testing.assert_allclose(seen, np.concatenate(observation), atol=1e-9)
-    np.testing.assert_allclose(positions(engines[name], seen), data.qpos, atol=1e-9)
+    observed = environment.observe(step.state, task)
+    assert observed.shape == (environment.observation_size,) and not step.done
+    np.testing.assert_allclose(observed, np.concatenate(observation), atol=1e-9)
+    np.testing.assert_allclose(positions(engines[name], observed), data.qpos, atol=1e-9)
     if name == "ant":
         for height, speed, ends in ((0.21, -8.0, True), (0.5, -4.0, False), (0.95, 4.0, True)):
             at = body._replace(state=body.state.at[2].set(height).at[engines[name].sizes[0] + 2].set(speed))

@@ -38,13 +38,13 @@ def test_the_callback_equals_the_engines_loop_bit_for_bit(x64_everywhere, engine
     @compiled
     def simulate(state, controls):  # Two nested maps in a scan call the host once for each time step.
         def step(state, control):
-            seen = jax.vmap(jax.vmap(engine.step))(state, control)
-            return seen.state, seen
+            outputs = jax.vmap(jax.vmap(engine.step))(state, control)
+            return outputs.state, outputs
 
         return jax.lax.scan(step, state, controls)[1]
 
-    seen = simulate(state.reshape(2, 3, -1), controls.reshape(40, 2, 3, motors))
-    states, sensors = (np.asarray(leaf).reshape(40, 6, leaf.shape[-1]) for leaf in seen)
+    outputs = simulate(state.reshape(2, 3, -1), controls.reshape(40, 2, 3, motors))
+    states, sensors = (np.asarray(leaf).reshape(40, 6, leaf.shape[-1]) for leaf in outputs)
     touched = 0
     for episode in range(6):
         for time, data in enumerate(loop(name, state[episode], controls[:, episode])):
@@ -102,8 +102,8 @@ def test_concurrent_calls_are_independent(engines, cores_of_a_device, monkeypatc
     controls = rng.uniform(-1, 1, (6, 40, motors))
     with ThreadPoolExecutor(6) as pool:
         found = list(pool.map(engine._step, states, controls))
-    for seen, state, control in zip(found, states, controls):
-        jax.tree.map(np.testing.assert_array_equal, seen, engines["ant"]._step(state, control))
+    for outputs, state, control in zip(found, states, controls):
+        jax.tree.map(np.testing.assert_array_equal, outputs, engines["ant"]._step(state, control))
     workers = [engine._workers.get_nowait() for _ in range(jax.local_device_count())]
     assert engine._workers.empty() and all(len(worker.memory) == cores_of_a_device for worker in workers)
 
