@@ -143,7 +143,8 @@ def main(
         "rows": rows,
     }
     print(evaluation.table(results))
-    directory.write_params({method: policy.state.params for method, policy in trained.items()})
+    params = {method: policy.state.params for method, policy in trained.items()}
+    maml_jax.save(directory.path / "params.msgpack", params)
     print(f"Wrote {directory.write_results(results)}, and params.msgpack beside it.")
     plots.returns(directory.path / "returns.png", directory.rows(), rows, paper.RETURNS[environment.name])
     draw(directory.path, config, trained, rows)
