@@ -1,11 +1,11 @@
-"""What second order costs over first order on this machine, in time, memory and operations, and against PyTorch.
+"""Measures the time, memory and operations of a meta-step: second order, first order, and PyTorch.
 
     python -m experiments.benchmark
     python -m experiments.benchmark --workloads omniglot-5w1s --against torch
     python -m experiments.benchmark --workloads transformer --remat none full mixflow --inner-steps 1 4 16 32
 
-Every variant is measured in a process of its own, the variants in turn, and that several times over, so
-that what the machine does meanwhile falls on all of them. Writes a table, results.json and benchmark.png.
+Every variant runs in its own process. The variants run in turn, several times, so that other work on the machine
+affects all of them. Writes a table, results.json and benchmark.png.
 """
 
 import dataclasses
@@ -38,37 +38,37 @@ PEER_NAMES = {"loop": "PyTorch, loop over tasks", "func": "PyTorch, torch.func",
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Every combination of what is given is measured."""
+    """Measures every combination of the options."""
 
     workloads: tuple[WorkloadName, ...] = WORKLOADS
-    """Models and tasks."""
+    """Workloads: a model with a meta-batch each."""
     orders: tuple[Literal[1, 2], ...] = (2, 1)
-    """Second and first order."""
+    """Order of the meta-gradient: second or first."""
     inner_steps: tuple[int, ...] = ()
-    """Inner steps; default: the paper's for each workload."""
+    """Numbers of inner steps. Default: the paper's for each workload."""
     remat: tuple[Remat, ...] = ("none",)
-    """What of the inner steps is kept, for second order."""
+    """What each inner step stores, for second order."""
     task_batch_size: tuple[int, ...] = ()
-    """Tasks computed together on a device, 0 for all; default: what suits the backend and the model."""
+    """Tasks computed together on a device, 0 for all. Default: what suits the backend and the model."""
     implementations: tuple[ImplementationName, ...] = ()
-    """Implementations of the convolution; default: what suits the backend and the shapes."""
+    """Implementations of the convolution. Default: what suits the backend and the shapes."""
     dtypes: tuple[Literal["float32", "bfloat16", "float64"], ...] = ("float32",)
     """Types of parameters and inputs."""
     devices: tuple[int, ...] = ()
-    """Numbers of devices; default: as many as share the tasks evenly."""
+    """Numbers of devices. Default: as many as can share the tasks evenly."""
     against: Literal["torch"] | None = None
-    """Measure the same meta-steps in PyTorch, in turn with ours."""
+    """Also measure the same meta-steps in PyTorch, in turn with ours."""
     peer_python: Path | None = None
-    """The Python that has PyTorch; default: this one."""
+    """A Python with PyTorch. Default: this one."""
     rounds: int = 3
-    """How often every variant is measured."""
+    """Number of measurements of each variant."""
     seconds: float = 3.0
-    """How long each time."""
+    """Duration of each measurement in s."""
     workdir: Path | None = None
-    """Where the results go; default: a new directory below runs/."""
+    """Directory of the results. Default: a new directory below runs/."""
 
     def variants(self) -> list[Variant]:
-        """All combinations, without those that differ in nothing."""
+        """All combinations, without those that compute the same."""
         product: Any = itertools.product(
             self.workloads,
             self.orders,
@@ -82,7 +82,7 @@ class Config:
         found: dict[Variant, None] = {}
         for values in product:
             variant = Variant(*values)
-            if variant.order == 1:  # Keeps nothing of the inner steps.
+            if variant.order == 1:  # Stores nothing of the inner steps.
                 variant = dataclasses.replace(variant, remat="none")
             if variant.workload not in workloads.IMAGES:
                 variant = dataclasses.replace(variant, implementation=None)
@@ -90,7 +90,7 @@ class Config:
         return list(found)
 
     def check(self) -> None:
-        """Raises ValueError, naming the option, what was given and what is allowed."""
+        """Raises ValueError for an option that is not allowed."""
         for name in ("workloads", "orders", "remat", "dtypes"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must name at least one, but got none.")
@@ -104,12 +104,17 @@ class Config:
         validation.positive("seconds", self.seconds)
         if self.peer_python is not None and self.against is None:
             raise ValueError(
-                "peer_python says where PyTorch is, but nothing is measured against it: add --against torch."
+                "peer_python names a Python with PyTorch, but PyTorch is not measured: add --against torch."
             )
 
 
 def prepare(config: Config) -> Config:
-    """Checks the options. Raises ValueError or OSError, saying what is wrong and what to do."""
+    """Checks the options.
+
+    Raises:
+      ValueError: if an option is not allowed, or PyTorch is missing.
+      OSError: if the work directory holds another run, or cannot be written.
+    """
     config.check()
     RunDirectory.check(config.workdir)
     if config.against:
@@ -118,19 +123,19 @@ def prepare(config: Config) -> Config:
             subprocess.run([python, "-c", "import torch"], check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise ValueError(
-                f"{python} has no PyTorch to measure against. Install it, `pip install -e '.[torch]'`, or name a "
-                "Python that has it with --peer-python."
+                f"{python} has no PyTorch to measure. Install it with `pip install -e '.[torch]'`, or name a Python "
+                "that has it with --peer-python."
             ) from error
         if (backend := where()[0]) not in ("cpu", "gpu"):
             raise ValueError(f"against torch measures on CPUs and GPUs, but JAX has a {backend} here.")
         if backend == "gpu" and not config.devices:
-            return dataclasses.replace(config, devices=(1,))  # As many as the peers use.
+            return dataclasses.replace(config, devices=(1,))  # The peers use one.
     return config
 
 
 def main(config: Config) -> dict:
-    """Runs the benchmark; returns what it writes to `results.json`."""
-    jax.config.update("jax_platforms", "cpu")  # An accelerator is for the processes that measure, one at a time.
+    """Runs the benchmark; returns the content of `results.json`."""
+    jax.config.update("jax_platforms", "cpu")  # The processes that measure use the accelerator, one at a time.
     backend, device = where()
     run = RunDirectory(config.workdir, "benchmark", devices=device)
     print(f"Writing to {run.path}", flush=True)
@@ -154,9 +159,9 @@ def main(config: Config) -> dict:
                 else:
                     row["rounds"].append(outcome)
                 run.log(**{key: value for key, value in row.items() if key != "rounds"} | outcome | {"round": turn})
-                said = outcome.get("error") or f"{np.median(outcome['ms']):.3g} ms"
+                message = outcome.get("error") or f"{np.median(outcome['ms']):.3g} ms"
                 done = turn * len(rows) + number + 1
-                print(f"{done}/{config.rounds * len(rows)}  {title(row)}: {said}", flush=True)
+                print(f"{done}/{config.rounds * len(rows)}  {title(row)}: {message}", flush=True)
     results: dict[str, Any] = {
         "config": dataclasses.asdict(config),
         "cores": cores(),
@@ -177,7 +182,7 @@ def main(config: Config) -> dict:
 
 @cache
 def where() -> tuple[str, str]:
-    """The backend that is measured, and its devices in words: asked of a process of its own, which then lets go."""
+    """The backend and a description of its devices. Another process looks at them, and then releases them."""
     code = "import jax; d = jax.devices(); print(jax.default_backend()); print(len(d), 'x', d[0].device_kind)"
     command = [sys.executable, "-c", code]
     backend, device = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-2:]
@@ -185,12 +190,12 @@ def where() -> tuple[str, str]:
 
 
 def one_round(config: Config, row: dict[str, Any], compiled: str, backend: str) -> dict[str, Any]:
-    """Measures one row once, in a process of its own, peers on our `backend`: what it printed, or how it failed."""
+    """Measures one row once, in a new process; peers run on our `backend`. Returns the measurement or its error."""
     keys = [field.name for field in dataclasses.fields(Variant)] if row["kind"] == "ours" else [
         "peer", "workload", "order", "inner_steps"]  # fmt: skip
     given = {key: row[key] for key in keys} | {"seconds": config.seconds}
     if row["kind"] == "ours":
-        # Compiled anew in the first round, which tells how long that takes; a folder for each row.
+        # Every row has its own compilation cache. The first round compiles, and measures the time.
         folder = os.path.join(compiled, title(row))
         command = [sys.executable, "-m", "experiments.benchmarks.measure", json.dumps({**given, "compiled": folder})]
     else:
@@ -201,13 +206,13 @@ def one_round(config: Config, row: dict[str, Any], compiled: str, backend: str) 
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if "Error" in line or "error" in line]
-        return {"error": said[-1] if said else f"ended with status {done.returncode}"}
+        errors = [line for line in done.stderr.splitlines() if "Error" in line or "error" in line]
+        return {"error": errors[-1] if errors else f"ended with status {done.returncode}"}
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def summary(row: dict[str, Any]) -> dict[str, Any]:
-    """One row with the median of its rounds' medians, and their spread."""
+    """One row with the median and the range of its rounds' medians."""
     row = dict(row)
     rounds = row.pop("rounds")
     if not rounds or "error" in row:
@@ -220,7 +225,7 @@ def summary(row: dict[str, Any]) -> dict[str, Any]:
         row |= {key: rounds[0][key] for key in ("tasks", "compile_s", "memory_compiled", "memory_measured", "gflop")}
         row["devices_used"] = rounds[0]["devices_used"]
         row["limit_gflops"] = float(np.median([outcome["limit_gflops"] for outcome in rounds]))
-        # Each round against the limit of its own process.
+        # The limit was measured in the process of each round.
         row["share_of_limit"] = float(
             np.median([o["gflop"] / np.median(o["ms"]) * 1e3 / o["limit_gflops"] for o in rounds])
         )
@@ -229,7 +234,7 @@ def summary(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Second over first order in time, memory and operations, and the best peer over ours."""
+    """Second order over first order in time, memory and operations; and the fastest peer over ours."""
     found = []
     for row in (row for row in rows if row["kind"] == "ours" and "ms" in row):
         ratio: dict[str, Any] = {key: row[key] for key in ("workload", "order", "inner_steps", "remat")}
@@ -253,13 +258,13 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def title(row: dict[str, Any]) -> str:
-    """What a row measured, in words."""
+    """The variant of a row in words."""
     parts = [row["workload"], "second order" if row["order"] == 2 else "first order"]
     parts += [f"{row['inner_steps']} inner steps"] if row["inner_steps"] else []
     if row["kind"] == "peer":
         return ", ".join([*parts, PEER_NAMES[row["peer"]]])
     parts += [f"remat {row['remat']}"] if row["remat"] != "none" else []
-    parts += [f"{row['task_batch_size']} at once"] if row["task_batch_size"] else []
+    parts += [f"task batches of {row['task_batch_size']}"] if row["task_batch_size"] else []
     parts += [row["implementation"]] if row["implementation"] else []
     parts += [row["dtype"]] if row["dtype"] != "float32" else []
     parts += [f"{row['devices']} devices"] if row["devices"] else []
@@ -267,7 +272,7 @@ def title(row: dict[str, Any]) -> str:
 
 
 def table(results: dict) -> str:
-    """Times of a meta-step, memory, share of the machine's limit; then the ratios."""
+    """Time of a meta-step, memory, and share of the machine's limit; then the ratios."""
     width = max(len(title(row)) for row in results["rows"])
     head = (
         f"{'':{width}}   ms a meta-step (least - most)   tasks/s  compile s  MB a device  MB measured   GFLOP  of limit"
@@ -287,14 +292,14 @@ def table(results: dict) -> str:
         lines.append(line)
     lines.append("")
     for row, ratio in zip((row for row in results["rows"] if row["kind"] == "ours" and "ms" in row), results["ratios"]):
-        said = []
+        parts = []
         if over := ratio.get("second_over_first"):
-            said.append(f"second over first order: time {over['time']:.2f}, operations {over['operations']:.2f}")
-            said[-1] += f", memory {over['memory']:.2f}" if over["memory"] else ""
+            parts.append(f"second over first order: time {over['time']:.2f}, operations {over['operations']:.2f}")
+            parts[-1] += f", memory {over['memory']:.2f}" if over["memory"] else ""
         if "best_peer" in ratio:
-            said.append(f"{ratio['best_peer_over_ours']:.2f} times as fast as {PEER_NAMES[ratio['best_peer']]}")
-        if said:
-            lines.append(f"{title(row)}: {'; '.join(said)}")
+            parts.append(f"{ratio['best_peer_over_ours']:.2f} times as fast as {PEER_NAMES[ratio['best_peer']]}")
+        if parts:
+            lines.append(f"{title(row)}: {'; '.join(parts)}")
     return "\n".join(lines)
 
 

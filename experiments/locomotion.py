@@ -1,13 +1,15 @@
-"""Half-cheetah and ant that learn to run at an untold velocity, or in an untold direction (paper, section 5.3).
+"""Half-cheetah and ant: policies learn goal velocities or directions that they do not observe (paper, section 5.3).
 
     python -m experiments.locomotion --preset half-cheetah-velocity --methods maml pretrained random oracle
 
-Needs the extra `mujoco`. Trains by the paper's recipe, adapts to 40 held-out tasks, and prints the returns beside
-the paper's. `--steps` shortens a run; the recipes take hours.
+Needs the extra `mujoco`. Trains with the paper's settings, which takes hours (`--steps` shortens it); adapts to 40
+held-out tasks; prints the returns beside the paper's. The training loop is that of `experiments.navigation`.
 """
 
+import argparse
 import dataclasses
-from functools import partial
+from collections.abc import Sequence
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,160 +19,125 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from experiments.reinforcement import options as reinforcement
-from experiments.reinforcement import plots, testing, training
+from experiments import navigation
+from experiments.reinforcement import evaluation, options, paper, plots
 from experiments.shared import command_line
 from maml_jax import validation
+from maml_jax.rl.environment import Environment
 from maml_jax.rl.envs.locomotion import Physics, ant, half_cheetah, positions
 from maml_jax.rl.envs.mujoco import MODELS, Engine
 
 FRAMES = 8
+"""Rendered time steps of an episode."""
 PresetName = Literal["half-cheetah-velocity", "half-cheetah-direction", "ant-velocity", "ant-direction"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(reinforcement.Config):
-    """MAML for running bodies. What is not given follows the preset's recipe, the paper's."""
+class Config(options.Config):
+    """MAML on locomotion. The defaults are those of the preset, the paper's (appendix A.2 and the authors' code)."""
 
     preset: PresetName = "half-cheetah-velocity"
-    """The body, and what is asked of it."""
+    """The body and the kind of goal. A preset sets the defaults of the other options, see `PRESETS`."""
     physics: Physics = "mujoco"
-    """The engine: MuJoCo's own, on the host, or MJX (extra `mjx`), which is for accelerators and slow on a CPU."""
+    """The physics engine: MuJoCo on the host, or MJX (extra `mjx`) for accelerators, which is slow on a CPU."""
     render: bool = False
-    """Also draw an episode before and after each gradient step, in rows, for a task at either end of the range."""
+    """Also render an episode before and after each gradient step, for one task at either end of the range."""
+    steps: int = 475
+    tasks: int = 40
+    test_episodes: int = 20
 
 
-def problem(preset: PresetName, physics: Physics = "mujoco") -> reinforcement.Problem:
-    """The paper's recipes (appendix A.2, and the authors' code), with the iterations that its figures used."""
-    if preset == "half-cheetah-velocity":
-        return reinforcement.Problem(
-            environment=half_cheetah("velocity", physics=physics),
-            steps=475,
-            tasks=40,
-            episodes=20,
-            inner_rate=0.1,
-            kl_limit=0.01,
-            test_rates=((0.1, 0.05),),
-            own_test_rates={"pretrained": (0.02, 0.01)},
-            test_episodes=20,
-            paper={
-                "maml": (-129.5, -78.6, -66.6, -60.8),
-                "pretrained": (-158.0, -135.4, -128.5, -133.6),
-                "random": (-254.8, -254.3, -246.8, -230.8),
-                "oracle": (-54.5,),
-            },
-        )
-    if preset == "half-cheetah-direction":
-        return reinforcement.Problem(
-            environment=half_cheetah("direction", physics=physics),
-            steps=100,
-            tasks=40,
-            episodes=20,
-            inner_rate=0.1,
-            kl_limit=0.02,
-            test_rates=((0.1, 0.05),),
-            own_test_rates={"pretrained": (0.2, 0.1), "random": (0.5, 0.25)},
-            test_episodes=20,
-            paper={
-                "maml": (-50.7, 293.0, 313.0, 316.0),
-                "pretrained": (-43.0, -24.8, -12.9, 19.6),
-                "random": (-35.7, 21.8, 62.3, 86.2),
-                "oracle": (443.0,),
-            },
-        )
-    if preset == "ant-velocity":
-        return reinforcement.Problem(
-            environment=ant("velocity", physics=physics),
-            steps=375,
-            tasks=40,
-            episodes=20,
-            inner_rate=0.1,
-            kl_limit=0.01,
-            test_rates=((0.1, 0.05),),
-            own_test_rates={"pretrained": (0.2, 0.1), "random": (1.0, 0.5)},
-            test_episodes=20,
-            paper={
-                "maml": (30.6, 96.7, 100.0, 101.0),
-                "pretrained": (-1.8, 6.1, 8.5, 9.5),
-                "random": (-78.6, -62.8, -48.6, -35.6),
-                "oracle": (108.0,),
-            },
-        )
-    return reinforcement.Problem(
-        environment=ant("direction", physics=physics),
-        steps=575,
-        tasks=40,
-        episodes=40,
-        inner_rate=0.1,
-        kl_limit=0.01,
-        test_rates=((0.1, 0.001),),
-        own_test_rates={"pretrained": (0.2, 0.002), "random": (1.0, 0.01)},
-        test_episodes=40,
-        paper={
-            "maml": (8.7, 499.0, 501.0, 499.0),
-            "pretrained": (3.2, 1.3, 6.5, 6.9),
-            "random": (3.1, 9.3, 16.0, 26.1),
-            "oracle": (525.0,),
-        },
+PRESETS: dict[PresetName, Config] = {
+    preset.preset: preset
+    for preset in (
+        Config(),
+        Config(preset="half-cheetah-direction", steps=100, kl_limit=0.02),
+        Config(preset="ant-velocity", steps=375),
+        Config(preset="ant-direction", steps=575, episodes=40, test_episodes=40),
     )
+}
+"""The paper's settings, with the number of meta-iterations behind its figures."""
 
 
-def prepare(config: Config) -> reinforcement.Prepared:
-    """Checks the options. Raises ValueError or OSError, saying what is wrong and what to do."""
+@cache
+def environment(preset: PresetName, physics: Physics = "mujoco") -> Environment:
+    """The environment of a preset. Raises ModuleNotFoundError or RuntimeError if the engine is not installed."""
+    make = ant if preset.startswith("ant") else half_cheetah
+    return make("direction" if preset.endswith("direction") else "velocity", physics=physics)
+
+
+@cache
+def engine(preset: PresetName) -> Engine:
+    """The model of a preset in MuJoCo, for rendering."""
+    return Engine(MODELS / ("ant.xml" if preset.startswith("ant") else "half_cheetah.xml"))
+
+
+def prepare(config: Config) -> Config:
+    """Checks the options, the engine and the work directory.
+
+    Raises:
+      ValueError: if an option is not allowed, or the engine or a renderer is missing.
+      OSError: if the work directory holds another run, or cannot be written.
+    """
     validation.one_of("preset", config.preset, get_args(PresetName))
     validation.one_of("physics", config.physics, get_args(Physics))
+    options.prepare(config, PRESETS[config.preset])
     try:
-        prepared = reinforcement.prepare(config, problem(config.preset, config.physics))
+        environment(config.preset, config.physics)
         if config.render:
-            body(config).pictures(body(config).start[None])
+            engine(config.preset).pictures(engine(config.preset).start[None])
     except (ModuleNotFoundError, RuntimeError) as error:
         raise ValueError(str(error)) from error
-    return prepared
+    return config
 
 
-def body(config: Config) -> Engine:
-    """The preset's model."""
-    return Engine(MODELS / ("ant.xml" if config.preset.startswith("ant") else "half_cheetah.xml"))
-
-
-def main(prepared: reinforcement.Prepared) -> dict:
-    """Runs the experiment; returns what it writes to `results.json`."""
-    config = prepared.config
-    assert isinstance(config, Config)
+def main(config: Config) -> dict[str, Any]:
+    """Trains and evaluates every method and seed; returns the content of `results.json`."""
     packages = ("mujoco", "mujoco-mjx") if config.physics == "mjx" else ("mujoco",)
-    done = training.run(prepared, **{name: metadata.version(name) for name in packages})
-    if done is None:
-        return {}
-    directory, results, history, policies = done
-    plots.returns(directory.path / "returns.png", history, results["rows"], results["paper"])
-    tested: dict[str, Any] = {name: [row for row in results["rows"] if row["method"] == name] for name in policies}
-    oracle = tested.pop("oracle", ())
-    testing.draw_tasks(directory.path / "tasks.png", tested, oracle)
+    versions = {name: metadata.version(name) for name in packages}
+    return navigation.main(config, environment(config.preset, config.physics), draw, **versions)
+
+
+def draw(
+    folder: Path,
+    config: Config,
+    trained: dict[paper.MethodName, evaluation.Trained],
+    rows: Sequence[dict[str, Any]],
+) -> None:
+    """Draws returns over tasks, and renders episodes of each method that adapts, if asked to."""
+    by_method: dict[str, Any] = {name: [row for row in rows if row["method"] == name] for name in trained}
+    oracle = by_method.pop("oracle", ())
+    plots.returns_over_tasks(folder / "tasks.png", by_method, oracle)
     if config.render:
-        for method, trained in policies.items():
+        for method, policy in trained.items():
             if method != "oracle":
-                rates = next(row["rates"] for row in reversed(results["rows"]) if row["method"] == method)
-                draw(directory.path / f"{method}.png", config, trained, rates, prepared.setting.test_episodes)
-    return results
+                render(folder / f"{method}.png", config, policy, evaluation.last_rates(rows, method))
 
 
-def draw(path: Path, config: Config, trained: testing.Trained, rates: tuple[float, float], episodes: int) -> None:
-    """One episode of each of two tasks before and after each gradient step: a row each, time from left to right."""
-    engine = body(config)
+def render(path: Path, config: Config, trained: evaluation.Trained, rates: paper.Rates) -> None:
+    """Renders an episode of each of two tasks before and after each gradient step: a row each, time to the right."""
     ends = (-1.0, 1.0) if config.preset.endswith("direction") else (0.5, 2.0)
-    seen, mask = testing.show(trained, rates, episodes, ends)
-    seen, mask = (array[:, :, 0].reshape(-1, *array.shape[3:]) for array in (seen, mask))
-    rows = []
-    for observations, happened in zip(seen, mask):
-        times = np.linspace(0, max(0, happened.sum() - 1), FRAMES).astype(int)
-        poses = jax.vmap(partial(positions, engine))(jnp.asarray(observations[times]))
-        rows.append(np.concatenate(engine.pictures(np.asarray(poses)), 1))
-    Image.fromarray(np.concatenate(rows)).save(path)
+    observations, mask = evaluation.sample_episodes(trained, rates, config.test_episodes, ends)
+    # The first episode of each task and gradient step.
+    observations, mask = (array[:, :, 0].reshape(-1, *array.shape[3:]) for array in (observations, mask))
+    strips = []
+    for episode, valid in zip(observations, mask):
+        times = np.linspace(0, max(0, valid.sum() - 1), FRAMES).astype(int)
+        poses = jax.vmap(partial(positions, engine(config.preset)))(jnp.asarray(episode[times]))
+        strips.append(np.concatenate(engine(config.preset).pictures(np.asarray(poses)), 1))
+    Image.fromarray(np.concatenate(strips)).save(path)
+
+
+def preset_of(arguments: Sequence[str] | None = None) -> PresetName:
+    """The preset on the command line, which sets the defaults of the other options."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", choices=get_args(PresetName), default=Config.preset)
+    return parser.parse_known_args(arguments)[0].preset
 
 
 def launch() -> None:
-    """The command line."""
-    command_line.run(Config, prepare, main, several=True, calls_host=True)
+    """Runs the command."""
+    command_line.run(Config, prepare, main, default=PRESETS[preset_of()], several=True, calls_host=True)
 
 
 if __name__ == "__main__":

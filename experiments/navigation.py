@@ -1,63 +1,159 @@
-"""Walking to an unseen goal in the plane (paper, section 5.3, figure 4).
+"""2D navigation: a policy learns to find goals that it does not observe (paper, section 5.3, figure 4).
 
     python -m experiments.navigation --methods maml pretrained random oracle
 
-Trains by the paper's recipe in a few minutes a method on two cores, adapts to 40 new goals, and prints the
-returns beside the paper's. Writes metrics, results, parameters and pictures to the work directory.
+Trains with the paper's settings, a few minutes per method on two cores; adapts to 40 held-out goals; prints the returns
+beside the paper's. Writes metrics, results, parameters and figures to the work directory.
 """
 
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any, Literal
 
-from experiments.reinforcement import options as reinforcement
-from experiments.reinforcement import plots, testing, training
+import jax
+
+import maml_jax
+from experiments.reinforcement import evaluation, options, paper, plots
+from experiments.reinforcement.evaluation import Trained
+from experiments.reinforcement.timer import Timer, earlier_seconds
 from experiments.shared import command_line
+from maml_jax.parallel import processes
+from maml_jax.parallel.task_axis import task_mesh
+from maml_jax.rl.environment import Environment, with_task_observation
 from maml_jax.rl.envs.navigation import navigation
+from maml_jax.rl.meta_rl import draw_task_batch, maml_rl
+from maml_jax.rl.policy import gaussian_mlp
+from maml_jax.runs.directory import RunDirectory
+from maml_jax.runs.progress import Progress
+from maml_jax.runs.resumable import resumable_train
 
+SAVE_EVERY = 5
+"""Meta-iterations from one checkpoint to the next."""
 SHOWN_GOALS = ((0.4, 0.3), (-0.3, 0.4), (0.1, -0.45), (-0.45, -0.1))
 SHOWN_EPISODES = 5
 
+ENVIRONMENT = navigation()
 
-def problem() -> reinforcement.Problem:
-    """The paper's recipe (appendix A.2), with 20 tasks a meta-iteration as the released policies were trained."""
-    return reinforcement.Problem(
-        environment=navigation(),
-        steps=100,
-        tasks=20,
-        episodes=20,
-        inner_rate=0.1,
-        kl_limit=0.01,
-        test_rates=((0.1, 0.05), (0.1, 0.04), (0.12, 0.05), (0.2, 0.1), (0.5, 0.25)),
-        own_test_rates={},
-        test_episodes=40,
-        paper={
-            "maml": (-40.4, -11.7, -3.3, -3.2),
-            "pretrained": (-40.8, -19.7, -11.7, -8.5),
-            "random": (-82.7, -58.0, -53.8, -46.8),
-            "oracle": (-2.3,),
-        },
-    )
+Draw = Callable[[Path, Any, dict[paper.MethodName, Trained], Sequence[dict[str, Any]]], None]
+"""`(folder, config, trained policies, rows of results)`: draws the figures of an environment."""
 
 
-def main(prepared: reinforcement.Prepared) -> dict:
-    """Runs the experiment; returns what it writes to `results.json`."""
-    done = training.run(prepared)
-    if done is None:
-        return {}
-    directory, results, history, policies = done
-    plots.returns(directory.path / "returns.png", history, results["rows"], results["paper"])
-    for method, trained in policies.items():
+@dataclasses.dataclass(frozen=True)
+class Config(options.Config):
+    """MAML on 2D navigation. The defaults are the paper's (appendix A.2), with 20 tasks as in the authors' code."""
+
+
+def draw_paths(
+    folder: Path, config: Config, trained: dict[paper.MethodName, Trained], rows: Sequence[dict[str, Any]]
+) -> None:
+    """Draws the paths to four goals, for each method that adapts."""
+    for method, policy in trained.items():
         if method != "oracle":
-            (row, *_) = (row for row in reversed(results["rows"]) if row["method"] == method)
-            walks, mask = testing.show(trained, row["rates"], prepared.setting.test_episodes, SHOWN_GOALS)
-            plots.navigation_paths(
-                directory.path / f"paths-{method}.png", SHOWN_GOALS, walks[:, :, :SHOWN_EPISODES], mask
-            )
+            rates = evaluation.last_rates(rows, method)
+            paths, mask = evaluation.sample_episodes(policy, rates, config.test_episodes, SHOWN_GOALS)
+            plots.navigation_paths(folder / f"paths-{method}.png", SHOWN_GOALS, paths[:, :, :SHOWN_EPISODES], mask)
+
+
+def draw_tasks(environment: Environment, tasks: int, key: jax.Array, step: jax.Array) -> Any:
+    """Samples the meta-batch of one meta-iteration."""
+    return draw_task_batch(environment, jax.random.fold_in(key, step), tasks)
+
+
+def main(
+    config: options.Config, environment: Environment = ENVIRONMENT, draw: Draw = draw_paths, **versions: str
+) -> dict[str, Any]:
+    """Trains and evaluates every method and seed.
+
+    Args:
+      config: the options.
+      environment: the environment.
+      draw: draws figures of the trained policies.
+      versions: further packages with their versions, written to the results.
+
+    Returns:
+      The content of `results.json`; in processes other than 0, which do not evaluate, an empty dict.
+    """
+    directory = RunDirectory(config.workdir, environment.name, **config.run_options())
+    print(f"{config}\nWriting to {directory.path}", flush=True)
+    earlier = earlier_seconds(directory.path)
+    trained: dict[paper.MethodName, Trained] = {}
+    rows: list[dict[str, Any]] = []
+
+    for seed, method in itertools.product(config.seeds, config.methods):
+        # Environment and policy. The oracle observes the task.
+        family = with_task_observation(environment) if method == "oracle" else environment
+        policy = gaussian_mlp(family.observation_size, family.action_size)
+
+        # Learner. Joint training takes as many episodes per meta-iteration as MAML.
+        joint = method in ("pretrained", "oracle")
+        order: Literal[1, 2] = 1 if method == "first_order" else 2
+        sgd = maml_jax.sgd(config.inner_rate, steps=config.inner_steps, order=order)
+        learner = maml_rl(
+            family,
+            policy,
+            inner=maml_jax.no_adaptation() if joint else sgd,
+            outer=config.outer_step(),
+            episodes=config.episodes * (config.inner_steps + 1 if joint else 1),
+            inner_loss_name=config.inner_loss,
+            sampling_term=config.sampling_term,
+            mesh=task_mesh(config.tasks),
+        )
+        init_key, task_key = jax.random.split(jax.random.key(seed))
+        state = learner.init(policy.init(init_key))
+
+        # Training loop. A run that was stopped resumes from its last checkpoint.
+        progress, timer = Progress(config.steps, f"{method} (seed {seed})"), Timer()
+        if method != "random":
+            for state, row in resumable_train(
+                learner,
+                state,
+                partial(draw_tasks, family, config.tasks),
+                task_key,
+                steps=config.steps,
+                steps_per_call=1,
+                run=directory,
+                save_every=SAVE_EVERY,
+                labels={"method": method, "seed": seed},
+                rates={"inner": config.inner_rate},
+                profile=config.profile,
+            ):
+                timer.update(row["step"])
+                before = {"before": row["return_before"]} if "return_before" in row else {}
+                progress.update(row["step"], **before, after=row["return"])
+
+        # Evaluation on held-out tasks.
+        trained[method] = Trained(family, policy, processes.local(state), config.inner_loss)
+        if processes.is_leader():
+            rates = (config.test_rates,) if config.test_rates else paper.rates_at_test(environment.name, method)
+            found = evaluation.evaluate(config, trained[method], () if method == "oracle" else rates)
+            rows.append({"method": method, "seed": seed, **found})
+            rows[-1]["cpu_seconds"] = timer.seconds or earlier.get((method, seed))
+
+    if not processes.is_leader():
+        return {}
+    results = {
+        "environment": environment.name,
+        "config": dataclasses.asdict(config),
+        "protocol": evaluation.protocol(config, environment),
+        "paper": paper.RETURNS[environment.name],
+        **versions,
+        "rows": rows,
+    }
+    print(evaluation.table(results))
+    params = {method: policy.state.params for method, policy in trained.items()}
+    maml_jax.save(directory.path / "params.msgpack", params)
+    print(f"Wrote {directory.write_results(results)}, and params.msgpack beside it.")
+    plots.returns(directory.path / "returns.png", directory.rows(), rows, paper.RETURNS[environment.name])
+    draw(directory.path, config, trained, rows)
     return results
 
 
 def launch() -> None:
-    """The command line."""
-    command_line.run(reinforcement.Config, partial(reinforcement.prepare, problem=problem()), main, several=True)
+    """Runs the command."""
+    command_line.run(Config, partial(options.prepare, defaults=Config()), main, several=True)
 
 
 if __name__ == "__main__":

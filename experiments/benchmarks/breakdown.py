@@ -1,10 +1,10 @@
-"""Where the time of a meta-step goes, by the kind of operation, from a trace of one that has been compiled.
+"""Measures the shares of kinds of operations in the time of a compiled meta-step, from a trace.
 
     python -m experiments.benchmarks.breakdown --workloads omniglot-20w1s miniimagenet-5w1s
 
-What is not a product of matrices or a convolution keeps a meta-step from the machine's limit, and so does the rate of
-those that are. On one core, so that no two operations share the time. Prints shares, and writes results.json and
-shares.png.
+A meta-step falls short of the machine's limit because of operations other than matrix products and convolutions, and
+because of the rate of these. The trace is of one core, so that operations do not overlap. Prints the shares, and writes
+results.json and shares.png.
 """
 
 import dataclasses
@@ -31,10 +31,10 @@ KINDS = {
     "copies and transposes": ("copy", "transpose"),
     "sums": ("reduce",),
 }
-"""Words in the names that XLA gives to operations; the first kind that has one. The rest works on each entry alone."""
+"""Words in XLA's names of operations. An operation has the first kind that matches; all others are elementwise."""
 ELEMENTWISE = "each entry alone"
 CONTAINERS = ("while", "call", "conditional")
-"""These take the time of what is in them."""
+"""Operations that contain others, whose time they include."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,15 +42,20 @@ class Config:
     """Traces one meta-step of each workload."""
 
     workloads: tuple[WorkloadName, ...] = ("omniglot-5w1s", "omniglot-20w1s", "miniimagenet-5w1s")
-    """Models and tasks."""
+    """Workloads: a model with a meta-batch each."""
     orders: tuple[Literal[1, 2], ...] = (2, 1)
-    """Second and first order."""
+    """Order of the meta-gradient: second or first."""
     workdir: Path | None = None
-    """Where the results go; default: a new directory below runs/."""
+    """Directory of the results. Default: a new directory below runs/."""
 
 
 def prepare(config: Config) -> Config:
-    """Checks the options. Raises ValueError or OSError, saying what is wrong and what to do."""
+    """Checks the options.
+
+    Raises:
+      ValueError: if there is no workload or no order.
+      OSError: if the work directory holds another run, or cannot be written.
+    """
     for name in ("workloads", "orders"):
         if not getattr(config, name):
             raise ValueError(f"{name} must name at least one, but got none.")
@@ -59,7 +64,7 @@ def prepare(config: Config) -> Config:
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Traces, and returns what it writes to `results.json`."""
+    """Traces the meta-steps; returns the content of `results.json`."""
     run = RunDirectory(config.workdir, "breakdown")
     print(f"Writing to {run.path}", flush=True)
     rows = []
@@ -67,7 +72,7 @@ def main(config: Config) -> dict[str, Any]:
         for order in config.orders:
             found = breakdown(measure.Variant(workload, order, devices=1))
             rows.append({"workload": workload, "order": order, **found})
-            print(told(rows[-1]), flush=True)
+            print(summary(rows[-1]), flush=True)
     results = {"config": dataclasses.asdict(config), "device": jax.devices()[0].device_kind, "rows": rows}
     path = run.write_results(results)
     plots.shares(run.path / "shares.png", {title(row): row["shares"] for row in rows}, "a meta-step's time")
@@ -76,10 +81,10 @@ def main(config: Config) -> dict[str, Any]:
 
 
 def breakdown(variant: measure.Variant) -> dict[str, Any]:
-    """Milliseconds of a meta-step, and by operation; the shares of the kinds; and how fast the products were.
+    """Times of a meta-step and of its operations in ms, shares of the kinds, and the rate of the products.
 
     Raises:
-      RuntimeError: if the trace has no product of matrices under a name that is known here.
+      RuntimeError: if the trace has no matrix product with a known name.
     """
     step, state, tasks, _ = measure.program(variant)
     gflop = flops.count(jax.make_jaxpr(step)(state, tasks).jaxpr) / 1e9
@@ -110,12 +115,12 @@ def breakdown(variant: measure.Variant) -> dict[str, Any]:
 
 
 def durations(trace: ProfileData) -> Counter[str]:
-    """Milliseconds of each operation of XLA, under its name without its number, what contains others left out."""
+    """Time of each XLA operation in ms, by its name without the number. Operations that contain others are left out."""
     found: Counter[str] = Counter()
     for plane in trace.planes:
         for line in plane.lines:
             for event in line.events:
-                operation = dict(event.stats).get("hlo_op")  # A GPU's kernels have names of their own.
+                operation = dict(event.stats).get("hlo_op")  # The kernels of a GPU have other names.
                 name = str(operation).split(".")[0]
                 if operation and name not in CONTAINERS:
                     found[name] += event.duration_ns / 1e6
@@ -128,11 +133,11 @@ def kind(name: str) -> str:
 
 
 def title(row: dict[str, Any]) -> str:
-    """What a row is of, in words."""
+    """The variant of a row in words."""
     return f"{row['workload']}, {'second' if row['order'] == 2 else 'first'} order"
 
 
-def told(row: dict[str, Any]) -> str:
+def summary(row: dict[str, Any]) -> str:
     """One row as a line."""
     shares = ", ".join(f"{name} {share:.0%}" for name, share in row["shares"].items())
     rate = f"products at {row['products_of_limit']:.0%} of the limit"

@@ -1,6 +1,6 @@
 """Counts the floating-point operations of the matrix products and convolutions in a program.
 
-XLA's own count takes the body of a loop once; here it counts as often as it runs.
+XLA counts the body of a loop once. Here it counts as often as it runs.
 """
 
 import math
@@ -10,7 +10,7 @@ from jax.extend.core import jaxprs_in_params
 
 
 def count(jaxpr: Any) -> int:
-    """Multiplications and additions, each as one operation, of all products in a jaxpr."""
+    """The multiplications and additions of all products in a jaxpr."""
     return sum(_equation(equation) for equation in jaxpr.eqns)
 
 
@@ -21,7 +21,7 @@ def _equation(equation: Any) -> int:
         (contracted, _), _ = equation.params["dimension_numbers"]
         return 2 * math.prod(shapes[-1]) * math.prod(shapes[0][axis] for axis in contracted)
     if name.startswith("maml_jax_"):
-        # Whatever the operation, the same triples: of x, or its gradient, only the channels count.
+        # A convolution and both of its gradients have the same number of operations.
         kernel = {"conv": shapes[1], "input_gradient": shapes[1], "kernel_gradient": shapes[2]}[name[9:]]
         output = {"conv": shapes[2], "input_gradient": shapes[0], "kernel_gradient": shapes[1]}[name[9:]]
         return 2 * math.prod(output) * math.prod(kernel[1:4])

@@ -1,8 +1,8 @@
-"""Measures one variant of one workload in a process of its own, and prints what it found as a line of JSON.
+"""Measures one variant of one workload, and prints a line of JSON.
 
     python -m experiments.benchmarks.measure '{"workload": "sinusoid"}'
 
-The benchmark starts it; see there.
+`experiments.benchmark` starts a process of this module for every measurement.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from maml_jax.parallel.task_axis import TaskBatchSize, task_mesh
 from maml_jax.types import MetaState, Task
 
 PRODUCT, ACCELERATOR_PRODUCT = 1024, 8192
-"""Rows and columns of the product that stands for the limit of a CPU and of an accelerator."""
+"""Rows of the square matrices whose product measures the limit of a CPU, and of an accelerator."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Variant:
 
 
 class Program(NamedTuple):
-    """A meta-step to be compiled."""
+    """A meta-step with its arguments, not compiled."""
 
     step: Callable[[MetaState, Task], tuple[MetaState, Any]]
     state: MetaState
@@ -55,15 +55,13 @@ class Program(NamedTuple):
 
 
 def program(variant: Variant) -> Program:
-    """The meta-step of a variant, and what it takes. Raises ValueError if it wants more devices than there are."""
+    """The meta-step of a variant. Raises ValueError for more devices than there are."""
     if variant.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     work = workloads.build(variant.workload, variant.dtype, variant.implementation)
     mesh = task_mesh(len(jax.tree.leaves(work.tasks)[0])) if variant.devices is None and not is_small(variant) else None
     if variant.devices is not None and variant.devices > len(jax.devices()):
-        raise ValueError(
-            f"devices must be at most {len(jax.devices())}, those that there are, but got {variant.devices}."
-        )
+        raise ValueError(f"devices must be at most {len(jax.devices())}, but got {variant.devices}.")
     if variant.devices is not None and variant.devices > 1:
         mesh = jax.sharding.Mesh(np.array(jax.devices()[: variant.devices]), ("tasks",))
     options: dict[str, Any] = {"steps": variant.inner_steps or work.inner_steps, "order": variant.order}
@@ -73,7 +71,7 @@ def program(variant: Variant) -> Program:
 
 
 def measure(variant: Variant, seconds: float) -> dict[str, Any]:
-    """Times of a meta-step in ms, bytes, operations, and the rate of the machine's matrix product."""
+    """Measures times of a meta-step in ms, memory in bytes, operations, and the machine's limit in GFLOP/s."""
     step, state, tasks, mesh = program(variant)
     count = len(jax.tree.leaves(tasks)[0])
 
@@ -99,7 +97,7 @@ def measure(variant: Variant, seconds: float) -> dict[str, Any]:
         state = jax.block_until_ready(run(state, tasks, per_call))
         times.append(1e3 * (time.perf_counter() - start) / per_call)
     if not np.isfinite(float(jnp.abs(jax.tree.leaves(state.params)[0]).max())):
-        raise FloatingPointError("The parameters stopped being finite, so the times say nothing.")
+        raise FloatingPointError("The parameters are not finite any more, so the times are meaningless.")
     return {
         "ms": times,
         "tasks": count,
@@ -113,18 +111,20 @@ def measure(variant: Variant, seconds: float) -> dict[str, Any]:
 
 
 def with_peak_memory(run: Callable[[], Any]) -> tuple[Any, int | None]:
-    """What `run` returns, and the bytes that its call needed at most, beyond those in use before.
+    """Calls `run`, and measures the peak of its memory beyond the memory in use before.
 
-    On a CPU of all devices together, as Linux tells the peak of the process: somewhat less than what was
-    used, where memory that was freed before is used again. On an accelerator of the first device, as its
-    allocator tells it. None where neither tells.
+    On a CPU, Linux reports the peak of the process, for all devices together. It is too small by the freed memory that
+    is used again. On an accelerator, the allocator reports the peak of the first device.
+
+    Returns:
+      The result of `run`, and the peak in bytes, or None if it is not reported.
     """
     device, status, reset = jax.devices()[0], Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if device.platform != "cpu":
         before = device.memory_stats() or {}
         result = jax.block_until_ready(run())
         peak = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
-        # The peak is of the whole process: known only if it is this call's.
+        # The allocator reports the peak since the start of the process. This call may not have reached it.
         known = peak > before.get("peak_bytes_in_use", peak)
         return result, peak - before["bytes_in_use"] if known else None
     if not reset.exists():
@@ -133,14 +133,14 @@ def with_peak_memory(run: Callable[[], Any]) -> tuple[Any, int | None]:
     def resident(kind: str) -> int:
         return 1024 * int(status.read_text().split(f"{kind}:")[1].split()[0])
 
-    reset.write_text("5")  # Sets the peak to what is in use now.
+    reset.write_text("5")  # Resets the peak to the memory in use.
     before_call = resident("VmRSS")
     result = jax.block_until_ready(run())
     return result, resident("VmHWM") - before_call
 
 
 def limit(variant: Variant) -> float:
-    """The machine's limit in GFLOP/s, of all cores: those of small nets have but one, so another process tells it."""
+    """The machine's limit in GFLOP/s on all cores. Small nets run on one core, so another process measures it."""
     if not is_small(variant) or jax.default_backend() != "cpu":
         return product_rate(variant.dtype)
     command = [sys.executable, "-m", "experiments.benchmarks.measure", json.dumps({"product": variant.dtype})]
@@ -150,12 +150,12 @@ def limit(variant: Variant) -> float:
 
 
 def is_small(variant: Variant) -> bool:
-    """Whether the net is one for `command_line.use_cores(small=True)`; devices that are asked for are used."""
+    """Whether the workload runs with `command_line.use_cores(small=True)`."""
     return variant.workload in workloads.SMALL and variant.devices is None
 
 
 def product_rate(dtype: str, devices: Sequence[jax.Device] | None = None) -> float:
-    """The machine's limit: products of large matrices on all devices at once, or on those given, GFLOP/s."""
+    """The rate of products of large matrices on all devices at once, or on the given devices, in GFLOP/s."""
     size, repeats = PRODUCT if jax.default_backend() == "cpu" else ACCELERATOR_PRODUCT, 8
     devices = devices or jax.devices()
     factors = [jax.device_put(jnp.full((size, size), 1e-3, dtype), device) for device in devices]

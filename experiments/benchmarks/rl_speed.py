@@ -1,10 +1,10 @@
-"""How fast reinforcement learning is on this machine, and where the time of a meta-iteration goes.
+"""Measures the speed of reinforcement learning, and the shares of its parts in a meta-iteration.
 
     python -m experiments.benchmarks.rl_speed
 
-Measures in turn, several times over: the episodes of a batch of tasks with the policy inside; a meta-iteration with
-a policy gradient in place of the trust region; and the whole meta-iteration of the paper. Prints environment steps and
-meta-iterations for each second of processor time, over all cores, and writes results.json and shares.png.
+Measures in turn, several times: the rollouts of a batch of tasks, policy included; a meta-iteration with a policy
+gradient in place of TRPO; and the paper's meta-iteration. Prints environment steps and meta-iterations per second of
+processor time, over all cores, and writes results.json and shares.png.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import numpy as np
@@ -20,11 +20,12 @@ import optax
 
 import maml_jax
 from experiments import locomotion, navigation
-from experiments.reinforcement import options as reinforcement
+from experiments.reinforcement import options
 from experiments.shared import command_line, plots
 from maml_jax import validation
 from maml_jax.parallel import backend
 from maml_jax.parallel.task_axis import task_axis, task_mesh
+from maml_jax.rl.environment import Environment
 from maml_jax.rl.meta_rl import TaskBatch, draw_task_batch, maml_rl
 from maml_jax.rl.outer import Outer, policy_gradient
 from maml_jax.rl.policy import gaussian_mlp
@@ -40,21 +41,33 @@ class Config:
     """Measures the meta-iterations of the paper's problems."""
 
     problems: tuple[ProblemName, ...] = ("navigation", "half-cheetah-velocity", "ant-velocity")
-    """Those of locomotion need the extra `mujoco`."""
+    """Problems to measure. Those of locomotion need the extra `mujoco`."""
     tasks: int | None = None
-    """Tasks per meta-iteration; default: the recipe's."""
+    """Tasks per meta-iteration. Default: the paper's for each problem."""
     episodes: int | None = None
-    """Episodes of each task before the inner step and after it; default: the recipe's."""
+    """Episodes of each task before and after the inner step. Default: the paper's for each problem."""
     curvature_share: float = 1.0
-    """Share of the tasks of which the trust region takes the curvature."""
+    """Share of the tasks whose curvature TRPO computes."""
     rounds: int = 3
-    """How often everything is measured."""
+    """Number of measurements of each part."""
     workdir: Path | None = None
-    """Where the results go; default: a new directory below runs/."""
+    """Directory of the results. Default: a new directory below runs/."""
 
 
-def prepare(config: Config) -> tuple[Config, list[reinforcement.Problem]]:
-    """Checks the options. Raises ValueError or OSError, saying what is wrong and what to do."""
+class Problem(NamedTuple):
+    """An environment with the paper's settings."""
+
+    environment: Environment
+    setting: options.Config
+
+
+def prepare(config: Config) -> tuple[Config, list[Problem]]:
+    """Checks the options.
+
+    Raises:
+      ValueError: if an option is not allowed, or an engine is missing.
+      OSError: if the work directory holds another run, or cannot be written.
+    """
     validation.at_least("rounds", config.rounds, 1)
     if not config.problems:
         raise ValueError("problems must name at least one, but got none.")
@@ -65,26 +78,28 @@ def prepare(config: Config) -> tuple[Config, list[reinforcement.Problem]]:
         raise ValueError(f"curvature_share must be above 0 and at most 1, but got {config.curvature_share!r}.")
     RunDirectory.check(config.workdir, dataclasses.asdict(config))
     try:
-        return config, [problem(name) for name in config.problems]
+        return config, [paper_problem(name) for name in config.problems]
     except ModuleNotFoundError as error:
         raise ValueError(str(error)) from error
 
 
-def problem(name: ProblemName) -> reinforcement.Problem:
-    """The recipe of one of the paper's problems."""
-    return navigation.problem() if name == "navigation" else locomotion.problem(name)
+def paper_problem(name: ProblemName) -> Problem:
+    """The environment and settings of one of the paper's problems."""
+    if name == "navigation":
+        return Problem(navigation.ENVIRONMENT, navigation.Config())
+    return Problem(locomotion.environment(name), locomotion.PRESETS[name])
 
 
-def parts(config: Config, recipe: reinforcement.Problem) -> tuple[dict[str, Callable[[], Any]], int]:
-    """What is measured, as functions that end when their work has, and the environment steps of the episodes.
+def parts(config: Config, problem: Problem) -> tuple[dict[str, Callable[[], Any]], int]:
+    """The parts to measure, as functions that block until they are done; and the environment steps of a rollout.
 
-    A step after the end of an episode is none.
+    Time steps after the end of an episode do not count.
     """
-    environment = recipe.environment
-    tasks, episodes = config.tasks or recipe.tasks, config.episodes or recipe.episodes
+    environment, setting = problem
+    tasks, episodes = config.tasks or setting.tasks, config.episodes or setting.episodes
     policy = gaussian_mlp(environment.observation_size, environment.action_size)
-    inner = maml_jax.sgd(recipe.inner_rate, steps=1)
-    trials = draw_task_batch(environment, jax.random.key(0), tasks)
+    inner = maml_jax.sgd(setting.inner_rate, steps=1)
+    task_batch = draw_task_batch(environment, jax.random.key(0), tasks)
     mesh = task_mesh(tasks)
     over_tasks = task_axis("all", mesh)
 
@@ -92,34 +107,34 @@ def parts(config: Config, recipe: reinforcement.Problem) -> tuple[dict[str, Call
         learner = maml_rl(environment, policy, inner, outer, episodes=episodes, mesh=mesh)
         state = learner.init(policy.init(jax.random.key(1)))
         step = jax.jit(learner.step)
-        return lambda: jax.block_until_ready(step(state, trials))
+        return lambda: jax.block_until_ready(step(state, task_batch))
 
     @jax.jit
-    def sample(params: Any, trials: TaskBatch) -> Any:
-        def of_task(params: Any, trial: TaskBatch) -> Any:
-            return rollout(environment, policy, params, trial.key, trial.task, episodes)
+    def sample(params: Any, task_batch: TaskBatch) -> Any:
+        def task_episodes(params: Any, one_task: TaskBatch) -> Any:
+            return rollout(environment, policy, params, one_task.key, one_task.task, episodes)
 
-        return over_tasks.map(of_task, params, trials)
+        return over_tasks.map(task_episodes, params, task_batch)
 
     params = over_tasks.replicate(policy.init(jax.random.key(1)))
     curvature_tasks = max(1, round(config.curvature_share * tasks))
     measured = {
-        "episodes": lambda: jax.block_until_ready(sample(params, trials)),
+        "episodes": lambda: jax.block_until_ready(sample(params, task_batch)),
         "gradient": iteration(policy_gradient(optax.identity())),
-        "whole": iteration(trpo(recipe.kl_limit, curvature_tasks=curvature_tasks)),
+        "whole": iteration(trpo(setting.kl_limit, curvature_tasks=curvature_tasks)),
     }
-    return measured, int(sample(params, trials).mask.sum())
+    return measured, int(sample(params, task_batch).mask.sum())
 
 
-def main(prepared: tuple[Config, list[reinforcement.Problem]]) -> dict[str, Any]:
-    """Runs the measurements; returns what it writes to `results.json`."""
-    config, recipes = prepared
+def main(prepared: tuple[Config, list[Problem]]) -> dict[str, Any]:
+    """Runs the measurements; returns the content of `results.json`."""
+    config, problems = prepared
     run = RunDirectory(config.workdir, "rl-speed", dataclasses.asdict(config))
     rows = []
-    for name, recipe in zip(config.problems, recipes):
-        measured, steps = parts(config, recipe)
+    for name, problem in zip(config.problems, problems):
+        measured, steps = parts(config, problem)
         for function in measured.values():
-            function()  # Compiles.
+            function()  # Compile.
         processor: dict[str, list[float]] = {part: [] for part in measured}
         wall: dict[str, list[float]] = {part: [] for part in measured}
         for number in range(config.rounds):
@@ -143,7 +158,7 @@ def main(prepared: tuple[Config, list[reinforcement.Problem]]) -> dict[str, Any]
 def row(
     name: ProblemName, steps: int, processor: dict[str, list[float]], wall: dict[str, list[float]]
 ) -> dict[str, Any]:
-    """Speeds from the medians of seconds; a meta-iteration samples its episodes before and after the inner step."""
+    """Speeds from the medians of the times. A meta-iteration has two rollouts, before and after the inner step."""
     seconds = {part: float(np.median(times)) for part, times in processor.items()}
     sampling = 2 * seconds["episodes"]
     spent = np.diff([0, sampling, seconds["gradient"], seconds["whole"]]) / seconds["whole"]
@@ -160,9 +175,9 @@ def row(
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Speeds, and shares of a meta-iteration."""
+    """Speeds, and the shares of the parts in a meta-iteration."""
     width = max(len(name) for name in get_args(ProblemName) for name in (get_args(name) or (name,)))
-    lines = [f"{'':{width}}   steps/cpu-s   iterations/cpu-s   iterations/s   where the time goes"]
+    lines = [f"{'':{width}}   steps/CPU-s   iterations/CPU-s   iterations/s   share of the processor time"]
     for row in rows:
         shares = ", ".join(f"{part} {share:.0%}" for part, share in row["shares"].items())
         lines.append(
@@ -173,7 +188,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def launch() -> None:
-    """The command line."""
+    """Runs the command."""
     command_line.run(Config, prepare, main, calls_host=True)
 
 

@@ -1,10 +1,10 @@
-"""The same meta-steps in PyTorch, as its users write them, for the benchmark to compare with.
+"""The meta-steps of the benchmark in PyTorch, as its users write them.
 
     python experiments/benchmarks/torch_peers.py '{"workload": "omniglot-5w1s", "peer": "loop"}'
 
-Needs PyTorch (`pip install -e '.[torch]'`), and for 'higher' that package; imports nothing else of this
-project, so that another Python may run it. The nets are those of `maml_jax.nets.models`: convolutions without
-bias, normalisation with an offset alone that is not adapted. Prints a line of JSON.
+Needs PyTorch, and the package `higher` for the peer of that name (`pip install -e '.[torch]'`). The module imports
+nothing of this project, so that another Python can run it. The nets are those of `maml_jax.nets.models`: convolutions
+without bias, and normalisation with an offset that is not adapted and no scale. Prints a line of JSON.
 """
 
 import json
@@ -28,7 +28,7 @@ IMAGES = {
 
 
 class Normalised(nn.Module):
-    """Batch normalisation by the batch at hand, with an offset and no scale."""
+    """Batch normalisation with the statistics of the batch, an offset and no scale."""
 
     def __init__(self, channels):
         super().__init__()
@@ -49,7 +49,7 @@ def conv_net(ways, size, channels, filters, pooled):
 
 
 def workload(name):
-    """Net, loss, inner steps, inner rate, and (support inputs, targets, query inputs, targets)."""
+    """Net, loss, inner steps, inner rate, and (support inputs, support targets, query inputs, query targets)."""
     if name == "sinusoid":
         net = nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
         points = [torch.rand(25, 10, 1) * 10 - 5, torch.randn(25, 10, 1)]
@@ -63,7 +63,7 @@ def workload(name):
 
 
 def meta_step(peer, order, steps, net, loss, rate, data):
-    """A function that takes one meta-step, the outer Adam update included."""
+    """A function that takes one meta-step with the outer Adam update."""
     outer = torch.optim.Adam(net.parameters(), 1e-3)
     params = dict(net.named_parameters())
     fixed = {name: value for name, value in params.items() if name.endswith("offset")}
@@ -83,14 +83,14 @@ def meta_step(peer, order, steps, net, loss, rate, data):
             (adapted_loss(adapted, fixed, x_query, y_query) / count).backward()
 
     def func():
-        def of_task(adapted, fixed, x, y, x_query, y_query):
+        def task_loss(adapted, fixed, x, y, x_query, y_query):
             for _ in range(steps):
                 with torch.set_grad_enabled(second):
                     grads = grad(adapted_loss)(adapted, fixed, x, y)
                 adapted = {name: p - rate * grads[name] for name, p in adapted.items()}
             return adapted_loss(adapted, fixed, x_query, y_query)
 
-        vmap(of_task, (None, None, 0, 0, 0, 0))(start, fixed, *data).mean().backward()
+        vmap(task_loss, (None, None, 0, 0, 0, 0))(start, fixed, *data).mean().backward()
 
     def higher():
         import higher as library
@@ -105,7 +105,7 @@ def meta_step(peer, order, steps, net, loss, rate, data):
                 if second:
                     value.backward()
                     continue
-                # The adapted parameters have no way back to the first ones here.
+                # First order: the gradient at the adapted parameters is that of the initial parameters.
                 for p, g in zip(net.parameters(), torch.autograd.grad(value, list(model.parameters()))):
                     p.grad = g if p.grad is None else p.grad + g
 
@@ -122,14 +122,14 @@ def meta_step(peer, order, steps, net, loss, rate, data):
 def main():
     given = {"order": 2, "seconds": 3.0, "threads": 2, "device": "cpu", "inner_steps": None, **json.loads(sys.argv[1])}
     torch.set_num_threads(given["threads"])
-    if given["device"] != "cpu":  # As JAX has it: float32 products in the units that take it with fewer bits.
+    if given["device"] != "cpu":  # JAX's default: float32 products with fewer bits.
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)
     net, loss, steps, rate, data = workload(given["workload"])
     net, data = net.to(given["device"]), [part.to(given["device"]) for part in data]
     step = meta_step(given["peer"], given["order"], given["inner_steps"] or steps, net, loss, rate, data)
     step()
-    if given.get("gradient"):  # Of the first step, for comparison.
+    if given.get("gradient"):  # The gradient of the first step, for comparison.
         print(json.dumps([float(p.grad.abs().sum()) for p in net.parameters()]))
         return
 
@@ -138,7 +138,7 @@ def main():
         for _ in range(count):
             step()
         if given["device"] != "cpu":
-            torch.cuda.synchronize()  # Steps are only handed to a GPU, which goes through them meanwhile.
+            torch.cuda.synchronize()  # A GPU runs asynchronously.
         return 1e3 * (time.perf_counter() - start) / count
 
     milliseconds(2)

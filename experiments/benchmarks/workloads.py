@@ -1,4 +1,4 @@
-"""What the benchmark measures: the paper's settings, and a small transformer, on random data."""
+"""The workloads of the benchmark: the paper's settings and a small transformer, on random data."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
@@ -26,7 +26,7 @@ WorkloadName = Literal[
 WORKLOADS: tuple[WorkloadName, ...] = get_args(WorkloadName)
 
 SMALL: tuple[WorkloadName, ...] = ("sinusoid",)
-"""Those with nets too small for more than one thread."""
+"""Workloads with nets that are too small for more than one thread."""
 
 
 class Images(NamedTuple):
@@ -84,7 +84,7 @@ class Transformer(nn.Module):
 
 
 def build(name: str, dtype: str = "float32", implementation: ImplementationName | None = None) -> Workload:
-    """The workload of that name, with inputs and parameters of type `dtype`."""
+    """Builds a workload with inputs and parameters of type `dtype`."""
     random = np.random.default_rng(0)
 
     def cast(tree: Any) -> Any:

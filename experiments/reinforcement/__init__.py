@@ -1,1 +1,1 @@
-"""What the reinforcement-learning experiments share."""
+"""Code that the reinforcement-learning experiments share: options, the paper's numbers, evaluation, figures."""

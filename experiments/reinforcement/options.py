@@ -1,192 +1,149 @@
-"""What the reinforcement-learning experiments have in common: their options, and the recipe resolved."""
+"""The options of the reinforcement-learning experiments."""
 
 import dataclasses
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
+import optax
+
+from experiments.reinforcement.paper import MethodName
 from experiments.shared import command_line
 from maml_jax import validation
 from maml_jax.parallel import processes
 from maml_jax.parallel.task_axis import task_mesh
-from maml_jax.rl.environment import Environment
 from maml_jax.rl.losses import InnerLossName
+from maml_jax.rl.outer import Outer, policy_gradient, promp
+from maml_jax.rl.trust_region import trpo
 from maml_jax.runs.directory import RunDirectory
 from maml_jax.runs.resumable import check_steps
 
-MethodName = Literal["maml", "first_order", "pretrained", "random", "oracle"]
 OuterName = Literal["trpo", "policy_gradient", "promp"]
-
-
-class Problem(NamedTuple):
-    """One of the paper's problems, with the numbers of its recipe."""
-
-    environment: Environment
-    steps: int
-    """Meta-iterations."""
-    tasks: int
-    episodes: int
-    inner_rate: float
-    kl_limit: float
-    test_rates: tuple[tuple[float, float], ...]
-    """Inner rates at test, of the first step and of later ones: the best pair on other tasks is taken."""
-    own_test_rates: dict[MethodName, tuple[float, float]]
-    """Of methods that the authors' code tests with other rates than these."""
-    test_episodes: int
-    paper: dict[MethodName, tuple[float, ...]]
-    """Returns after 0 to 3 gradient steps; one number for the oracle, which takes none."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(command_line.RunOptions):
-    """MAML for policies. What is not given follows the problem's recipe."""
+    """One run: meta-training of policies and their evaluation. The defaults are the paper's for 2D navigation."""
 
     methods: tuple[MethodName, ...] = ("maml",)
-    """What to train. 'pretrained' and 'oracle' learn all tasks jointly, from as many episodes a meta-iteration as
-    'maml'; the oracle is told the task. 'random' is not trained."""
+    """Methods to train and evaluate. 'pretrained' and 'oracle' train on all tasks jointly, with as many episodes per
+    meta-iteration as 'maml'; the oracle observes the task. 'random' is the untrained policy."""
     seeds: tuple[int, ...] = (0,)
-    """One whole run for each; the test tasks are the same."""
-    steps: int | None = None
+    """Seeds of the training runs. All seeds have the same test tasks."""
+    steps: int = 100
     """Meta-iterations of each method."""
-    tasks: int | None = None
+    tasks: int = 20
     """Tasks per meta-iteration."""
-    episodes: int | None = None
-    """Episodes of each task before each inner step and after the last."""
-    inner_rate: float | None = None
+    episodes: int = 20
+    """Episodes of each task before each inner step and after the last step."""
+    inner_rate: float = 0.1
     """Inner step size in training."""
     inner_steps: int = 1
     """Inner steps in training, each on new episodes."""
     inner_loss: InnerLossName = "logp"
-    """Of the gradient steps, at test too. 'logp': the paper's; 'lvc' and 'dice': with the second derivatives that it
-    lacks."""
+    """Loss of the inner steps in training and at test. 'logp' is the paper's; 'lvc' and 'dice' have the second
+    derivatives that 'logp' lacks."""
     sampling_term: bool = False
-    """Also credit the choice of the episodes that were adapted to (E-MAML)."""
+    """Also credit the sampling of the support episodes in the meta-gradient (E-MAML)."""
     outer: OuterName = "trpo"
     """The outer step. 'policy_gradient' and 'promp' use Adam."""
-    kl_limit: float | None = None
-    """Trust region of 'trpo': largest mean KL divergence of the adapted policies."""
+    kl_limit: float = 0.01
+    """Trust region of 'trpo': the largest mean KL divergence of the adapted policies, in nats."""
     curvature_tasks: int | None = None
-    """Tasks of which 'trpo' takes the curvature; default: all."""
-    outer_rate: float | None = None
-    """Adam's rate for 'policy_gradient' and 'promp'; default: .001."""
+    """Number of tasks whose curvature 'trpo' computes. Default: all."""
+    outer_rate: float = 1e-3
+    """Learning rate of Adam for 'policy_gradient' and 'promp'."""
     test_rates: tuple[float, float] | None = None
-    """Sizes of the first gradient step at test and of later ones, for all methods. Default: the recipe's for each, or
-    the best of its pairs on other tasks."""
+    """Inner step sizes at test, of the first gradient step and of later steps, for all methods. Default: the paper's
+    for each method, for navigation the best of several pairs on other tasks."""
     test_tasks: int = 40
-    """Tasks to evaluate on."""
-    test_episodes: int | None = None
+    """Number of test tasks."""
+    test_episodes: int = 40
     """Episodes of each test task for each gradient step."""
 
-    def resolve(self, problem: Problem) -> "Setting":
-        """Fills in the recipe, and checks everything.
+    def run_options(self) -> dict[str, Any]:
+        """The arguments of `RunDirectory` that say which run its directory may hold."""
+        return {
+            "config": dataclasses.asdict(self),
+            "mutable_fields": MUTABLE_FIELDS,
+            "appendable_fields": APPENDABLE_FIELDS,
+            "wandb": self.wandb,
+        }
 
-        Raises:
-          ValueError: naming the option, what was given and what is allowed.
-        """
-        names = ("steps", "tasks", "episodes", "inner_rate", "kl_limit", "test_episodes")
-        chosen = {name: getattr(problem, name) if (own := getattr(self, name)) is None else own for name in names}
-        pairs = problem.test_rates if self.test_rates is None else (self.test_rates,)
-        setting = Setting(**chosen, test_rates=pairs)
-        validation.meta_steps("steps", setting.steps)
-        for name in ("tasks", "episodes", "test_episodes"):
-            validation.at_least(name, chosen[name], 1)
-        validation.at_least("test_tasks", self.test_tasks, 2)
-        validation.at_least("inner_steps", self.inner_steps, 1)
-        for name in ("inner_rate", "kl_limit"):
-            validation.positive(name, chosen[name])
-        for name, given in (("methods", self.methods), ("seeds", self.seeds)):
-            validation.different(name, given)
-        for rate in (rate for pair in setting.test_rates for rate in pair):
-            validation.positive("test_rates", rate)
-        for method in self.methods:
-            validation.one_of("methods", method, get_args(MethodName))
-        for seed in self.seeds:
-            validation.seed("seeds", seed)
-        validation.one_of("inner_loss", self.inner_loss, get_args(InnerLossName))
-        validation.one_of("outer", self.outer, get_args(OuterName))
-        if self.outer_rate is not None:
-            validation.positive("outer_rate", self.outer_rate)
-        for name, wanted in (("outer_rate", ("policy_gradient", "promp")), ("kl_limit", ("trpo",))):
-            if (given := getattr(self, name)) is not None and self.outer not in wanted:
-                raise ValueError(f"{name} is for --outer {' or '.join(wanted)}, but got {given} with {self.outer}.")
-        if self.curvature_tasks is not None:
-            validation.at_least("curvature_tasks", self.curvature_tasks, 1)
-            if self.outer != "trpo" or self.curvature_tasks > setting.tasks:
-                raise ValueError(
-                    f"curvature_tasks is for --outer trpo, and at most tasks, {setting.tasks}, but got "
-                    f"{self.curvature_tasks} with --outer {self.outer}."
-                )
-        for name, methods in TAKEN_BY.items():
-            given = getattr(self, name)
-            if given != getattr(Config, name) and not {*methods} & {*self.methods}:
-                raise ValueError(
-                    f"{name} is for the methods {' '.join(methods)}, but got {given} with --methods "
-                    f"{' '.join(self.methods)}."
-                )
-        if self.sampling_term and setting.tasks < 2:
-            raise ValueError("sampling_term compares the tasks of a meta-iteration: it needs --tasks of at least 2.")
-        return setting
+    def outer_step(self) -> Outer:
+        """The outer step with its options."""
+        if self.outer == "trpo":
+            return trpo(self.kl_limit, curvature_tasks=self.curvature_tasks)
+        return {"policy_gradient": policy_gradient, "promp": promp}[self.outer](optax.adam(self.outer_rate))
 
 
-TAKEN_BY: dict[str, tuple[MethodName, ...]] = {
+MUTABLE_FIELDS = ("steps", "test_rates", "test_tasks", "test_episodes", "render", *command_line.RUN_OPTIONS)
+"""Options that may change when a run is resumed."""
+
+APPENDABLE_FIELDS = ("methods", "seeds")
+"""Options that may get further entries when a run is resumed. Each entry is a separate training run."""
+
+METHODS_OF_OPTION: dict[str, tuple[MethodName, ...]] = {
     "sampling_term": ("maml", "first_order"),
     "inner_rate": ("maml", "first_order"),
     "inner_loss": ("maml", "first_order", "pretrained", "random"),
     "test_rates": ("maml", "first_order", "pretrained", "random"),
 }
-"""Methods that an option makes a difference to: those that adapt in training, or at test."""
+"""The methods for which an option has an effect: those that adapt in training, or at test."""
+
+OUTERS_OF_OPTION: dict[str, tuple[OuterName, ...]] = {
+    "kl_limit": ("trpo",),
+    "curvature_tasks": ("trpo",),
+    "outer_rate": ("policy_gradient", "promp"),
+}
+"""The outer steps for which an option has an effect."""
 
 
-class Setting(NamedTuple):
-    """The options that depend on the problem, resolved. Fields as in `Config`."""
+def prepare(config: Config, defaults: Config) -> Config:
+    """Checks the options and the work directory.
 
-    steps: int
-    tasks: int
-    episodes: int
-    inner_rate: float
-    kl_limit: float
-    test_rates: tuple[tuple[float, float], ...]
-    test_episodes: int
-
-
-class Prepared(NamedTuple):
-    """All that an experiment needs, checked."""
-
-    config: Config
-    problem: Problem
-    setting: Setting
-
-
-MUTABLE_FIELDS = ("steps", "test_rates", "test_tasks", "test_episodes", "render", *command_line.RUN_OPTIONS)
-"""Options that may be others when a run goes on."""
-
-APPENDABLE_FIELDS = ("methods", "seeds")
-"""Options that may get further entries: each is a training of its own."""
-
-
-def recorded(config: Config, setting: Setting) -> dict[str, Any]:
-    """What a run that goes on is compared with."""
-    return dataclasses.asdict(config) | setting._asdict() | {"outer_rate": adam_rate(config)}
-
-
-def run_of(config: Config, setting: Setting) -> dict[str, Any]:
-    """What a run directory is to know of the run."""
-    return {
-        "config": recorded(config, setting),
-        "mutable_fields": MUTABLE_FIELDS,
-        "appendable_fields": APPENDABLE_FIELDS,
-        "wandb": config.wandb,
-    }
-
-
-def adam_rate(config: Config) -> float:
-    """Of the outer steps that take one."""
-    return 1e-3 if config.outer_rate is None else config.outer_rate
-
-
-def prepare(config: Config, problem: Problem) -> Prepared:
-    """Checks the options. Raises ValueError or OSError, saying what is wrong and what to do."""
-    setting = config.resolve(problem)
+    Raises:
+      ValueError: if an option is not allowed, or differs from its default but has no effect.
+      OSError: if the work directory holds another run, or cannot be written.
+    """
+    check(config, defaults)
     if processes.multiple():
-        task_mesh(setting.tasks)  # Raises if they cannot be divided.
-    RunDirectory.check(config.workdir, **run_of(config, setting))
-    check_steps(config.workdir, setting.steps)
-    return Prepared(config, problem, setting)
+        task_mesh(config.tasks)  # Raises ValueError if the processes cannot share the tasks evenly.
+    RunDirectory.check(config.workdir, **config.run_options())
+    check_steps(config.workdir, config.steps)
+    return config
+
+
+def check(config: Config, defaults: Config) -> None:
+    """Raises ValueError if an option is not allowed, or differs from its default but has no effect."""
+    validation.meta_steps("steps", config.steps)
+    for name in ("tasks", "episodes", "inner_steps", "test_episodes"):
+        validation.at_least(name, getattr(config, name), 1)
+    validation.at_least("test_tasks", config.test_tasks, 2)
+    for name in ("inner_rate", "kl_limit", "outer_rate"):
+        validation.positive(name, getattr(config, name))
+    for rate in config.test_rates or ():
+        validation.positive("test_rates", rate)
+    for name in ("methods", "seeds"):
+        validation.different(name, getattr(config, name))
+    for method in config.methods:
+        validation.one_of("methods", method, get_args(MethodName))
+    for seed in config.seeds:
+        validation.seed("seeds", seed)
+    validation.one_of("inner_loss", config.inner_loss, get_args(InnerLossName))
+    validation.one_of("outer", config.outer, get_args(OuterName))
+    if config.curvature_tasks is not None:
+        validation.at_least("curvature_tasks", config.curvature_tasks, 1)
+        if config.curvature_tasks > config.tasks:
+            raise ValueError(
+                f"curvature_tasks must be at most tasks, {config.tasks}, but got {config.curvature_tasks}."
+            )
+    if config.sampling_term and config.tasks < 2:
+        raise ValueError("sampling_term compares the tasks of a meta-iteration: it needs --tasks of at least 2.")
+    for name, outers in OUTERS_OF_OPTION.items():
+        if (given := getattr(config, name)) != getattr(defaults, name) and config.outer not in outers:
+            raise ValueError(f"{name} is for --outer {' or '.join(outers)}, but got {given} with {config.outer}.")
+    for name, methods in METHODS_OF_OPTION.items():
+        if (given := getattr(config, name)) != getattr(defaults, name) and not {*methods} & {*config.methods}:
+            raise ValueError(
+                f"{name} is for the methods {' '.join(methods)}, but got {given} with --methods "
+                f"{' '.join(config.methods)}."
+            )

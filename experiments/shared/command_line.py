@@ -25,6 +25,7 @@ def run(
     prepare: Callable[[Config], Prepared],
     experiment: Callable[[Prepared], object],
     *,
+    default: Config | None = None,
     several: bool = False,
     small: bool = False,
     calls_host: bool = False,
@@ -41,10 +42,13 @@ def run(
       experiment: the experiment, given what `prepare` returns.
       several: whether the command has the options of `Hosts`, for several processes that train together. All processes
         exit if one finds wrong input or is lost.
+      default: the defaults of the options, if they differ from those of `config_type`.
       small, calls_host: as in `use_cores`.
     """
     use_cores(small, calls_host)
-    parts: list[tuple[str, Any]] = [("experiment", config_type), *([("hosts", Hosts)] if several else [])]
+    given: Any = dataclasses.field() if default is None else dataclasses.field(default=default)
+    parts: list[tuple[str, Any, Any]] = [("experiment", config_type, given)]
+    parts += [("hosts", Hosts, dataclasses.field(kw_only=True))] if several else []
     options: Any = tyro.cli(
         dataclasses.make_dataclass("Options", parts),
         description=config_type.__doc__,

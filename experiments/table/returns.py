@@ -1,6 +1,8 @@
-"""Writes the README's tables of returns from the results of reinforcement learning, and draws returns over tasks.
+"""Tables of returns from the results of reinforcement learning, and plots of returns over tasks.
 
-python -m experiments.table.returns --results results --readme README.md
+    python -m experiments.table.returns --results results
+
+The command plots returns over tasks, for each environment whose tasks are velocities.
 """
 
 import dataclasses
@@ -11,21 +13,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.reinforcement import testing
+from experiments import locomotion, navigation
+from experiments.reinforcement import options, plots
+from experiments.reinforcement.evaluation import mean_by_task
 from experiments.shared import command_line
-from experiments.table import page
 from maml_jax.evaluation import interval
 from maml_jax.runs.files import read_json
 
-BEGIN, END = "<!-- returns: begin -->\n", "<!-- returns: end -->"
-"""Marks of the region of a README that is written."""
-
 LEGEND = (
-    "Mean return over held-out tasks, 40 where nothing else is said, before and after each gradient step, each step on "
-    "new episodes, with the 95% interval over the tasks; of several seeds the mean and the range. Beside it the share "
-    "of the tasks that the first step makes better, what it gains, with the interval of the gains, and the numbers "
-    "behind the paper's figures, which had 100 meta-iterations of navigation, 475 and 100 of half-cheetah, 375 and 575 "
-    "of ant."
+    "Mean return over 40 held-out tasks (or as many as stated) before and after each gradient step, each step on new "
+    "episodes, with the 95% interval over the tasks; for several seeds the mean and the range. 'better' is the share "
+    "of the tasks whose return the first step improves, and 'gain' the mean improvement with its 95% interval. 'paper' "
+    "has the numbers behind the paper's figures, after 100 meta-iterations of navigation, 475 and 100 of half-cheetah, "
+    "and 375 and 575 of ant."
 )
 
 TITLES = {
@@ -38,31 +38,30 @@ TITLES = {
 METHODS = {
     "maml": "MAML",
     "first_order": "MAML, first order",
-    "pretrained": "pretrained on all tasks",
-    "random": "not trained",
-    "oracle": "oracle, told the task",
+    "pretrained": "joint training on all tasks",
+    "random": "untrained",
+    "oracle": "oracle (observes the task)",
 }
 
-HEADS = ("meta-iterations", "steps of", "before", "1 step", "2 steps", "3 steps", "better", "gains", "paper")
+HEADS = ("meta-iterations", "test rates", "before", "1 step", "2 steps", "3 steps", "better", "gain", "paper")
 
-USUAL = {"outer": "trpo", "sampling_term": False, "inner_steps": 1, "physics": "mujoco"} | dict.fromkeys(
-    ("tasks", "episodes", "inner_rate", "kl_limit", "curvature_tasks", "outer_rate", "test_episodes")
+NAMED_OPTIONS = (
+    *("outer", "sampling_term", "inner_steps", "physics", "tasks", "episodes", "inner_rate", "kl_limit"),
+    *("curvature_tasks", "outer_rate", "test_episodes"),
 )
-"""Options that are told where they are others, None being the recipe's."""
+"""Options that a table names if they differ from the paper's settings."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Tables of returns from results."""
+    """Plots returns over tasks."""
 
     results: Path = Path("results")
-    """A folder of runs, each with its results.json."""
-    readme: Path = Path("README.md")
-    """File whose marked region is written anew."""
+    """Folder of runs, each with a results.json."""
 
 
 class Line(NamedTuple):
-    """What one method of one run gave."""
+    """One method of one run."""
 
     folder: str
     results: dict[str, Any]
@@ -70,22 +69,26 @@ class Line(NamedTuple):
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """One for each seed."""
+        """One row for each seed."""
         return [row for row in self.results["rows"] if row["method"] == self.method]
 
     @property
     def environment(self) -> str:
-        return self.results["protocol"].split(":")[0]
+        return self.results["environment"]
 
     @property
     def steps(self) -> int:
         """Meta-iterations."""
-        return 0 if self.method == "random" else self.results["setting"]["steps"]
+        return 0 if self.method == "random" else self.results["config"]["steps"]
 
 
 def prepare(config: Config) -> tuple[Config, list[Line]]:
-    """Reads the results. Raises ValueError or OSError, saying what is wrong and what to do."""
-    page.with_region(config.readme.read_text("utf-8"), "", BEGIN, END)
+    """Reads the results.
+
+    Raises:
+      ValueError: if there are no results of reinforcement learning.
+      OSError: if a file cannot be read.
+    """
     lines = found(config.results)
     if not lines:
         raise ValueError(f"results: {config.results} holds no runs of reinforcement learning.")
@@ -93,11 +96,11 @@ def prepare(config: Config) -> tuple[Config, list[Line]]:
 
 
 def found(folder: Path) -> list[Line]:
-    """Of every run below a folder that has returns, by environment, method and meta-iterations."""
+    """Finds the methods of all runs in a folder that have returns, sorted by method and meta-iterations."""
     lines = []
     for path in sorted(folder.glob("*/results.json")):
         results = read_json(path)
-        if results.get("protocol", "").split(":")[0] in TITLES:
+        if results.get("environment") in TITLES:
             methods = dict.fromkeys(row["method"] for row in results["rows"])
             lines += [Line(path.parent.as_posix(), results, method) for method in methods]
     order = [*METHODS]
@@ -105,37 +108,34 @@ def found(folder: Path) -> list[Line]:
 
 
 def main(prepared: tuple[Config, list[Line]]) -> None:
-    """Writes the region, and beside the runs a picture of returns over tasks where these are velocities."""
+    """Writes `ENVIRONMENT-tasks.png` beside the runs."""
     config, lines = prepared
     for environment in TITLES:
-        mine = [line for line in lines if line.environment == environment]
-        drawn: dict[str, list[dict[str, Any]]] = {}
-        for line in (line for line in mine if line.method != "oracle"):
-            title = ", ".join([_told(line), *([f"{line.steps}"] if line.steps else ())])
-            if title in drawn:  # The same once more.
+        chosen = [line for line in lines if line.environment == environment]
+        panels: dict[str, list[dict[str, Any]]] = {}
+        for line in (line for line in chosen if line.method != "oracle"):
+            title = ", ".join([_description(line), *([f"{line.steps}"] if line.steps else ())])
+            if title in panels:  # Another run with the same settings.
                 title = f"{title} ({Path(line.folder).name})"
-            drawn[title] = line.rows
-        oracle = next((line.rows for line in mine if line.method == "oracle"), ())
+            panels[title] = line.rows
+        oracle = next((line.rows for line in chosen if line.method == "oracle"), ())
         path = config.results / f"{environment}-tasks.png"
-        if testing.draw_tasks(path, drawn, oracle):
+        if plots.returns_over_tasks(path, panels, oracle):
             print(f"Wrote {path}.")
-    text = page.with_region(config.readme.read_text("utf-8"), markdown(lines), BEGIN, END)
-    config.readme.write_text(text, encoding="utf-8")
-    print(f"Wrote {len(lines)} lines of returns into {config.readme}.")
 
 
 def markdown(lines: Sequence[Line]) -> str:
-    """A table for each environment."""
+    """The legend and a table in Markdown for each environment."""
     parts = [textwrap.fill(LEGEND, 120), ""]
     for environment, title in TITLES.items():
-        mine = [line for line in lines if line.environment == environment]
-        if mine:
+        chosen = [line for line in lines if line.environment == environment]
+        if chosen:
             names = [title, *HEADS]
-            table = [names, ["---"] * len(names), *map(_cells, mine)]
+            table = [names, ["---"] * len(names), *map(_cells, chosen)]
             parts += ["| " + " | ".join(cells) + " |" for cells in table]
             parts.append("")
-            made = {line.folder: _made(line) for line in mine}
-            parts += [textwrap.fill(f"Made by {', '.join(made.values())}.", 120, break_on_hyphens=False), ""]
+            runs = {line.folder: _run(line) for line in chosen}
+            parts += [textwrap.fill(f"Runs: {', '.join(runs.values())}.", 120, break_on_hyphens=False), ""]
     return "\n".join(parts)
 
 
@@ -145,7 +145,7 @@ def _cells(line: Line) -> list[str]:
     returns = [_number([row["return"][step] for row in rows], rows, step) for step in range(len(rows[0]["return"]))]
     better = f"{np.mean([row['improved'][0] for row in rows]):.0%}" if rates else ""
     return [
-        _told(line),
+        _description(line),
         f"{line.steps}" if line.steps else "",
         " or ".join(rates),
         *(returns + [""] * (4 - len(returns))),
@@ -156,34 +156,37 @@ def _cells(line: Line) -> list[str]:
 
 
 def _gain(rows: list[dict[str, Any]]) -> str:
-    """Of the first step, over the tasks."""
-    returns = testing.mean_by_task(rows)
+    """The mean gain of the first gradient step with its interval over the tasks."""
+    returns = mean_by_task(rows)
     if returns is None or len(returns) == 1:
         return ""
     mean, half_width = interval(returns[1] - returns[0])
     return f"{mean:+.1f} +- {half_width:.1f}"
 
 
-def _told(line: Line) -> str:
-    """The method, with the options that are not the usual ones."""
-    config, told = line.results["config"], [METHODS[line.method]]
+def _description(line: Line) -> str:
+    """The method, with the options that differ from the paper's settings."""
+    config, parts = line.results["config"], [METHODS[line.method]]
     if config["inner_loss"] != "logp":
-        told.append(f"`{config['inner_loss']}`")
-    for name, usual in USUAL.items():
+        parts.append(f"`{config['inner_loss']}`")
+    presets: dict[Any, options.Config] = {**locomotion.PRESETS, "navigation": navigation.Config()}
+    defaults = presets[line.environment]
+    for name in NAMED_OPTIONS:
+        usual = getattr(defaults, name, None)
         if config.get(name, usual) != usual:
-            told.append(f"{name} {config[name]}")
+            parts.append(f"{name} {config[name]}")
     if config["test_tasks"] != 40:
-        told.append(f"{config['test_tasks']} tasks")
-    return ", ".join(told)
+        parts.append(f"{config['test_tasks']} tasks")
+    return ", ".join(parts)
 
 
-def _number(found: list[float], rows: list[dict[str, Any]], step: int) -> str:
-    if len(found) == 1:
-        return f"{found[0]:.1f} +- {rows[0]['half_width'][step]:.1f}"
-    return f"{np.mean(found):.2f} ({min(found):.1f} to {max(found):.1f}, {len(found)} seeds)"
+def _number(means: list[float], rows: list[dict[str, Any]], step: int) -> str:
+    if len(means) == 1:
+        return f"{means[0]:.1f} +- {rows[0]['half_width'][step]:.1f}"
+    return f"{np.mean(means):.2f} ({min(means):.1f} to {max(means):.1f}, {len(means)} seeds)"
 
 
-def _made(line: Line) -> str:
+def _run(line: Line) -> str:
     engine = f" (MuJoCo {line.results['mujoco']})" if "mujoco" in line.results else ""
     return f"`{line.folder}`{engine}"
 

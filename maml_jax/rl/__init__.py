@@ -1,1 +1,1 @@
-"""Meta-learning of policies: environments with the task as an array, and MAML on them, compiled whole."""
+"""Meta-reinforcement learning: environments with the task as an array, policies, and MAML for policies."""

@@ -1,4 +1,4 @@
-"""From episodes to what the losses are made of: returns, advantages, and what a batch of them amounts to."""
+"""Discounted returns and advantages of episodes, and their summary."""
 
 from typing import NamedTuple
 
@@ -12,40 +12,46 @@ from maml_jax.rl.rollout import Episodes
 
 
 class Experience(NamedTuple):
-    """Episodes of one task, with what each action was worth; constants for everything that is differentiated."""
+    """Episodes of one task with their advantages. Losses treat all of its arrays as constants."""
 
     episodes: Episodes
     log_prob: jax.Array
-    """`[E, H]`: of the actions, under the policy that drew them; 0 where the mask is."""
+    """`[E, H]`: log probability of the actions under the policy that sampled them; 0 where the mask is 0."""
     advantage: jax.Array
-    """`[E, H]`: mean 0 and deviation 1 over the steps that happened."""
+    """`[E, H]`: with mean 0 and standard deviation 1 over the time steps where the mask is 1."""
     reward: jax.Array
-    """`[E, H]`: discounted to the start of the episode, in units of the advantages' deviation."""
+    """`[E, H]`: discounted to the start of the episode, in units of the advantages' standard deviation."""
     baseline: jax.Array
-    """`[E, H]`: the expected return, discounted and in units as `reward`."""
+    """`[E, H]`: the predicted return, discounted and in the units of `reward`."""
 
     def log_prob_under(self, distribution: Gaussian) -> jax.Array:
-        """Log probability of each action under another distribution, `[E, H]`; 0 where the mask is."""
+        """Log probability of each action under another distribution, `[E, H]`; 0 where the mask is 0."""
         return self.episodes.mask * distribution.log_prob(self.episodes.action)
 
     def kl_to(self, distribution: Gaussian) -> jax.Array:
-        """Mean over the steps of the KL divergence from the policy that drew the actions to another."""
-        return self.episodes.mean(self.episodes.sampled.kl_to(distribution))
+        """KL divergence from the policy that sampled the actions to another; mean over the time steps, a scalar."""
+        return self.episodes.mean(self.episodes.distribution.kl_to(distribution))
 
 
 class Summary(NamedTuple):
-    """What is reported of a batch of episodes; scalars."""
+    """Metrics of a batch of episodes; scalars."""
 
-    total: jax.Array
-    """Mean over the episodes of the sum of rewards, not discounted: the return of the paper's figures."""
+    mean_return: jax.Array
+    """Mean over the episodes of the undiscounted sum of rewards, the return of the paper's figures."""
     length: jax.Array
-    """Mean number of steps of an episode."""
-    broken: jax.Array
-    """Episodes that were ended because something was not finite."""
+    """Mean number of time steps of an episode."""
+    num_nonfinite: jax.Array
+    """Number of episodes that ended early because a value was not finite."""
 
 
 def discounted_sums(values: jax.Array, discount: float) -> jax.Array:
-    """`[E, H] -> [E, H]`: each value and those after it, `discount` per step."""
+    """Sums of each value and all later ones, discounted for each time step, `[E, H] -> [E, H]`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(discounted_sums(jnp.array([[1.0, 1.0, 1.0]]), 0.5))
+      [[1.75 1.5  1.  ]]
+    """
 
     def add(later: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
         total = value + discount * later
@@ -55,21 +61,31 @@ def discounted_sums(values: jax.Array, discount: float) -> jax.Array:
 
 
 def experience(episodes: Episodes, discount: float, gae_lambda: float) -> Experience:
-    """Fits the baseline to these episodes, and values each action by it (Schulman et al. 2016, equation 16).
+    """Estimates advantages of episodes by generalised advantage estimation.
 
-    What comes after the horizon counts as 0, as in the authors' code.
+    The baseline is fitted to the same episodes. Values after the horizon count as 0, as in the authors' code.
+
+    Args:
+      episodes: episodes of one task.
+      discount: discount of rewards per time step, 0 to 1.
+      gae_lambda: the weight of longer returns, 0 to 1; with 1 the advantages are returns minus the baseline.
+
+    References:
+      Schulman et al. 2016, arXiv:1506.02438, equation 16.
     """
     mask, reward = episodes.mask, episodes.reward
+    # Fit the baseline.
     value = linear_baseline(episodes.observation, discounted_sums(reward, discount), mask)
-    following = jnp.pad(value[:, 1:], ((0, 0), (0, 1)))
-    advantage = discounted_sums(mask * (reward + discount * following - value), discount * gae_lambda)
+    next_value = jnp.pad(value[:, 1:], ((0, 0), (0, 1)))
+    # Sum the temporal differences, and normalise the sums over the task.
+    advantage = discounted_sums(mask * (reward + discount * next_value - value), discount * gae_lambda)
     centred = mask * (advantage - episodes.mean(advantage))
     deviation = jnp.sqrt(episodes.mean(jnp.square(centred))) + 1e-8
     unit = discount ** jnp.arange(reward.shape[1], dtype=reward.dtype) / deviation
-    log_prob = mask * episodes.sampled.log_prob(episodes.action)
+    log_prob = mask * episodes.distribution.log_prob(episodes.action)
     return Experience(episodes, log_prob, centred / deviation, unit * reward, unit * value)
 
 
 def summary(episodes: Episodes) -> Summary:
-    """What is reported of these episodes."""
-    return Summary(episodes.reward.sum(1).mean(), episodes.mask.sum(1).mean(), episodes.broken.sum())
+    """Computes the metrics of a batch of episodes."""
+    return Summary(episodes.reward.sum(1).mean(), episodes.mask.sum(1).mean(), episodes.nonfinite.sum())

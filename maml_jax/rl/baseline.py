@@ -1,14 +1,19 @@
-"""A linear baseline: what return is to be expected at a step, from the observation and the time (Duan et al. 2016)."""
+"""The linear feature baseline: a prediction of the return from the observation and the time step."""
 
 import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import cho_factor, cho_solve
 
 RIDGE = 1e-5
+"""Weight of the ridge penalty, for feature columns of unit length."""
 
 
 def features(observation: jax.Array) -> jax.Array:
-    """`[E, H, O] -> [E, H, 2 O + 4]`: the observation cut off to [-10, 10], its squares, the time to the third, 1."""
+    """Features of the baseline, `[E, H, O] -> [E, H, 2 O + 4]`.
+
+    They are the observation clipped to [-10, 10], its squares, the time (in units of 100 steps) to the powers 1 to 3,
+    and 1.
+    """
     episodes, horizon, _ = observation.shape
     observation = jnp.clip(observation, -10, 10)
     time = jnp.arange(horizon, dtype=observation.dtype)[:, None] / 100
@@ -17,10 +22,21 @@ def features(observation: jax.Array) -> jax.Array:
 
 
 def linear_baseline(observation: jax.Array, returns: jax.Array, mask: jax.Array) -> jax.Array:
-    """Fits returns `[E, H]` by ridge regression over the steps that happened, and predicts them; 0 for the others.
+    """Fits returns by ridge regression and predicts them.
 
-    Columns are scaled to unit length first: of the cheetah's observations some depend on others, and
-    without the scaling the float32 factorisation does not exist. The ridge is relative to that length.
+    The columns are scaled to unit length first. Some of the half-cheetah's observations are collinear, and without the
+    scaling the float32 Cholesky factorisation fails.
+
+    Args:
+      observation: `[E, H, O]`.
+      returns: `[E, H]`.
+      mask: `[E, H]`: 1 for the time steps of an episode, 0 for those after its end.
+
+    Returns:
+      The predictions `[E, H]`, 0 where the mask is 0.
+
+    References:
+      Duan et al. 2016, arXiv:1604.06778.
     """
     design = features(observation) * mask[..., None]
     design = design.reshape(-1, design.shape[-1])

@@ -1,7 +1,7 @@
-"""What an environment is: a few pure functions, with the task as an array.
+"""Environments as pure functions, with the task as an array.
 
-Dimensions, beside those of `maml_jax.types`: `E` episodes, `H` time steps (the horizon), `O` numbers in
-an observation, `A` in an action. Here every function is of one episode; `vmap` adds episodes and tasks.
+Dimensions, beside those of `maml_jax.types`: `E` episodes, `H` time steps (the horizon), `O` entries of an
+observation, `A` entries of an action. The functions here take one episode; `vmap` adds episodes and tasks.
 """
 
 from collections.abc import Callable
@@ -11,40 +11,52 @@ import jax
 import jax.numpy as jnp
 
 State: TypeAlias = Any
-"""Any pytree of floating-point arrays: all that the next step needs."""
+"""Any pytree of arrays that holds all that the next time step needs."""
 
 
 class Step(NamedTuple):
-    """What one time step leads to."""
+    """The result of one time step."""
 
     state: State
     reward: jax.Array
     done: jax.Array
-    """Whether the episode ends here, by the rules of the environment; the horizon is not its concern."""
+    """Whether the episode ends after this step, by the rules of the environment. The horizon is not considered."""
 
 
 class Environment(NamedTuple):
-    """A family of Markov decision processes that differ in their task."""
+    """A family of Markov decision processes, one for each task."""
 
     name: str
     observation_size: int
+    """`O`."""
     action_size: int
+    """`A`."""
     horizon: int
-    """Time steps after which every episode ends."""
+    """`H`: time steps after which every episode ends."""
     sample_tasks: Callable[[jax.Array, int], jax.Array]
-    """`(key, T) -> [T, ...]`: tasks from the family's distribution."""
-    check_tasks: Callable[[Any], None]
-    """Raises ValueError for tasks `[T, ...]` that are not of the family, saying what is allowed."""
+    """`(key, T) -> [T, ...]`: samples tasks from the distribution of the family."""
     reset: Callable[[jax.Array, jax.Array], State]
-    """`(key, task) -> state`: a start."""
+    """`(key, task) -> state`: samples an initial state."""
     observe: Callable[[State, jax.Array], jax.Array]
     """`(state, task) -> [O]`."""
     step: Callable[[State, jax.Array, jax.Array], Step]
     """`(state, action, task) -> Step`, for an action `[A]` within [-1, 1]."""
 
 
-def told(environment: Environment) -> Environment:
-    """The same environment with the task as a part of the observation, for the oracle of the paper."""
+def with_task_observation(environment: Environment) -> Environment:
+    """The same environment with the task appended to the observation, for the oracle of the paper.
+
+    Example:
+      >>> from maml_jax.rl.envs.navigation import navigation
+      >>> with_task_observation(navigation()).observation_size  # The position and the goal.
+      4
+
+    Args:
+      environment: any environment. Its tasks are flattened.
+
+    Returns:
+      An environment whose `observation_size` is larger by the entries of a task.
+    """
     task = jax.eval_shape(lambda: environment.sample_tasks(jax.random.key(0), 1))
 
     def observe(state: State, task: jax.Array) -> jax.Array:
@@ -52,5 +64,7 @@ def told(environment: Environment) -> Environment:
         return jnp.concatenate([observation, jnp.ravel(task).astype(observation.dtype)])
 
     return environment._replace(
-        name=f"{environment.name}-told", observation_size=environment.observation_size + task.size, observe=observe
+        name=f"{environment.name}-with-task",
+        observation_size=environment.observation_size + task.size,
+        observe=observe,
     )

@@ -1,13 +1,13 @@
-"""Losses of the inner step in reinforcement learning, by name: surrogates whose gradient is the policy gradient.
+"""Losses of the inner step: surrogates whose gradient is the policy gradient.
 
-At the parameters that drew the episodes all three have the same gradient in expectation (up to DiCE's
-discount to the start of the episode), but they differ in their second derivatives, and so in the meta-gradient:
+At the parameters that sampled the episodes, the three losses have the same gradient in expectation (for 'dice' up to
+the discount to the start of the episode). Their second derivatives differ, and so do their meta-gradients:
 
-    'logp'   log pi * A: the paper's form; its Hessian lacks E[A grad log pi (grad log pi)']
-    'lvc'    pi / pi_sampled * A, which has that term: low variance curvature (Rothfuss et al. 2019, section 5)
-    'dice'   ratios of the whole past of a step, which make the Hessian unbiased (Foerster et al. 2018)
+    'logp'   log pi * A, the MAML paper's; its Hessian lacks E[A grad log pi (grad log pi)']
+    'lvc'    pi / pi_sampled * A, which has that term: low-variance curvature (Rothfuss et al. 2019, section 5)
+    'dice'   products of ratios over all earlier time steps: an unbiased Hessian (Foerster et al. 2018)
 
-Ratios are to the policy that drew the episodes, as a constant. At its parameters every derivative is that
+Ratios are relative to the policy that sampled the episodes, a constant. At that policy, every derivative equals that
 of the usual form exp(log pi - stop_gradient(log pi)).
 """
 
@@ -25,16 +25,16 @@ from maml_jax.types import LossFn, Params
 InnerLossName = Literal["logp", "lvc", "dice"]
 
 Surrogate: TypeAlias = Callable[[Experience, jax.Array], jax.Array]
-"""`(experience, log_prob [E, H]) -> scalar` to be minimised; `log_prob` is 0 where the mask is."""
+"""`(experience, log_prob [E, H]) -> scalar` to be minimised. `log_prob` is 0 where the mask is 0."""
 
 
 class PolicyAux(NamedTuple):
-    """What an inner loss reports beside its value; scalars."""
+    """Aux of an inner loss; scalars."""
 
     kl: jax.Array
-    """Mean KL divergence from the policy that drew the episodes."""
+    """Mean KL divergence from the policy that sampled the episodes."""
     log_likelihood: jax.Array
-    """Of all actions of all episodes together."""
+    """Sum of the log probabilities of all actions of all episodes."""
 
 
 def logp(experience: Experience, log_prob: jax.Array) -> jax.Array:
@@ -48,14 +48,14 @@ def ratio(experience: Experience, log_prob: jax.Array) -> jax.Array:
 
 
 def clipped_ratio(experience: Experience, log_prob: jax.Array, clip: float) -> jax.Array:
-    """As `ratio`, with nothing to gain from ratios outside 1 +- clip (Schulman et al. 2017, equation 7)."""
+    """As `ratio`, without gain from ratios outside 1 +- clip (PPO; Schulman et al. 2017, arXiv:1707.06347)."""
     ratios, advantage = jnp.exp(log_prob - experience.log_prob), experience.advantage
-    least = jnp.minimum(ratios * advantage, jnp.clip(ratios, 1 - clip, 1 + clip) * advantage)
-    return -experience.episodes.mean(least)
+    pessimistic = jnp.minimum(ratios * advantage, jnp.clip(ratios, 1 - clip, 1 + clip) * advantage)
+    return -experience.episodes.mean(pessimistic)
 
 
 def dice(experience: Experience, log_prob: jax.Array) -> jax.Array:
-    """Minus the DiCE objective with its baseline term (Foerster et al. 2018, equations 6 and 9), per step."""
+    """Minus the DiCE objective with its baseline term, per time step (Foerster et al. 2018, equations 6 and 9)."""
     change = log_prob - experience.log_prob
     rewards = jnp.exp(jnp.cumsum(change, 1)) * experience.reward
     return -experience.episodes.mean(rewards + (1 - jnp.exp(change)) * experience.baseline)
@@ -67,8 +67,16 @@ SURROGATES: dict[InnerLossName, Surrogate] = {"logp": logp, "lvc": ratio, "dice"
 def inner_loss(policy: Policy, name: InnerLossName) -> LossFn:
     """The loss `(params, Experience) -> (scalar, PolicyAux)` of an inner step.
 
+    Args:
+      policy: the policy.
+      name: 'logp', 'lvc' or 'dice'.
+
     Raises:
-      ValueError: for a name that does not exist.
+      ValueError: for any other name.
+
+    References:
+      Finn, Abbeel and Levine 2017, arXiv:1703.03400 ('logp'); Rothfuss et al. 2019, arXiv:1810.06784 ('lvc');
+      Foerster et al. 2018, arXiv:1802.05098 ('dice').
     """
     validation.one_of("inner_loss", name, get_args(InnerLossName))
     surrogate = SURROGATES[name]

@@ -1,6 +1,7 @@
 """MAML for reinforcement learning: a whole meta-iteration as one function (paper, algorithm 3)."""
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,8 @@ from jax import lax
 from jax.sharding import Mesh
 
 from maml_jax import validation
-from maml_jax.inner import InnerLearner, adapted_part, inner_loop
-from maml_jax.meta import MetaLearner
+from maml_jax.inner import InnerLearner, inner_loop
+from maml_jax.meta import MetaLearner, init_state
 from maml_jax.parallel import backend
 from maml_jax.parallel.task_axis import task_axis
 from maml_jax.rl.advantage import Experience, experience, summary
@@ -19,32 +20,32 @@ from maml_jax.rl.objective import Objective
 from maml_jax.rl.outer import Outer
 from maml_jax.rl.policy import Policy
 from maml_jax.rl.rollout import rollout
-from maml_jax.types import AdaptInfo, Evaluation, InnerParams, MetaInfo, MetaState, Params, Task
+from maml_jax.types import AdaptInfo, Evaluation, MetaInfo, MetaParams, MetaState, Params, Task
 
 
 class TaskBatch(NamedTuple):
-    """Tasks to be tried, and the randomness of all episodes; with a leading axis `T`, or of one task without."""
+    """Tasks of an environment with the random keys of their episodes; every leaf has a leading axis `T`.
+
+    One task is a `TaskBatch` without that axis.
+    """
 
     key: jax.Array
+    """`[T]`: a key for all episodes of each task."""
     task: jax.Array
+    """`[T, ...]`: the tasks, as the environment takes them."""
 
 
 def draw_task_batch(environment: Environment, key: jax.Array, tasks: int) -> TaskBatch:
-    """Draws a meta-batch of `T` tasks."""
+    """Samples a meta-batch of `T` tasks.
+
+    Example:
+      >>> import jax
+      >>> from maml_jax.rl.envs.navigation import navigation
+      >>> draw_task_batch(navigation(), jax.random.key(0), tasks=20).task.shape
+      (20, 2)
+    """
     task_key, key = jax.random.split(key)
     return TaskBatch(jax.random.split(key, tasks), environment.sample_tasks(task_key, tasks))
-
-
-def given_trials(environment: Environment, key: jax.Array, tasks: Any) -> TaskBatch:
-    """A batch of tasks `[T, ...]` of one's own.
-
-    Raises:
-      ValueError: if a task is outside the environment's range.
-    """
-    environment.check_tasks(tasks)
-    drawn = jax.eval_shape(lambda: environment.sample_tasks(jax.random.key(0), 1))
-    tasks = jnp.asarray(tasks, drawn.dtype)
-    return TaskBatch(jax.random.split(key, len(tasks)), tasks)
 
 
 def maml_rl(
@@ -62,33 +63,54 @@ def maml_rl(
 ) -> MetaLearner:
     """Model-agnostic meta-learning of a policy.
 
-    Every inner step has episodes of its own, sampled by the policy as it then is. With `no_adaptation()`
-    it is joint training on all tasks, the paper's 'pretrained' and, with `environment.told`, its oracle.
+    Every inner step samples new episodes with the current policy. With `no_adaptation()` the algorithm is joint
+    training on all tasks: the paper's 'pretrained' and, with `environment.with_task_observation`, its oracle.
+
+    Example:
+      >>> import jax, maml_jax, optax
+      >>> from maml_jax.rl.envs.navigation import navigation
+      >>> from maml_jax.rl.outer import policy_gradient
+      >>> from maml_jax.rl.policy import gaussian_mlp
+      >>> environment, policy = navigation(horizon=5), gaussian_mlp(2, 2, hidden=(8,))
+      >>> outer = policy_gradient(optax.sgd(0.1))  # The paper's is `trpo(0.01)`.
+      >>> learner = maml_rl(environment, policy, maml_jax.sgd(0.1, steps=1), outer, episodes=4)
+      >>> state = learner.init(policy.init(jax.random.key(0)))
+      >>> task_batch = draw_task_batch(environment, jax.random.key(1), tasks=3)
+      >>> state, info = jax.jit(learner.step)(state, task_batch)
+      >>> info.aux["return"].shape
+      (3,)
 
     Args:
-      environment: what the tasks are, and what happens in them.
-      policy: such as `gaussian_mlp(environment.observation_size, environment.action_size)`.
-      inner: how a task is learned, e.g. `maml_jax.sgd(0.1, steps=1)`; inner_params are for advantages of deviation 1
-        and a mean over steps.
-      outer: how the meta-parameters follow, e.g. `trpo(0.01)`.
-      episodes: `E`, sampled of each task before each inner step and after the last.
+      environment: the family of tasks.
+      policy: the policy, such as `gaussian_mlp(environment.observation_size, environment.action_size)`.
+      inner: how to adapt to a task, such as `maml_jax.sgd(0.1, steps=1)`. The inner loss is a mean over time steps,
+        with advantages of standard deviation 1.
+      outer: the outer step, such as `trpo(0.01)`.
+      episodes: `E`, sampled for each task before each inner step and after the last step.
       inner_loss_name: 'logp' (the paper's), 'lvc' or 'dice'; see `maml_jax.rl.losses`.
-      sampling_term: also credit the choice of the episodes that were adapted to (E-MAML, Stadie et al. 2018).
-      discount, gae_lambda: of the advantages.
-      mesh: devices among which the tasks are divided, such as `task_axis.task_mesh(T)`; None uses one. Each samples
-        and differentiates its own; what the outer step sums over tasks goes between them. Devices of a
-        CPU need a thread more than they are (the environment variable NPROC) where the environment is simulated on the
-        host or observations are large: without it, calls with large batches wait for each other for ever.
+      sampling_term: whether the meta-gradient also credits the sampling of the support episodes (E-MAML).
+      discount: discount of rewards per time step, 0 to 1.
+      gae_lambda: of generalised advantage estimation, 0 to 1.
+      mesh: the devices that share the tasks, such as `task_mesh(T)`; None uses one device. On several CPU devices, XLA
+        needs one thread more than devices if an environment calls the host or observations are large. Otherwise large
+        calls wait for each other forever. Set the environment variable NPROC before JAX starts.
 
     Returns:
-      A `MetaLearner` whose tasks are `TaskBatch`, and whose losses are minus the mean return (paper, equation 4):
-      `step(state, trials)`, one meta-iteration, with the metrics as aux;
-      `evaluate(state, trials, steps)`, each task's loss before and after each step on new episodes, with the
-      `Summary` of those episodes as aux; in it support and query are the same episodes;
-      `adapt(state, trial, steps)`, of one task, with aux `(Summary, Experience)` before and after each step.
+      A `MetaLearner` whose tasks are a `TaskBatch`. Losses are minus the mean return (paper, equation 4).
+      `step(state, task_batch)` is one meta-iteration. Its aux is a dict: 'return', 'return_before', 'length' and
+      'num_nonfinite' `[T]`, 'kl' and 'improvement' `[1]`.
+      `evaluate(state, task_batch, steps)` gives the loss of each task before and after each inner step, on new
+      episodes, with the `Summary` of the episodes as aux. Support loss and query loss are equal.
+      `adapt(state, one_task, steps)` adapts to one task. Its losses and its aux, `(Summary, Experience)`, are those
+      before and after each step, `[steps + 1, ...]`.
 
     Raises:
-      ValueError, TypeError: for an argument that makes no sense, saying what is allowed.
+      TypeError: if `inner` or `outer` is of another type.
+      ValueError: for fewer than 1 episode, a discount or `gae_lambda` outside 0 to 1, a loss name that does not exist,
+        `remat='mixflow'`, and, in `step`, for a sampling term with fewer than 2 tasks.
+
+    References:
+      Finn, Abbeel and Levine 2017, arXiv:1703.03400, algorithm 3; Stadie et al. 2018, arXiv:1803.01118 (E-MAML).
     """
     if not isinstance(inner, InnerLearner):
         raise TypeError(f"inner must come from maml_jax.sgd, unrolled or no_adaptation, but got {inner!r}.")
@@ -96,8 +118,8 @@ def maml_rl(
         raise TypeError(f"outer must come from trpo, policy_gradient or promp, but got {outer!r}.")
     if inner.remat == "mixflow":
         raise ValueError(
-            "remat='mixflow' has no forward-mode derivatives, which trpo takes, and none through what an inner loss "
-            "reports, which promp and the sampling term take: use 'none' or 'step'."
+            "remat='mixflow' has no forward-mode derivatives, which trpo needs, and no derivatives of the aux of an "
+            "inner loss, which promp and the sampling term need: use 'none' or 'full'."
         )
     validation.at_least("episodes", episodes, 1)
     for name, value in (("discount", discount), ("gae_lambda", gae_lambda)):
@@ -107,67 +129,63 @@ def maml_rl(
     over_tasks = task_axis("all", mesh)  # The host simulates all episodes in one call.
 
     def init(params: Params) -> MetaState:
-        validation.floating_params(params)
-        params = jax.tree.map(jnp.array, params)
-        inner_params = inner.init_inner_params(adapted_part(inner, params))
-        # Of copies: an optimizer may keep what it is given, and the same array cannot be donated twice.
-        opt_state = outer.init(jax.tree.map(jnp.array, (params, inner_params)))
-        return over_tasks.replicate(MetaState(jnp.zeros([], jnp.int32), params, inner_params, opt_state))
+        return init_state(inner, params, outer.init, over_tasks)
 
-    def sample(params: Params, trial: TaskBatch) -> Experience:
-        seen = rollout(environment, policy, params, trial.key, trial.task, episodes)
-        return lax.stop_gradient(experience(seen, discount, gae_lambda))
+    def sample(params: Params, one_task: TaskBatch) -> Experience:
+        sampled = rollout(environment, policy, params, one_task.key, one_task.task, episodes)
+        return lax.stop_gradient(experience(sampled, discount, gae_lambda))
 
-    def sampled_loss(params: Params, trial: TaskBatch) -> tuple[jax.Array, Any]:
-        """The inner loss on new episodes of the policy itself, which it hands over."""
-        seen = sample(params, trial)
-        return loss_fn(params, seen)[0], seen
+    def sampled_loss(params: Params, one_task: TaskBatch) -> tuple[jax.Array, Experience]:
+        """The inner loss on new episodes of the current policy, with their experience as aux."""
+        sampled = sample(params, one_task)
+        return loss_fn(params, sampled)[0], sampled
 
-    def collect(meta_params: tuple[Params, InnerParams], trial: TaskBatch, steps: int) -> tuple[Params, Task]:
-        """Adapts to one task in `steps` inner steps, and returns the episodes of each of them and after the last."""
-        keys = jax.random.split(trial.key, steps + 1)
-        own = TaskBatch(keys[:-1], jnp.broadcast_to(trial.task, (steps, *trial.task.shape)))
-        params, info = inner_loop(inner, sampled_loss, *meta_params, own, steps=steps, batch_per_step=True)
-        return params, Task(info.aux, sample(params, TaskBatch(keys[-1], trial.task)))
+    def collect(meta_params: MetaParams, one_task: TaskBatch, *, steps: int) -> tuple[Params, Task]:
+        """Adapts to one task. Returns the adapted parameters, and the experience of each step and after the last."""
+        keys = jax.random.split(one_task.key, steps + 1)
+        step_batches = TaskBatch(keys[:-1], jnp.broadcast_to(one_task.task, (steps, *one_task.task.shape)))
+        params, info = inner_loop(inner, sampled_loss, *meta_params, step_batches, steps=steps, batch_per_step=True)
+        return params, Task(support=info.aux, query=sample(params, TaskBatch(keys[-1], one_task.task)))
 
-    def step(state: MetaState, trials: TaskBatch) -> tuple[MetaState, MetaInfo]:
-        if sampling_term and len(trials.task) < 2:
+    def step(state: MetaState, task_batch: TaskBatch) -> tuple[MetaState, MetaInfo]:
+        if sampling_term and len(task_batch.task) < 2:
             raise ValueError("sampling_term compares each task's return with the others': give 2 tasks or more.")
-        meta_params = (state.params, state.inner_params)
-        tasks = over_tasks.map(lambda shared, trial: collect(shared, trial, inner.steps)[1], meta_params, trials)
-        objective = Objective(
-            policy, inner, loss_fn, tasks, sampling_term, task_axis(backend.policy_batch_size(), mesh)
-        )
-        (params, inner_params), opt_state, info = outer.update(objective, meta_params, state.opt_state)
+        # Sample episodes of every task, before and after adaptation.
+        _, tasks = over_tasks.map(partial(collect, steps=inner.steps), state.meta_params, task_batch)
+        # One outer step on these episodes.
+        groups = task_axis(backend.policy_batch_size(), mesh)
+        objective = Objective(policy, inner, loss_fn, tasks, sampling_term, groups)
+        (params, inner_params), opt_state, info = outer.update(objective, state.meta_params, state.opt_state)
+        # Metrics.
         before = jax.vmap(jax.vmap(summary))(tasks.support.episodes)
         after = jax.vmap(summary)(tasks.query.episodes)
         metrics = {
-            "return": after.total,
+            "return": after.mean_return,
             "length": after.length,
-            "broken": before.broken.sum(1) + after.broken,
+            "num_nonfinite": before.num_nonfinite.sum(1) + after.num_nonfinite,
             "kl": info.kl[None],
             "improvement": info.improvement[None],
         }
         if inner.steps:
-            metrics["return_before"] = before.total[:, 0]
+            metrics["return_before"] = before.mean_return[:, 0]
         return (
             MetaState(state.step + 1, params, inner_params, opt_state),
-            MetaInfo(-after.total.mean(), metrics, -before.total, info.grad_norm),
+            MetaInfo(-after.mean_return.mean(), metrics, -before.mean_return, info.grad_norm),
         )
 
-    def adapt(state: MetaState, trial: TaskBatch, steps: int | None = None) -> tuple[Params, AdaptInfo]:
+    def adapt(state: MetaState, one_task: TaskBatch, steps: int | None = None) -> tuple[Params, AdaptInfo]:
         steps = inner.steps if steps is None else steps
         validation.at_least("steps", steps, 0)
-        params, task = collect((state.params, state.inner_params), trial, steps)
-        seen = jax.tree.map(lambda each, last: jnp.concatenate([each, last[None]]), task.support, task.query)
-        summaries = jax.vmap(summary)(seen.episodes)
-        return params, AdaptInfo(-summaries.total, (summaries, seen))
+        params, task = collect(state.meta_params, one_task, steps=steps)
+        sampled = jax.tree.map(lambda each, last: jnp.concatenate([each, last[None]]), task.support, task.query)
+        summaries = jax.vmap(summary)(sampled.episodes)
+        return params, AdaptInfo(-summaries.mean_return, (summaries, sampled))
 
-    def evaluate(state: MetaState, trials: TaskBatch, steps: int | None = None) -> Evaluation:
-        def one_task(state: MetaState, trial: TaskBatch) -> Evaluation:
-            _, info = adapt(state, trial, steps)
+    def evaluate(state: MetaState, task_batch: TaskBatch, steps: int | None = None) -> Evaluation:
+        def one_evaluation(state: MetaState, one_task: TaskBatch) -> Evaluation:
+            _, info = adapt(state, one_task, steps)
             return Evaluation(info.loss, info.aux[0], info.loss)
 
-        return over_tasks.map(one_task, state, trials)
+        return over_tasks.map(one_evaluation, state, task_batch)
 
     return MetaLearner(init, step, evaluate, adapt)

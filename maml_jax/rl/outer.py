@@ -1,6 +1,6 @@
-"""The outer step as a value: how meta-parameters follow from an objective.
+"""Outer steps: updates of the meta-parameters from the outer objective.
 
-Here are the policy gradient and ProMP; `trust_region` has TRPO.
+Here are policy gradient and ProMP; `maml_jax.rl.trust_region` has TRPO.
 """
 
 from collections.abc import Callable
@@ -12,36 +12,44 @@ from jax import lax
 
 from maml_jax import inner, validation
 from maml_jax.rl.objective import Objective
-
-MetaParams = Any
-"""The pair `(params, inner_params)`."""
+from maml_jax.types import MetaParams
 
 
 class OuterInfo(NamedTuple):
-    """What is reported of one outer step; scalars."""
+    """Metrics of one outer step; scalars."""
 
     grad_norm: jax.Array
-    """Of the gradient before the step."""
+    """Global norm of the meta-gradient before the step."""
     improvement: jax.Array
-    """By how much the loss has fallen on the same episodes."""
+    """Decrease of the loss on the same episodes."""
     kl: jax.Array
-    """KL divergence of the adapted policies, from before to after the step."""
+    """KL divergence from the adapted policies before the step to those after it."""
 
 
 class Outer(NamedTuple):
-    """How the meta-parameters are updated. Build it with `trust_region.trpo`, `policy_gradient` or `promp`."""
+    """An outer step. Make one with `trust_region.trpo`, `policy_gradient` or `promp`."""
 
     init: Callable[[MetaParams], Any]
-    """Its state, from the meta-parameters."""
+    """`meta_params -> opt_state`."""
     update: Callable[[Objective, MetaParams, Any], tuple[MetaParams, Any, OuterInfo]]
-    """`(objective, meta_params, state) -> (meta_params, state, info)`."""
+    """`(objective, meta_params, opt_state) -> (meta_params, opt_state, info)`."""
 
 
 def policy_gradient(optimizer: optax.GradientTransformation) -> Outer:
-    """One step of an optax optimizer along the gradient of the objective ('vanilla' policy gradient).
+    """One step of an optax optimizer along the gradient of the objective, the 'vanilla' policy gradient.
+
+    Example:
+      >>> import optax
+      >>> outer = policy_gradient(optax.adam(1e-3))
+
+    Args:
+      optimizer: an optax transformation that includes the learning rate.
 
     Raises:
       TypeError: if `optimizer` is not an optax transformation.
+
+    References:
+      Finn, Abbeel and Levine 2017, arXiv:1703.03400, algorithm 3.
     """
     return _descent(optimizer, lambda objective, meta_params: objective.terms(meta_params).loss, steps=1)
 
@@ -49,19 +57,26 @@ def policy_gradient(optimizer: optax.GradientTransformation) -> Outer:
 def promp(
     optimizer: optax.GradientTransformation, *, steps: int = 5, clip: float = 0.3, inner_kl_weight: float = 5e-4
 ) -> Outer:
-    """Proximal meta-policy search (Rothfuss et al. 2019, algorithm 1): several steps on the same episodes.
+    """Proximal meta-policy search (ProMP): several optimizer steps on the same episodes, with clipped ratios.
 
-    The inner loss that belongs to it is 'lvc'.
+    Its inner loss is 'lvc'.
+
+    Example:
+      >>> import optax
+      >>> outer = promp(optax.adam(1e-3), steps=5)
 
     Args:
-      optimizer: an optax transformation.
+      optimizer: an optax transformation that includes the learning rate.
       steps: optimizer steps on each meta-batch.
-      clip: likelihood ratios outside 1 +- clip gain nothing.
-      inner_kl_weight: weight of the divergence of the policies before each inner step.
+      clip: likelihood ratios outside 1 +- clip add nothing to the objective.
+      inner_kl_weight: weight of the KL divergence of the policies before each inner step.
 
     Raises:
-      TypeError, ValueError: for an optimizer that is none, fewer than 1 step, and for a clip or weight that is
-        not positive.
+      TypeError: if `optimizer` is not an optax transformation.
+      ValueError: for fewer than 1 step, and for a clip or weight that is not positive.
+
+    References:
+      Rothfuss et al. 2019, arXiv:1810.06784, algorithm 1.
     """
     validation.at_least("steps", steps, 1)
     validation.positive("clip", clip)

@@ -1,4 +1,4 @@
-"""Gaussian policies: a mean from a network, and a standard deviation that is the same everywhere."""
+"""Gaussian policies: a neural network for the mean, and a standard deviation that does not depend on the state."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
@@ -12,40 +12,40 @@ from maml_jax import validation
 from maml_jax.nets.layers import Dense
 from maml_jax.types import Params
 
-LEAST_LOG_STD = float(np.log(1e-6))
+MIN_LOG_STD = float(np.log(1e-6))
 
 
 class Gaussian(NamedTuple):
-    """Independent normal distributions over actions."""
+    """Normal distributions over actions, with independent entries."""
 
     mean: jax.Array
     """`[..., A]`."""
     log_std: jax.Array
-    """Broadcasts against `mean`."""
+    """Logarithm of the standard deviation; broadcasts against `mean`."""
 
     def log_prob(self, action: jax.Array) -> jax.Array:
-        """`[..., A] -> [...]`."""
+        """Log probability of actions, `[..., A] -> [...]`."""
         scaled = (action - self.mean) * jnp.exp(-self.log_std)
         return (-0.5 * jnp.square(scaled) - self.log_std - 0.5 * np.log(2 * np.pi)).sum(-1)
 
     def kl_to(self, other: "Gaussian") -> jax.Array:
-        """Kullback-Leibler divergence from this distribution to another, `[...]`; 0 where they are equal."""
+        """Kullback-Leibler divergence from this distribution to another, `[...]`; exactly 0 if they are equal."""
         difference = other.log_std - self.log_std
         squares = jnp.square(self.mean - other.mean) * jnp.exp(-2 * other.log_std)
         return 0.5 * (squares + jnp.expm1(-2 * difference) + 2 * difference).sum(-1)
 
 
 class Policy(NamedTuple):
-    """A stochastic policy as pure functions."""
+    """A stochastic policy as two pure functions."""
 
     init: Callable[[jax.Array], Params]
     """`key -> params`."""
     apply: Callable[[Params, jax.Array], Gaussian]
-    """`(params, observations [..., O]) -> Gaussian` over actions."""
+    """`(params, observations [..., O]) -> Gaussian` over actions `[..., A]`."""
 
 
 class GaussianMLP(nn.Module):
-    """A ReLU network for the mean, and one parameter per action for the logarithm of the deviation."""
+    """A ReLU network for the mean, and one parameter per action entry for the logarithm of the deviation."""
 
     hidden: Sequence[int]
     actions: int
@@ -56,19 +56,31 @@ class GaussianMLP(nn.Module):
             x = nn.relu(Dense(features, kernel_init=nn.initializers.xavier_uniform())(x))
         mean = Dense(self.actions, kernel_init=nn.initializers.xavier_uniform())(x)
         log_std = self.param("log_std", nn.initializers.zeros, (self.actions,))
-        return Gaussian(mean, jnp.maximum(log_std, LEAST_LOG_STD))
+        return Gaussian(mean, jnp.maximum(log_std, MIN_LOG_STD))
 
 
 def gaussian_mlp(observations: int, actions: int, hidden: Sequence[int] = (100, 100)) -> Policy:
-    """The paper's policy (appendix A.2): two hidden layers of 100, a deviation that starts at 1 and is adapted too.
+    """The policy of the MAML paper (appendix A.2): two hidden ReLU layers, and a deviation of 1 at the start.
+
+    The deviation is a parameter, so the inner steps adapt it, too.
+
+    Example:
+      >>> import jax
+      >>> policy = gaussian_mlp(2, 3)
+      >>> params = policy.init(jax.random.key(0))
+      >>> policy.apply(params, jax.numpy.zeros((5, 2))).mean.shape
+      (5, 3)
 
     Args:
-      observations: numbers in an observation, `O`.
-      actions: numbers in an action, `A`.
+      observations: `O`, entries of an observation.
+      actions: `A`, entries of an action.
       hidden: units of the hidden layers.
 
     Raises:
       ValueError: for a size below 1.
+
+    References:
+      Finn, Abbeel and Levine 2017, arXiv:1703.03400, appendix A.2.
     """
     for name, size in (("observations", observations), ("actions", actions), *(("hidden", size) for size in hidden)):
         validation.at_least(name, size, 1)

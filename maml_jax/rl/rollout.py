@@ -1,4 +1,4 @@
-"""Episodes of a policy in an environment, all of one length, with a mask over the steps that happened."""
+"""Rollouts: episodes of a policy in an environment, padded to the horizon, with a mask."""
 
 from typing import Any, NamedTuple
 
@@ -12,23 +12,23 @@ from maml_jax.types import Params
 
 
 class Episodes(NamedTuple):
-    """Episodes of one task. What the mask leaves out is finite and means nothing."""
+    """Episodes of one task. Entries where the mask is 0 are finite and have no meaning."""
 
     observation: jax.Array
     """`[E, H, O]`: before each action."""
     action: jax.Array
-    """`[E, H, A]`: as the policy drew it; the environment got it cut off to [-1, 1]."""
-    sampled: Gaussian
-    """The distribution that the action came from; mean `[E, H, A]`, log_std `[E, H, A]`."""
+    """`[E, H, A]`: as sampled from the policy. The environment takes it clipped to [-1, 1]."""
+    distribution: Gaussian
+    """The policy's distribution that the action was sampled from; mean and log_std `[E, H, A]`."""
     reward: jax.Array
-    """`[E, H]`, 0 where the mask is."""
+    """`[E, H]`, 0 where the mask is 0."""
     mask: jax.Array
-    """`[E, H]`: 1 for the steps that happened, which come first, and 0 after the end of an episode."""
-    broken: jax.Array
-    """`[E]`: 1 for episodes that were ended because an observation, action, reward or state was not finite."""
+    """`[E, H]`: 1 for the time steps of an episode, 0 for those after its end."""
+    nonfinite: jax.Array
+    """`[E]`: 1 for episodes that ended early because an observation, action, reward or state was not finite."""
 
     def mean(self, values: jax.Array) -> jax.Array:
-        """Mean of `[E, H]` over the steps that happened; 0 if there are none."""
+        """Mean of values `[E, H]` over the time steps where the mask is 1; 0 if there are none."""
         return (self.mask * values).sum() / jnp.maximum(self.mask.sum(), 1)
 
 
@@ -37,8 +37,24 @@ def rollout(
 ) -> Episodes:
     """Samples `E` episodes of one task.
 
-    Nothing is differentiated through it. An observation, action, reward or state that is not finite ends its
-    episode before that step, and is counted; the others go on.
+    Rollouts are not differentiated. An observation, action, reward or state that is not finite ends its episode before
+    that time step; the other episodes continue.
+
+    Example:
+      >>> import jax
+      >>> from maml_jax.rl.envs.navigation import navigation
+      >>> from maml_jax.rl.policy import gaussian_mlp
+      >>> environment, policy = navigation(horizon=10), gaussian_mlp(2, 2, hidden=(8,))
+      >>> params, goal = policy.init(jax.random.key(0)), jax.numpy.array([0.3, -0.2])
+      >>> rollout(environment, policy, params, jax.random.key(1), goal, episodes=4).reward.shape
+      (4, 10)
+
+    Args:
+      environment: the environment.
+      policy: the policy, with its parameters `params`.
+      key: the source of the initial states and of the actions.
+      task: one task of the environment.
+      episodes: `E`.
     """
     params = lax.stop_gradient(params)
     reset_key, noise_key = jax.random.split(key)
@@ -46,34 +62,37 @@ def rollout(
     shape = (environment.horizon, episodes, environment.action_size)
     noise = jax.random.normal(noise_key, shape, jax.tree.leaves(params)[0].dtype)
 
-    def advance(carry: Any, noise: jax.Array) -> Any:
-        state, alive = carry
+    def time_step(carry: Any, noise: jax.Array) -> Any:
+        state, running = carry
+        # Sample an action.
         observation = jax.vmap(environment.observe, (0, None))(state, task)
-        sampled = policy.apply(params, observation)
-        action = sampled.mean + jnp.exp(sampled.log_std) * noise
-        sound = jnp.isfinite(action).all(-1) & jnp.isfinite(observation).all(-1)
-        given = jnp.where(sound[:, None], jnp.clip(action, -1, 1), 0)
-        step: Step = jax.vmap(environment.step, (0, 0, None))(state, given, task)
+        distribution = policy.apply(params, observation)
+        action = distribution.mean + jnp.exp(distribution.log_std) * noise
+        # Step every environment. Those that have no finite action get 0.
+        finite = jnp.isfinite(action).all(-1) & jnp.isfinite(observation).all(-1)
+        clipped = jnp.where(finite[:, None], jnp.clip(action, -1, 1), 0)
+        step: Step = jax.vmap(environment.step, (0, 0, None))(state, clipped, task)
         for leaf in jax.tree.leaves((step.reward, step.state)):
-            sound &= jnp.isfinite(leaf).reshape(episodes, -1).all(-1)
-        happened = alive & sound
-        state = jax.tree.map(lambda new, old: jnp.where(_like(happened, new), new, old), step.state, state)
-        seen = Episodes(
-            observation=jnp.where(happened[:, None], observation, 0),
-            action=jnp.where(happened[:, None], action, 0),
-            sampled=jax.tree.map(
-                lambda leaf: jnp.where(happened[:, None], jnp.broadcast_to(leaf, action.shape), 0), sampled
+            finite &= jnp.isfinite(leaf).reshape(episodes, -1).all(-1)
+        # Record the step of the episodes that have not ended.
+        valid = running & finite
+        state = jax.tree.map(lambda new, old: jnp.where(_broadcast(valid, new), new, old), step.state, state)
+        recorded = Episodes(
+            observation=jnp.where(valid[:, None], observation, 0),
+            action=jnp.where(valid[:, None], action, 0),
+            distribution=jax.tree.map(
+                lambda leaf: jnp.where(valid[:, None], jnp.broadcast_to(leaf, action.shape), 0), distribution
             ),
-            reward=jnp.where(happened, step.reward, 0),
-            mask=happened.astype(noise.dtype),
-            broken=(alive & ~sound).astype(noise.dtype),
+            reward=jnp.where(valid, step.reward, 0),
+            mask=valid.astype(noise.dtype),
+            nonfinite=(running & ~finite).astype(noise.dtype),
         )
-        return (state, happened & ~step.done), seen
+        return (state, valid & ~step.done), recorded
 
-    _, seen = lax.scan(advance, (state, jnp.ones(episodes, bool)), noise)
-    by_episode = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), seen)
-    return by_episode._replace(broken=by_episode.broken.sum(1))
+    _, recorded = lax.scan(time_step, (state, jnp.ones(episodes, bool)), noise)
+    by_episode = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), recorded)
+    return by_episode._replace(nonfinite=by_episode.nonfinite.sum(1))
 
 
-def _like(flags: jax.Array, leaf: jax.Array) -> jax.Array:
+def _broadcast(flags: jax.Array, leaf: jax.Array) -> jax.Array:
     return flags.reshape(flags.shape + (1,) * (leaf.ndim - 1))

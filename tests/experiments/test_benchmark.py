@@ -1,4 +1,4 @@
-"""What the benchmark counts, what it compares, and that it runs from its command line."""
+"""The benchmarks: counted operations, ratios, and their command line."""
 
 import ast
 import json
@@ -47,7 +47,7 @@ def test_a_convolution_and_both_of_its_gradients_count_the_same(tasks):
     assert counted(library, x[0], kernel[0]) == forward // tasks
 
 
-def test_combinations_that_differ_in_nothing_are_measured_once():
+def test_combinations_that_compute_the_same_are_measured_once():
     config = benchmark.Config(("sinusoid",), remat=("none", "mixflow"), implementations=("patches", "lax"))
     assert [(v.order, v.remat, v.implementation) for v in config.variants()] == [
         (2, "none", None), (2, "mixflow", None), (1, "none", None),
@@ -65,14 +65,14 @@ def test_a_row_is_the_median_of_its_rounds():
 
 
 def test_the_peers_have_our_settings():
-    """Read, not imported: that needs PyTorch."""
-    tree = ast.parse(Path(benchmark.__file__).with_name("torch_peers.py").read_text())
+    """Parsed, not imported, as the import needs PyTorch."""
+    tree = ast.parse(Path(workloads.__file__).with_name("torch_peers.py").read_text())
     (table,) = [ast.literal_eval(node.value) for node in tree.body
                 if isinstance(node, ast.Assign) and node.targets[0].id == "IMAGES"]  # fmt: skip
     assert table == {name: tuple(images) for name, images in workloads.IMAGES.items()}
 
 
-def test_where_something_could_not_be_measured_it_ends_so(monkeypatch, tmp_path, capsys):
+def test_a_failed_measurement_ends_with_status_1(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(benchmark, "one_round", lambda *_: {"error": "ValueError: no such device"})
     monkeypatch.setattr(benchmark, "where", lambda: ("cpu", "1 x a device"))
     config = benchmark.Config(("sinusoid",), rounds=1, workdir=tmp_path / "run")
@@ -84,7 +84,7 @@ def test_where_something_could_not_be_measured_it_ends_so(monkeypatch, tmp_path,
     assert results["made_by"]["hardware"].startswith("1 x a device (")
 
 
-def test_ratios_compare_like_with_like():
+def test_ratios_compare_the_same_settings():
     ours = {"kind": "ours", "workload": "w", "inner_steps": None, "remat": "none", "task_batch_size": None,
             "implementation": None, "dtype": "float32", "devices": 1}  # fmt: skip
     second = {**ours, "order": 2, "ms": 6.0, "gflop": 4.0, "memory_compiled": 10}
@@ -112,7 +112,7 @@ def test_every_workload_has_a_finite_loss(name):
 
 @pytest.mark.parametrize("order", [1, 2])
 def test_the_peers_take_the_same_step(order):
-    """All three ways to write it in PyTorch give the same meta-gradient (where PyTorch is installed)."""
+    """All three peers give the same meta-gradient (if PyTorch is installed)."""
     pytest.importorskip("torch")
     pytest.importorskip("higher")
     given = {"workload": "omniglot-5w1s", "order": order, "gradient": True, "inner_steps": 2}
@@ -123,7 +123,7 @@ def test_the_peers_take_the_same_step(order):
     np.testing.assert_allclose(sums[1:], [sums[0], sums[0]], rtol=1e-3)
 
 
-def test_from_beginning_to_end(tmp_path):
+def test_end_to_end(tmp_path):
     options = ("--workloads", "sinusoid", "--inner-steps", "2", "--remat", "none", "mixflow")
     done = launch(
         "experiments.benchmark", *options, "--rounds", "1", "--seconds", "0.1", "--workdir", "run", cwd=tmp_path
@@ -137,9 +137,9 @@ def test_from_beginning_to_end(tmp_path):
     assert "second over first order: time" in done.stdout
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="The peak is read where Linux tells it.")
-def test_peak_memory_is_what_a_call_needs():
-    """An array of 256 MB, and next to nothing."""
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Only Linux reports the peak.")
+def test_peak_memory_of_a_large_and_a_small_call():
+    """An array of 256 MB, and almost nothing."""
     size = 1 << 26
     large = jax.jit(lambda x: x + jnp.arange(size, dtype=jnp.float32)).lower(1.0).compile()
     result, peak = measure.with_peak_memory(lambda: large(1.0))
@@ -162,10 +162,10 @@ def test_bad_input(options, message):
     assert done.returncode == 2 and message in done.stderr
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="Only Linux names the threads of a process.")
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="Only Linux lists the threads of a process.")
 def test_small_nets_get_one_thread_of_one_device():
     code = (
-        "import os; from pathlib import Path; from experiments import command_line; command_line.use_cores(small={})\n"
+        "from pathlib import Path; from experiments.shared import command_line; command_line.use_cores(small={})\n"
         "import jax, jax.numpy as jnp; (jnp.ones((300, 300)) @ jnp.ones((300, 300))).block_until_ready()\n"
         "names = [path.read_text() for path in Path('/proc/self/task').glob('*/comm')]\n"
         "print(jax.device_count(), sum('XLAEigen' in name for name in names))"
@@ -179,7 +179,7 @@ def test_small_nets_get_one_thread_of_one_device():
     assert found == [["1", "1"], [count, count]]
 
 
-def test_a_breakdown_has_all_of_the_time_once(tmp_path):
+def test_the_shares_of_a_breakdown_sum_to_1(tmp_path):
     results = breakdown.main(breakdown.prepare(breakdown.Config(("sinusoid",), (2,), tmp_path / "run")))
     (row,) = results["rows"]
     assert row == json.loads((tmp_path / "run" / "results.json").read_text())["rows"][0]
@@ -207,7 +207,7 @@ def test_kinds_of_operations(name, kind):
     assert breakdown.kind(name) == kind
 
 
-def test_loops_are_not_counted_beside_what_is_in_them():
+def test_loops_are_not_counted_beside_their_bodies():
     event = lambda **stats: SimpleNamespace(name="kernel", duration_ns=1e6, stats=list(stats.items()))  # noqa: E731
     events = [event(hlo_op=name) for name in ("while.3", "dot.1", "dot.2")]
     line = SimpleNamespace(events=[*events, event(line=3)])
@@ -216,19 +216,19 @@ def test_loops_are_not_counted_beside_what_is_in_them():
 
 @pytest.fixture
 def commands(monkeypatch):
-    """Nothing is started; what would be is kept."""
-    kept = []
+    """The commands of processes that would have started."""
+    started = []
 
     def run(command, **_):
-        kept.append(command)
+        started.append(command)
         return SimpleNamespace(returncode=0, stdout='{"ms": [1.0]}')
 
     monkeypatch.setattr(benchmark.subprocess, "run", run)
-    return kept
+    return started
 
 
 @pytest.mark.parametrize("backend, device", [("cpu", "cpu"), ("gpu", "cuda")])
-def test_peers_run_where_we_do(backend, device, commands):
+def test_peers_run_on_our_backend(backend, device, commands):
     row = {"kind": "peer", "peer": "func", "workload": "sinusoid", "order": 2, "inner_steps": None}
     assert benchmark.one_round(benchmark.Config(), row, "unused", backend) == {"ms": [1.0]}
     assert json.loads(commands[0][-1])["device"] == device

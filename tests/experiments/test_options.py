@@ -63,11 +63,11 @@ FEW_SHOT = {
     "clip": optional(RATE), "task_batch_size": optional(COUNT), "test_tasks": COUNT, "seed": whole(0, MOST_SEED),
 }  # fmt: skip
 RL = {
-    "steps": optional(whole(1, MOST_STEPS)), "tasks": optional(COUNT), "episodes": optional(COUNT),
-    "inner_rate": optional(RATE), "inner_steps": COUNT, "inner_loss": choice("logp", "lvc", "dice"),
-    "outer": choice("trpo", "policy_gradient", "promp"), "kl_limit": optional(RATE),
-    "curvature_tasks": optional(COUNT), "outer_rate": optional(RATE), "test_tasks": whole(2),
-    "test_episodes": optional(COUNT), "seeds": whole(0, MOST_SEED),
+    "steps": whole(1, MOST_STEPS), "tasks": COUNT, "episodes": COUNT,
+    "inner_rate": RATE, "inner_steps": COUNT, "inner_loss": choice("logp", "lvc", "dice"),
+    "outer": choice("trpo", "policy_gradient", "promp"), "kl_limit": RATE,
+    "curvature_tasks": optional(COUNT), "outer_rate": RATE, "test_tasks": whole(2),
+    "test_episodes": COUNT, "seeds": whole(0, MOST_SEED),
     "methods": choice("maml", "first_order", "pretrained", "random", "oracle"),
 }  # fmt: skip
 FIELDS = {
@@ -98,16 +98,16 @@ def contradicts(name, given):
         return given.get("methods") == "steady" and bool(changed)
     if name in ("navigation", "locomotion"):
         outer = given.get("outer", "trpo")
-        presets = {None: 40, "None": 40}
-        tasks = 20 if name == "navigation" else presets.get(given.get("preset"), 40)
-        tasks = tasks if given.get("tasks", "None") == "None" else int(given["tasks"])
+        tasks = int(given.get("tasks", 20 if name == "navigation" else 40))
         curvature = given.get("curvature_tasks", "None")
         method = given.get("methods", "maml")
+        defaults = locomotion.PRESETS[given.get("preset", locomotion.Config.preset)]
+        changed = {field for field in given if given[field] != str(getattr(defaults, field))}
         return (
-            (given.get("inner_rate", "None") != "None" and method not in ("maml", "first_order"))
-            or (given.get("inner_loss", "logp") != "logp" and method == "oracle")
-            or (given.get("kl_limit", "None") != "None" and outer != "trpo")
-            or (given.get("outer_rate", "None") != "None" and outer == "trpo")
+            ("inner_rate" in changed and method not in ("maml", "first_order"))
+            or ("inner_loss" in changed and method == "oracle")
+            or ("kl_limit" in changed and outer != "trpo")
+            or ("outer_rate" in changed and outer == "trpo")
             or (curvature != "None" and (outer != "trpo" or int(curvature) > tasks))
         )
     get = {field: None if given.get(field, "None") == "None" else given[field] for field in FIELDS[name]}
@@ -138,16 +138,16 @@ def settle(name, config):
     if name == "sinusoid":
         config.check()
     elif name == "navigation":
-        config.resolve(navigation.problem())
+        reinforcement.check(config, navigation.Config())
     elif name == "locomotion":
-        config.resolve(locomotion.problem(config.preset))
+        reinforcement.check(config, locomotion.PRESETS[config.preset])
     else:
         config.resolved()
 
 
 CONFIGS = {
     "sinusoid": sinusoid.Config, "omniglot": omniglot.Run, "miniimagenet": miniimagenet.Run,
-    "navigation": reinforcement.Config, "locomotion": locomotion.Config,
+    "navigation": navigation.Config, "locomotion": locomotion.Config,
 }  # fmt: skip
 
 
@@ -166,7 +166,8 @@ def checker(name, chosen, capsys):
     kind = "wrong" if wrong else "contradicting" if contradicts(name, chosen) else "right"
     message = None
     try:
-        config = tyro.cli(CONFIGS[name], args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
+        default = locomotion.PRESETS[locomotion.preset_of(arguments)] if name == "locomotion" else CONFIGS[name]()
+        config = tyro.cli(CONFIGS[name], args=arguments, default=default, config=(tyro.conf.FlagCreatePairsOff,))
     except SystemExit as end:
         assert end.code == 2
         message = "".join(capsys.readouterr())
@@ -231,7 +232,7 @@ def test_fewer_steps_than_are_done_are_told_before_anything_is_written(tmp_path)
     options = {"steps": 5, "workdir": tmp_path}
     for prepare in (
         lambda: sinusoid.prepare(sinusoid.Config(**options)),
-        lambda: reinforcement.prepare(reinforcement.Config(**options), navigation.problem()),
+        lambda: reinforcement.prepare(navigation.Config(**options), navigation.Config()),
         lambda: omniglot.Run(**options).resolved().check_workdir(),
     ):
         with pytest.raises(OSError, match="maml-0 has taken 7 meta-steps, more than steps, 5"):

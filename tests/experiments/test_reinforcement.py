@@ -1,5 +1,6 @@
-"""The reinforcement-learning experiments from their command line: a short run, and what they say to bad input."""
+"""The reinforcement-learning experiments from their command line: short runs, and messages for bad input."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -15,12 +16,11 @@ from PIL import Image
 import maml_jax
 from experiments import locomotion, navigation
 from experiments.benchmarks import rl_speed
-from experiments.reinforcement import options as reinforcement
-from experiments.reinforcement import testing, training
+from experiments.reinforcement import evaluation, options, paper
+from experiments.reinforcement.timer import Timer
 from experiments.shared import command_line
 from maml_jax.parallel.backend import cores
 from maml_jax.rl.policy import gaussian_mlp
-from maml_jax.runs.directory import RunDirectory
 
 BAD = [
     (navigation, ["--steps", "0"], "steps must be an integer of at least 1, but got 0"),
@@ -32,6 +32,11 @@ BAD = [
     (navigation, ["--methods", "magic"], "methods"),
     (navigation, ["--seeds", "1", "0", "1"], "seeds must be different from each other, but got 1, 0, 1"),
     (navigation, ["--curvature-tasks", "21"], "at most tasks, 20, but got 21"),
+    (
+        navigation,
+        ["--outer-rate", "0.01"],
+        "outer_rate is for --outer policy_gradient or promp, but got 0.01 with trpo",
+    ),
     (navigation, ["--curvature-tasks", "5", "--outer", "promp"], "curvature_tasks is for --outer trpo"),
     (navigation, ["--sampling-term", "--tasks", "1"], "it needs --tasks of at least 2"),
     (
@@ -49,27 +54,27 @@ BAD = [
 ]
 
 
-def start(module, options, monkeypatch, tmp_path):
-    """As `python -m` does, in this process."""
-    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, options)])
+def start(module, arguments, monkeypatch, tmp_path):
+    """Runs `python -m` in this process."""
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
     with monkeypatch.context() as patch:
         patch.setattr(command_line.jax.config, "update", lambda *_: None)  # This process has its devices already.
-        patch.setenv("NPROC", "3")  # Nor do others get what it sets.
+        patch.setenv("NPROC", "3")  # The processes of other tests do not get it.
         patch.chdir(tmp_path)
         module.launch()
 
 
-@pytest.mark.parametrize(("module", "options", "message"), BAD)
-def test_bad_input_ends_before_anything_long_starts(module, options, message, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize(("module", "arguments", "message"), BAD)
+def test_bad_input_ends_the_command_before_it_starts(module, arguments, message, monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit) as end:
-        start(module, options, monkeypatch, tmp_path)
+        start(module, arguments, monkeypatch, tmp_path)
     assert end.value.code == 2
     printed = capsys.readouterr()
     assert message in printed.err + printed.out
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_missing_engine_ends_with_the_way_to_install_it(monkeypatch, capsys, tmp_path):
+def test_a_missing_engine_names_the_extra_to_install(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "mujoco", None)
     with pytest.raises(SystemExit) as end:
         start(locomotion, [], monkeypatch, tmp_path)
@@ -80,7 +85,7 @@ def test_a_missing_engine_ends_with_the_way_to_install_it(monkeypatch, capsys, t
     ("module", "wrong", "calls_host"),
     [(locomotion, "--steps", True), (rl_speed, "--rounds", True), (navigation, "--steps", False)],
 )
-def test_who_calls_the_host_says_so(module, wrong, calls_host, monkeypatch, tmp_path):
+def test_commands_that_call_the_host_get_a_spare_thread(module, wrong, calls_host, monkeypatch, tmp_path):
     called = []
     monkeypatch.setattr(command_line, "use_cores", lambda small, calls_host: called.append(calls_host))
     with pytest.raises(SystemExit):
@@ -90,7 +95,7 @@ def test_who_calls_the_host_says_so(module, wrong, calls_host, monkeypatch, tmp_
 
 CALLS_FROM_ALL_DEVICES = """
 import faulthandler; faulthandler.dump_traceback_later(60, exit=True)
-from experiments import command_line; command_line.use_cores(calls_host=True)
+from experiments.shared import command_line; command_line.use_cores(calls_host=True)
 import jax, jax.numpy as jnp, numpy as np
 from maml_jax.parallel.task_axis import local_mesh
 P = jax.sharding.PartitionSpec
@@ -107,7 +112,7 @@ print(jax.device_count(), float(jax.jit(divided if mesh else through_host)(x).mi
 
 
 def test_large_calls_to_the_host_from_all_devices_at_once_end():
-    """Without a thread to spare each waits for a copy that none is left to make."""
+    """Without a spare thread every device waits for a copy that no thread makes."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"NPROC": "1"}
     command = [sys.executable, "-c", CALLS_FROM_ALL_DEVICES]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -116,24 +121,25 @@ def test_large_calls_to_the_host_from_all_devices_at_once_end():
 
 @pytest.fixture
 def quickly_compiled():
-    """Programs that run once are not worth optimising."""
+    """Compiles programs without optimisation, as they run once."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def test_navigation_from_beginning_to_end(quickly_compiled, monkeypatch, capsys, tmp_path):
-    options = ["--steps", 2, "--tasks", 3, "--episodes", 4, "--test-tasks", 3, "--test-episodes", 6,
+def test_navigation_end_to_end(quickly_compiled, monkeypatch, capsys, tmp_path):
+    arguments = ["--steps", 2, "--tasks", 3, "--episodes", 4, "--test-tasks", 3, "--test-episodes", 6,
                "--outer", "policy_gradient", "--workdir", "run"]  # fmt: skip
-    start(navigation, options, monkeypatch, tmp_path)
+    start(navigation, arguments, monkeypatch, tmp_path)
     printed = capsys.readouterr().out
-    assert "the paper" in printed and "3 steps" in printed
+    assert "  paper " in printed and "3 steps" in printed
     written = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"returns.png", "paths-maml.png", "params.msgpack", "metrics.jsonl", "results.json"} <= written
     results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["environment"] == "navigation" and results["config"]["inner_rate"] == 0.1
     (maml,) = results["rows"]
     assert len(maml["return"]) == len(maml["half_width"]) == 4
-    assert maml["broken"] == 0 and np.ptp(maml["return"]) > 0
+    assert maml["num_nonfinite"] == 0 and np.ptp(maml["return"]) > 0
     of_task = np.array([line.split() for line in maml["return_of_task"]], float)
     assert of_task.shape == (4, 3) and np.array([line.split() for line in maml["tasks"]]).shape == (2, 3)
     np.testing.assert_allclose(of_task.mean(1), maml["return"], atol=0.01)
@@ -141,33 +147,32 @@ def test_navigation_from_beginning_to_end(quickly_compiled, monkeypatch, capsys,
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [(row["method"], row["step"]) for row in rows] == [("maml", 1), ("maml", 2)]
     assert rows[0]["return"] < 0 and rows[0]["return_before"] < 0
-    # A method may be added later: what is trained stays.
+    # A method may be added later. Trained methods are kept.
     with pytest.raises(SystemExit):
-        start(navigation, [*options, "--methods", "random"], monkeypatch, tmp_path)
+        start(navigation, [*arguments, "--methods", "random"], monkeypatch, tmp_path)
     assert "methods was ['maml'], is ['random']" in capsys.readouterr().err
-    start(navigation, [*options, "--methods", "random", "maml"], monkeypatch, tmp_path)
+    start(navigation, [*arguments, "--methods", "random", "maml"], monkeypatch, tmp_path)
     random, again = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
     assert random["method"] == "random" and again["return"] == maml["return"]
     assert [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == rows
 
 
-def test_gradient_steps_at_test_are_of_the_loss_asked_for(quickly_compiled, tmp_path):
-    """DiCE's first derivative is another than that of 'logp'."""
-    found = {}
-    for loss in ("logp", "dice"):
-        config = reinforcement.Config(
-            methods=("random",), inner_loss=loss, test_tasks=2, test_episodes=3, workdir=tmp_path / loss
-        )
-        prepared = reinforcement.prepare(config, navigation.problem())
-        directory = RunDirectory(tmp_path / loss, "run", {})
-        trained = training.meta_train(prepared, directory, "random", 0)
-        found[loss] = testing.evaluate(prepared, "random", trained)["return"]
-        directory.close()
-    assert abs(found["dice"][1:] - found["logp"][1:]).min() > 0.01 and found["dice"][0] == found["logp"][0]
+def untrained(inner_loss="logp"):
+    """The initial policy of navigation."""
+    policy = gaussian_mlp(2, 2)
+    state = maml_jax.MetaState(jnp.int32(0), policy.init(jax.random.key(0)), (), ())
+    return evaluation.Trained(navigation.ENVIRONMENT, policy, state, inner_loss)
 
 
-def test_locomotion_from_beginning_to_end(tmp_path):
-    """In a process of its own: the engine chooses its OpenGL when it is imported."""
+def test_gradient_steps_at_test_use_the_chosen_loss(quickly_compiled):
+    """The first derivative of DiCE differs from that of 'logp'."""
+    config = navigation.Config(test_tasks=2, test_episodes=3)
+    logp, dice = (evaluation.evaluate(config, untrained(loss), ((0.1, 0.05),)) for loss in ("logp", "dice"))
+    assert abs(dice["return"][1:] - logp["return"][1:]).min() > 0.01 and dice["return"][0] == logp["return"][0]
+
+
+def test_locomotion_end_to_end(tmp_path):
+    """In a new process, as the engine chooses its OpenGL at import."""
     command = [sys.executable, "-m", "experiments.locomotion", "--methods", "random", "--test-tasks", "2",
                "--test-episodes", "1", "--workdir", str(tmp_path / "run")]  # fmt: skip
     environment = {"MUJOCO_GL": "egl", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **os.environ}
@@ -183,88 +188,95 @@ def test_locomotion_from_beginning_to_end(tmp_path):
     assert any(line[:4] == ["random", "0", "0.1,", "0.05"] for line in lines) and "-254.80" in done.stdout
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     (row,) = results["rows"]
-    assert len(row["return"]) == 4 and max(row["return"]) < 0 and row["length"] == [200] * 4 and row["broken"] == 0
+    assert (
+        len(row["return"]) == 4 and max(row["return"]) < 0 and row["length"] == [200] * 4 and row["num_nonfinite"] == 0
+    )
     assert results["mujoco"] == metadata.version("mujoco")
     assert all((tmp_path / "run" / f"{name}.png").stat().st_size > 1000 for name in ("returns", "tasks"))
-    # What is trained may be drawn afterwards, or not again.
+    # A run may be resumed with or without rendering.
     config = locomotion.Config(methods=("random",), test_tasks=2, test_episodes=1, workdir=tmp_path / "run")
-    assert not locomotion.prepare(config).config.render
+    assert not locomotion.prepare(config).render
     if not rendered:
         pytest.skip("This machine has no OpenGL.")
     with Image.open(tmp_path / "run" / "random.png") as strip:
         assert strip.size == (8 * 160, 2 * 4 * 120) and len(strip.getcolors(1 << 24)) > 100
 
 
-@pytest.mark.parametrize(("given", "rates"), [(None, (0.3, 0.2)), ((0.7, 0.6), (0.7, 0.6))])
-def test_methods_may_have_test_rates_of_their_own(given, rates, monkeypatch, tmp_path):
-    """Which what the user gives overrules."""
-    tried = []
-
-    def tester(trained, rates, episodes):
-        tried.append(rates)
-        raise InterruptedError
-
-    monkeypatch.setattr(testing, "tester", tester)
-    config = reinforcement.Config(methods=("random",), test_rates=given, workdir=tmp_path / "run")
-    problem = navigation.problem()._replace(own_test_rates={"random": (0.3, 0.2)})
-    prepared = reinforcement.prepare(config, problem)
-    policy = gaussian_mlp(2, 2)
-    params = policy.init(jax.random.key(0))
-    trained = testing.Trained(problem.environment, policy, maml_jax.MetaState(jnp.int32(0), params, (), ()))
-    with jax.disable_jit(), pytest.raises(InterruptedError):
-        testing.evaluate(prepared, "random", trained)
-    assert tried == [rates]
+def test_methods_may_have_test_rates_of_their_own():
+    assert paper.rates_at_test("ant-velocity", "random") == ((1.0, 0.5),)
+    assert paper.rates_at_test("ant-velocity", "maml") == ((0.1, 0.05),)
+    assert len(paper.rates_at_test("navigation", "random")) == 5
+    assert paper.TEST_RATES.keys() == paper.RETURNS.keys()
 
 
-def test_returns_are_told_of_each_direction():
+@pytest.mark.parametrize(("pairs", "expected"), [(((0.7, 0.6),), (0.7, 0.6)), (((9.0, 9.0), (0.1, 0.05)), (0.1, 0.05))])
+def test_the_best_rates_on_other_tasks_are_taken(pairs, expected, quickly_compiled):
+    """Rates that ruin the policy are not."""
+    config = navigation.Config(test_tasks=2, test_episodes=2)
+    assert evaluation.evaluate(config, untrained(), pairs)["rates"] == expected
+
+
+def test_the_table_has_the_returns_of_each_direction():
     returns = np.array([[1.0, 4.0], [2.0, 9.0], [3.0, 6.0]])
-    told = testing.by_task(np.array([1.0, -1.0, 1.0]), returns)
-    assert told["tasks"] == ["1 -1 1"] and told["return_of_task"] == ["1.00 2.00 3.00", "4.00 9.00 6.00"]
-    np.testing.assert_array_equal(told["return_of_kind"]["1"], [2, 5])
-    np.testing.assert_array_equal(told["return_of_kind"]["-1"], [2, 9])
+    found = evaluation.returns_by_task(np.array([1.0, -1.0, 1.0]), returns)
+    assert found["tasks"] == ["1 -1 1"] and found["return_of_task"] == ["1.00 2.00 3.00", "4.00 9.00 6.00"]
+    np.testing.assert_array_equal(found["return_of_kind"]["1"], [2, 5])
+    np.testing.assert_array_equal(found["return_of_kind"]["-1"], [2, 9])
     row = {"method": "maml", "seed": 0, "rates": (0.1, 0.05), "return": [2, 6], "half_width": [1, 1], "improved": [1.0]}
-    results = {"protocol": "", "paper": {}, "rows": [row | {"cpu_seconds": None, "broken": 0.0} | told]}
-    (line,) = [line for line in testing.table(results).splitlines() if "tasks of -1" in line]
+    results = {"protocol": "", "paper": {}, "rows": [row | {"cpu_seconds": None, "num_nonfinite": 0.0} | found]}
+    (line,) = [line for line in evaluation.table(results).splitlines() if "tasks of -1" in line]
     assert line.split() == ["tasks", "of", "-1", "2.00", "9.00"]
 
 
 @pytest.mark.parametrize("restored", [False, True])
-def test_a_meta_iterations_cost_is_without_compilation(restored, monkeypatch, tmp_path):
-    """Which a run that goes on does after it has handed over what was restored."""
+def test_the_processor_time_excludes_compilation(restored, monkeypatch):
+    """A resumed run compiles after its first update, which comes from a checkpoint."""
     clock = [0.0]
-
-    def handed_over(learner, state, *args, **options):
-        for step in range(10, 25):
-            clock[0] += {10: 0.0 if restored else 100.0, 11: 100.0 if restored else 2.0}.get(step, 2.0)
-            yield state, {"step": step, "return": 0.0}
-
-    monkeypatch.setattr(training, "resumable_train", handed_over)
     monkeypatch.setattr("time.process_time", lambda: clock[0])
-    prepared = reinforcement.prepare(reinforcement.Config(workdir=tmp_path / "run"), navigation.problem())
-    directory = RunDirectory(tmp_path / "run", "run", {})
-    assert training.meta_train(prepared, directory, "maml", 0).cpu_seconds == 2.0
-    directory.close()
+    timer = Timer()
+    for step in range(10, 25):
+        clock[0] += {10: 0.0 if restored else 100.0, 11: 100.0 if restored else 2.0}.get(step, 2.0)
+        timer.update(step)
+        assert timer.seconds is None or step >= 20
+    assert timer.seconds == 2.0
 
 
-def test_the_recipes_are_the_papers():
-    setting = reinforcement.Config().resolve(locomotion.problem("half-cheetah-direction"))
-    assert (setting.tasks, setting.episodes, setting.inner_rate, setting.kl_limit) == (40, 20, 0.1, 0.02)
-    setting = reinforcement.Config(steps=7).resolve(navigation.problem())
-    assert (setting.steps, setting.tasks, setting.episodes, setting.kl_limit) == (7, 20, 20, 0.01)
+def test_presets_are_the_papers_settings():
+    preset = locomotion.PRESETS["half-cheetah-direction"]
+    assert (preset.tasks, preset.episodes, preset.inner_rate, preset.kl_limit) == (40, 20, 0.1, 0.02)
+    preset = locomotion.PRESETS["ant-direction"]
+    assert (preset.steps, preset.tasks, preset.episodes, preset.kl_limit) == (575, 40, 40, 0.01)
+    config = navigation.Config(steps=7)
+    assert (config.steps, config.tasks, config.episodes, config.kl_limit) == (7, 20, 20, 0.01)
 
 
-def test_speed_is_told_by_parts(quickly_compiled, monkeypatch, capsys, tmp_path):
-    options = ["--problems", "navigation", "--tasks", 2, "--episodes", 3, "--rounds", 2, "--workdir", "speed"]
-    start(rl_speed, options, monkeypatch, tmp_path)
+def test_the_preset_on_the_command_line_sets_the_other_defaults(monkeypatch, tmp_path):
+    assert locomotion.preset_of(["--steps", "3", "--preset=ant-direction"]) == "ant-direction"
+    found = []
+    monkeypatch.setattr(locomotion, "main", found.append)
+    start(locomotion, ["--preset", "half-cheetah-direction", "--steps", "3"], monkeypatch, tmp_path)
+    assert found == [dataclasses.replace(locomotion.PRESETS["half-cheetah-direction"], steps=3)]
+
+
+def test_an_option_without_effect_raises():
+    defaults = options.Config()
+    with pytest.raises(ValueError, match=r"kl_limit is for --outer trpo, but got 0\.02 with promp"):
+        options.check(dataclasses.replace(defaults, outer="promp", kl_limit=0.02), defaults)
+    options.check(dataclasses.replace(defaults, outer="promp"), defaults)
+
+
+def test_the_speed_benchmark_measures_each_part(quickly_compiled, monkeypatch, capsys, tmp_path):
+    arguments = ["--problems", "navigation", "--tasks", 2, "--episodes", 3, "--rounds", 2, "--workdir", "speed"]
+    start(rl_speed, arguments, monkeypatch, tmp_path)
     (row,) = json.loads((tmp_path / "speed" / "results.json").read_text())["rows"]
     assert all(len(row[kind][part]) == 2 for kind in ("cpu_seconds", "seconds") for part in ("episodes", "whole"))
     assert row["steps_per_cpu_second"] == pytest.approx(2 * 3 * 100 / np.median(row["cpu_seconds"]["episodes"]))
     assert sum(row["shares"].values()) == pytest.approx(1)
     assert (tmp_path / "speed" / "shares.png").stat().st_size > 1000
-    assert "where the time goes" in capsys.readouterr().out
+    assert "share of the processor time" in capsys.readouterr().out
 
 
-def test_shares_are_of_what_each_part_adds():
+def test_shares_are_the_times_that_each_part_adds():
     seconds = {"episodes": [1.0, 1.0, 9.0], "gradient": [3.0, 9.0, 3.0], "whole": [10.0, 10.0, 10.0]}
     row = rl_speed.row(
         "navigation", 500, seconds, {part: [2 * time for time in times] for part, times in seconds.items()}

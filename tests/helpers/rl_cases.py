@@ -1,4 +1,4 @@
-"""What the tests of reinforcement learning share: a small problem, and episodes of it that stay as they are."""
+"""A small reinforcement-learning problem for the tests, with episodes that are sampled once."""
 
 from functools import partial
 
@@ -6,31 +6,43 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import maml_jax
 from maml_jax.parallel import backend
 from maml_jax.parallel.task_axis import task_axis
 from maml_jax.rl.envs.navigation import navigation
 from maml_jax.rl.losses import inner_loss
-from maml_jax.rl.meta_rl import draw_task_batch, maml_rl
+from maml_jax.rl.meta_rl import TaskBatch, draw_task_batch, maml_rl
 from maml_jax.rl.objective import Objective
 from maml_jax.rl.outer import Outer, OuterInfo
 from maml_jax.rl.policy import gaussian_mlp
 
 ENVIRONMENT = navigation(horizon=8)
 POLICY = gaussian_mlp(2, 2, hidden=(5,))
+INNER = maml_jax.sgd(0.1, steps=1)
 
-# Programs that run once are not worth optimising.
+# Programs that run once are compiled without optimisation.
 compiled = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def perturbed(policy, seed=0):
-    """Parameters off the kinks: with zero biases, the start at the origin sits on that of every unit."""
+    """Parameters away from the kinks of the ReLUs. With zero biases, the origin is on the kink of every unit."""
     rng = np.random.default_rng(seed)
     params = policy.init(jax.random.key(seed))
     return jax.tree.map(lambda leaf: leaf + 0.3 * rng.normal(size=leaf.shape).astype(leaf.dtype), params)
 
 
+def task_batch_of(tasks, seed=0):
+    """A batch of the given tasks `[T, ...]`."""
+    return TaskBatch(jax.random.split(jax.random.key(seed), len(tasks)), jnp.asarray(tasks))
+
+
+def small_learner(outer, environment=ENVIRONMENT, inner=INNER, **options):
+    """`maml_rl` with 6 episodes of each task."""
+    return maml_rl(environment, POLICY, inner, outer, **{"episodes": 6, **options})
+
+
 def collected(inner, params, *, tasks=3, episodes=4, name="logp", sampling_term=False, environment=ENVIRONMENT):
-    """The outer objective on episodes that `params` sampled."""
+    """The outer objective on episodes that were sampled with `params`."""
 
     def update(objective, meta_params, _):
         return meta_params, objective.tasks, OuterInfo(*jnp.zeros(3))
@@ -49,5 +61,6 @@ def collected(inner, params, *, tasks=3, episodes=4, name="logp", sampling_term=
 
 
 def direction_like(tree, seed=1):
+    """A random direction in the space of a pytree."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), tree)

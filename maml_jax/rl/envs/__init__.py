@@ -1,1 +1,1 @@
-"""Environments: navigation, locomotion and Gymnasium's."""
+"""Environments: 2D navigation, MuJoCo locomotion, and adapters for MuJoCo, MJX and Gymnasium."""

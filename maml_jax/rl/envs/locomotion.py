@@ -1,7 +1,7 @@
-"""Half-cheetah and ant that are to run at a velocity or in a direction they are not told (paper, section 5.3).
+"""Half-cheetah and ant that run at a goal velocity or in a goal direction (paper, section 5.3).
 
-Time step, frame skip 1, observations, costs, ends and noise at the start are those of the authors' code; see
-`models/*.xml` for the bodies.
+The goal is the task, which the policy does not observe. Time step, frame skip of 1, observations, costs, ends of
+episodes and noise of initial states are those of the authors' code. The bodies are in `models/*.xml`.
 """
 
 from collections.abc import Callable
@@ -21,33 +21,38 @@ Goal = Literal["velocity", "direction"]
 Physics = Literal["mujoco", "mjx"]
 
 CHEETAH_OBSERVATION, ANT_OBSERVATION = 20, 125
-"""Numbers in an observation."""
+"""Entries of an observation, `O`."""
 HEIGHTS = (0.2, 1.0)
-"""The ant's torso; outside, the episode ends."""
+"""Heights of the ant's torso in m. An episode ends outside this range."""
 
 
 ENGINES: dict[Physics, type[Engine] | type[MjxEngine]] = {"mujoco": Engine, "mjx": MjxEngine}
 
 
 class Body(NamedTuple):
-    """State of an episode: the engine's, and what its sensors tell of it."""
+    """The state of an episode."""
 
     state: jax.Array
+    """`[nq + nv]`: positions and velocities of the engine."""
     sensors: jax.Array
+    """`[sensors]`: the engine's sensors at that state."""
 
 
 def half_cheetah(goal: Goal, horizon: int = 200, physics: Physics = "mujoco") -> Environment:
-    """A planar runner with 6 motors; the task is a velocity in m/s from 0 to 2, or a direction, 1 or -1.
+    """Half-cheetah, a planar body with 6 motors. A task is a velocity in m/s from 0 to 2, or a direction, 1 or -1.
 
     Args:
-      goal: what the task is.
-      horizon: time steps of an episode.
-      physics: 'mujoco', the C engine on the host, or 'mjx', which is for accelerators.
+      goal: the kind of task.
+      horizon: `H`, time steps of an episode, each of 0.01 s.
+      physics: 'mujoco' for the C engine on the host, or 'mjx' for MJX on accelerators.
 
     Raises:
-      ValueError: for a goal or physics that do not exist and a horizon below 1.
+      ValueError: for a goal or physics that does not exist, and for a horizon below 1.
       ModuleNotFoundError: if the engine is not installed.
-      RuntimeError: if MJX is of another version than MuJoCo.
+      RuntimeError: if the versions of MJX and MuJoCo differ.
+
+    References:
+      Finn, Abbeel and Levine 2017, arXiv:1703.03400, section 5.3 and appendix A.2.
     """
     _check(goal, horizon, physics)
     engine = ENGINES[physics](MODELS / "half_cheetah.xml")
@@ -59,27 +64,28 @@ def half_cheetah(goal: Goal, horizon: int = 200, physics: Physics = "mujoco") ->
 
     def step(body: Body, action: jax.Array, task: jax.Array) -> Step:
         body = Body(*engine.step(body.state, action))
-        moved = jax.jvp(centre_of_mass, (body.state[:positions],), (body.state[positions:],))[1]
-        reward = (-jnp.abs(moved[0] - task) if goal == "velocity" else task * moved[0]) - 0.05 * jnp.square(
-            action
-        ).sum()
-        return Step(body, reward, jnp.zeros([], bool))
+        velocity = jax.jvp(centre_of_mass, (body.state[:positions],), (body.state[positions:],))[1][0]
+        progress = -jnp.abs(velocity - task) if goal == "velocity" else task * velocity
+        return Step(body, progress - 0.05 * jnp.square(action).sum(), jnp.zeros([], bool))
 
     return _environment("half-cheetah", goal, (0.0, 2.0), engine, horizon, CHEETAH_OBSERVATION, observe, step)
 
 
 def ant(goal: Goal, horizon: int = 200, physics: Physics = "mujoco") -> Environment:
-    """A four-legged body with 8 motors; the task is a velocity in m/s from 0 to 3, or a direction, 1 or -1.
+    """Ant, a four-legged body with 8 motors. A task is a velocity in m/s from 0 to 3, or a direction, 1 or -1.
 
     Args:
-      goal: what the task is.
-      horizon: time steps of an episode.
-      physics: 'mujoco', the C engine on the host, or 'mjx', which is for accelerators.
+      goal: the kind of task.
+      horizon: `H`, time steps of an episode, each of 0.02 s.
+      physics: 'mujoco' for the C engine on the host, or 'mjx' for MJX on accelerators.
 
     Raises:
-      ValueError: for a goal or physics that do not exist and a horizon below 1.
+      ValueError: for a goal or physics that does not exist, and for a horizon below 1.
       ModuleNotFoundError: if the engine is not installed.
-      RuntimeError: if MJX is of another version than MuJoCo.
+      RuntimeError: if the versions of MJX and MuJoCo differ.
+
+    References:
+      Finn, Abbeel and Levine 2017, arXiv:1703.03400, section 5.3 and appendix A.2.
     """
     _check(goal, horizon, physics)
     engine = ENGINES[physics](MODELS / "ant.xml")
@@ -94,10 +100,10 @@ def ant(goal: Goal, horizon: int = 200, physics: Physics = "mujoco") -> Environm
         return (height < HEIGHTS[0]) | (height > HEIGHTS[1])
 
     def step(body: Body, action: jax.Array, task: jax.Array) -> Step:
-        # After its end an episode stays as it is: without a control the engine spends no time on it.
-        over = fallen(body)
-        moved = Body(*engine.step(body.state, jnp.where(over, jnp.nan, action)))
-        body = jax.tree.map(partial(jnp.where, over), body, moved)
+        # The state does not change after the end of an episode. With a NaN control the engine skips the simulation.
+        ended = fallen(body)
+        moved = Body(*engine.step(body.state, jnp.where(ended, jnp.nan, action)))
+        body = jax.tree.map(partial(jnp.where, ended), body, moved)
         velocity = body.sensors[3]
         progress = 1 - jnp.abs(velocity - task) if goal == "velocity" else task * velocity
         costs = 0.005 * jnp.square(action).sum()
@@ -116,24 +122,24 @@ def _check(goal: Goal, horizon: int, physics: Physics) -> None:
 def _environment(
     name: str,
     goal: Goal,
-    velocities: tuple[float, float],
+    goal_velocities: tuple[float, float],
     engine: Engine | MjxEngine,
     horizon: int,
     observation_size: int,
     observe: Callable[[Any, jax.Array], jax.Array],
     step: Callable[[Any, jax.Array, jax.Array], Step],
 ) -> Environment:
-    positions, speeds, motors = engine.sizes
+    positions, velocities, motors = engine.sizes
 
     def sample_tasks(key: jax.Array, count: int) -> jax.Array:
         if goal == "direction":
             return jax.random.rademacher(key, (count,), jnp.result_type(float))
-        return jax.random.uniform(key, (count,), minval=velocities[0], maxval=velocities[1])
+        return jax.random.uniform(key, (count,), minval=goal_velocities[0], maxval=goal_velocities[1])
 
     def reset(key: jax.Array, task: jax.Array) -> Body:
-        noise = jax.random.normal(key, (positions + speeds,))
-        scale = np.repeat([0.01, 0.1], [positions, speeds])
-        standing = np.concatenate([engine.start, np.zeros(speeds)])
+        noise = jax.random.normal(key, (positions + velocities,))
+        scale = np.repeat([0.01, 0.1], [positions, velocities])
+        standing = np.concatenate([engine.start, np.zeros(velocities)])
         return Body(*engine.read(jnp.asarray(standing, noise.dtype) + jnp.asarray(scale, noise.dtype) * noise))
 
     return Environment(
@@ -142,42 +148,31 @@ def _environment(
         action_size=motors,
         horizon=horizon,
         sample_tasks=sample_tasks,
-        check_tasks=partial(check_tasks, goal, velocities),
         reset=reset,
         observe=observe,
         step=step,
     )
 
 
-def check_tasks(goal: Goal, velocities: tuple[float, float], tasks: object) -> None:
-    """Raises ValueError unless `tasks` is `[T]` of what the goal allows."""
-    given = np.asarray(tasks)
-    if goal == "direction":
-        allowed, fine = "1 or -1", np.isin(given, (-1, 1))
-    else:
-        allowed, fine = "from {:g} to {:g}".format(*velocities), (given >= velocities[0]) & (given <= velocities[1])
-    if given.ndim != 1 or not fine.all():
-        raise ValueError(f"The tasks here are numbers [T], each a {goal} {allowed}, but got {given.tolist()}.")
-
-
 def planar_centre_of_mass(engine: Engine | MjxEngine) -> Callable[[jax.Array], jax.Array]:
-    """`positions [nq] -> [3]`, for a tree of bodies that slides along x and z and turns about y, as the cheetah.
+    """The centre of mass as a function `positions [nq] -> [3]`, in m, for bodies that move in the plane.
 
-    The centre is the root's place and, for each body, a fixed vector turned by the angles on the way to it.
-    To ask the engine for it would cost half a step.
+    The root slides along x and z, and all joints rotate about y, as those of the half-cheetah. The centre is the
+    position of the root plus, for each body, a fixed vector rotated by the sum of the angles on the path to it. Reading
+    the centre from the engine would take half as long as a time step.
     """
     model = engine.model
-    weight, below = model.body_mass / model.body_mass.sum(), model.body_mass.copy()
+    weight, subtree_mass = model.body_mass / model.body_mass.sum(), model.body_mass.copy()
     for body in range(model.nbody - 1, 0, -1):
-        below[model.body_parentid[body]] += below[body]
+        subtree_mass[model.body_parentid[body]] += subtree_mass[body]
     arms = weight[:, None] * model.body_ipos
     path = np.zeros((model.nbody, model.nq))
     for body in range(1, model.nbody):
         parent = model.body_parentid[body]
         first, count = model.body_jntadr[body], model.body_jntnum[body]
         path[body] = path[parent]
-        path[body, first + count - 1] = 1  # Slides come before the one hinge of a body.
-        arms[parent] += below[body] / model.body_mass.sum() * model.body_pos[body]
+        path[body, first + count - 1] = 1  # The hinge of a body is its last joint, after the slides.
+        arms[parent] += subtree_mass[body] / model.body_mass.sum() * model.body_pos[body]
 
     def centre(position: jax.Array) -> jax.Array:
         x, _, z = jnp.asarray(arms, position.dtype).T
@@ -190,19 +185,21 @@ def planar_centre_of_mass(engine: Engine | MjxEngine) -> Callable[[jax.Array], j
 
 
 def positions(engine: Engine, observation: jax.Array) -> jax.Array:
-    """The engine's `qpos` `[nq]` from what `observe` gave, to be rendered."""
+    """The engine's positions `[nq]` from an observation `[O]`, for rendering."""
     count = engine.sizes[0]
     if observation.size == ANT_OBSERVATION:
         return observation[:count]
-    # The cheetah does not see its own x, but its centre of mass.
+    # An observation has the x of the cheetah's centre of mass, not of its root.
     standing = jnp.concatenate([jnp.zeros_like(observation[:1]), observation[: count - 1]])
     return standing.at[0].set(observation[-3] - planar_centre_of_mass(engine)(standing)[0])
 
 
 def contact_forces(sensors: jax.Array) -> jax.Array:
-    """The ant's contacts as the classic engine's `cfrc_ext`, `[14, 6]`: torque about the centre of mass, and force.
+    """Contact forces of the ant in the form of the classic engine's `cfrc_ext`.
 
-    One row a part, which were bodies all, the first for the world, which feels none.
+    Returns:
+      `[14, 6]`: torque about the centre of mass in N m, and force in N. There is one row for each geom, and a first row
+      of zeros for the world.
     """
     contacts = sensors[6:].reshape(-1, 3, 3)
     force, torque, place = contacts[:, 0], contacts[:, 1], contacts[:, 2]
@@ -211,7 +208,7 @@ def contact_forces(sensors: jax.Array) -> jax.Array:
 
 
 def rotation(quaternion: jax.Array) -> jax.Array:
-    """The matrix `[3, 3]` of a quaternion of any length."""
+    """The rotation matrix `[3, 3]` of a quaternion `[4]` of any length."""
     w, x, y, z = quaternion / jnp.sqrt(jnp.square(quaternion).sum())
     return jnp.array([
         [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],

@@ -1,4 +1,4 @@
-"""MuJoCo's physics within XLA (MJX), for accelerators: the functions of `engine.Engine`, without a call to the host."""
+"""MuJoCo's physics in XLA (MJX), for accelerators: the functions of `mujoco.Engine`, without calls to the host."""
 
 from importlib import metadata
 from pathlib import Path
@@ -9,26 +9,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maml_jax.rl.envs.mujoco import Seen
+from maml_jax.rl.envs.mujoco import EngineOutput
 
-LARGEST = 1e10
-"""Of positions, speeds and accelerations; beyond, the C engine gives a simulation up (its `mjMAXVAL`)."""
+MAX_VALUE = 1e10
+"""Largest position, velocity and acceleration. Beyond, the C engine aborts a simulation (its `mjMAXVAL`)."""
 
 
 class MjxEngine:
-    """A MuJoCo model in MJX. Its functions are pure, of one state; `vmap` adds others.
+    """A MuJoCo model in MJX. `step` and `read` are pure functions of one state.
 
-    On a CPU it is far slower than the C engine. It differs in one thing: where a capsule that stands more
-    steeply than 60 degrees touches the floor, the pyramid that MJX puts in place of the cone of friction is
-    turned about the vertical. MJX has no sensors of all contacts of a part: what the model's would say is
-    told from the forces on bodies, one for each part, in the form that `locomotion.contact_forces` reads.
+    On a CPU, MJX is far slower than the C engine. Its physics differs in one point: where a capsule that is steeper
+    than 60 degrees touches the floor, the friction pyramid of MJX is rotated about the vertical. MJX has no contact
+    sensors. Their values are computed from the forces on bodies, one body for each geom, in the form that
+    `locomotion.contact_forces` reads.
 
     Args:
-      path: the model's XML file, without sensors or with those of our ant.
+      path: the model's XML file, without sensors or with those of `models/ant.xml`.
 
     Raises:
-      ModuleNotFoundError: if MJX is not installed, saying how to install it.
-      RuntimeError: if its version is not MuJoCo's, as their physics then differ.
+      ModuleNotFoundError: if MJX is not installed.
+      RuntimeError: if the versions of MJX and MuJoCo differ, as their physics then differ.
     """
 
     def __init__(self, path: Path):
@@ -42,53 +42,54 @@ class MjxEngine:
         versions = [metadata.version(package) for package in ("mujoco-mjx", "mujoco")]
         if len({version.rsplit(".", 1)[0] for version in versions}) > 1:
             raise RuntimeError(
-                "MJX needs MuJoCo of its own version, but here are mujoco-mjx {} and mujoco {}: "
+                "MJX needs the same version of MuJoCo, but the installed versions are mujoco-mjx {} and mujoco {}: "
                 "pip install 'mujoco=={}'.".format(*versions, versions[0])
             )
         self.model: Any = mujoco.MjModel.from_xml_path(str(path))
         self.sizes = (self.model.nq, self.model.nv, self.model.nu)
         self.start = self.model.key_qpos[0] if self.model.nkey else self.model.qpos0
         self._mjx = mjx
-        known = mjx.put_model(mujoco.MjModel.from_xml_string(as_mjx_takes_it(path)))
-        self._on_host = jax.tree.map(np.asarray, (known, mjx.make_data(known)))  # So that they belong to no device.
+        model = mjx.put_model(mujoco.MjModel.from_xml_string(mjx_xml(path)))
+        self._on_host = jax.tree.map(np.asarray, (model, mjx.make_data(model)))  # Arrays of no device.
 
-    def step(self, state: jax.Array, control: jax.Array) -> Seen:
-        """One time step, `[nq + nv]` and `[nu]` to what is seen after it."""
-        model, data, sound = self._given(state, control)
+    def step(self, state: jax.Array, control: jax.Array) -> EngineOutput:
+        """Takes one time step from a state `[nq + nv]` with a control `[nu]`."""
+        model, data, finite = self._data_at(state, control)
         data = self._mjx.step(model, data)
         after = jnp.concatenate([data.qpos, data.qvel])
-        sound &= (jnp.abs(jnp.concatenate([state, data.qacc, after])) <= LARGEST).all()
-        return self._seen(jnp.where(sound, after, state), control, sound)
+        finite &= (jnp.abs(jnp.concatenate([state, data.qacc, after])) <= MAX_VALUE).all()
+        return self._output(jnp.where(finite, after, state), control, finite)
 
-    def read(self, state: jax.Array) -> Seen:
-        """The state itself with its sensors, under no control."""
-        return self._seen(state, jnp.zeros(self.model.nu, state.dtype), jnp.array(True))
+    def read(self, state: jax.Array) -> EngineOutput:
+        """Returns the same state `[nq + nv]` with its sensors, for zero control."""
+        return self._output(state, jnp.zeros(self.model.nu, state.dtype), jnp.array(True))
 
-    def _given(self, state: jax.Array, control: jax.Array) -> tuple[Any, Any, jax.Array]:
-        """Model and data at a state, and whether that is finite; at the start if it is not."""
+    def _data_at(self, state: jax.Array, control: jax.Array) -> tuple[Any, Any, jax.Array]:
+        """Model and data at a state, or at the start if a value is not finite; and whether all values are finite."""
         model, data = jax.tree.map(jnp.asarray, self._on_host)
-        sound = jnp.isfinite(state).all() & jnp.isfinite(control).all()
-        state = jnp.where(sound, state, jnp.asarray([*self.start, *np.zeros(self.model.nv)], state.dtype))
-        positions, speeds = jnp.split(state, [self.model.nq])
-        return model, data.replace(qpos=positions, qvel=speeds, ctrl=jnp.where(sound, control, 0)), sound
+        finite = jnp.isfinite(state).all() & jnp.isfinite(control).all()
+        state = jnp.where(finite, state, jnp.asarray([*self.start, *np.zeros(self.model.nv)], state.dtype))
+        positions, velocities = jnp.split(state, [self.model.nq])
+        return model, data.replace(qpos=positions, qvel=velocities, ctrl=jnp.where(finite, control, 0)), finite
 
-    def _seen(self, state: jax.Array, control: jax.Array, sound: jax.Array) -> Seen:
+    def _output(self, state: jax.Array, control: jax.Array, valid: jax.Array) -> EngineOutput:
         sensors = jnp.zeros(0, state.dtype)
-        model, data, finite = self._given(state, control)
+        model, data, finite = self._data_at(state, control)
         if self.model.nsensordata:
             data = self._mjx.rne_postconstraint(model, self._mjx.forward(model, data))
             centre, velocity = jnp.split(data.sensordata, 2)
-            torque, force = jnp.split(data._impl.cfrc_ext[1:], 2, axis=1)  # About the centre; the first is the world's.
+            # Torques are about the centre of mass. The first row is the world's.
+            torque, force = jnp.split(data._impl.cfrc_ext[1:], 2, axis=1)
             contacts = jnp.concatenate([force, torque, jnp.broadcast_to(centre, force.shape)], 1)
             sensors = jnp.concatenate([centre, velocity, contacts.ravel()])
-        return Seen(*(jnp.where(sound & finite, leaf, jnp.nan).astype(state.dtype) for leaf in (state, sensors)))
+        outputs = (jnp.where(valid & finite, leaf, jnp.nan).astype(state.dtype) for leaf in (state, sensors))
+        return EngineOutput(*outputs)
 
 
-def as_mjx_takes_it(path: Path) -> str:
-    """The model's XML without the sensors of contacts, which MJX does not have.
+def mjx_xml(path: Path) -> str:
+    """The model's XML without contact sensors, which MJX does not have.
 
-    Where there were some, each part that was one of a body's becomes a body, as MJX tells the forces of those, with
-    contacts like all others.
+    If there were any, every geom becomes a body, since MJX computes forces on bodies alone.
     """
     tree = ElementTree.parse(path)
     contacts = [(sensors, contact) for sensors in tree.iter("sensor") for contact in sensors.findall("contact")]

@@ -1,28 +1,43 @@
-"""A point that is to walk to a goal it does not see (paper, section 5.3, '2D navigation').
+"""2D navigation: a point moves in the plane to a goal that it does not observe (paper, section 5.3).
 
-As in the authors' code, with what the paper says otherwise: the reward is minus the distance, not its
-square, and an episode ends when both coordinates are within .01 of the goal.
+Rewards and ends of episodes are those of the authors' code, which differs from the paper: the reward is minus the
+distance, not its square, and an episode ends when both coordinates are within 0.01 of the goal.
 """
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from maml_jax import validation
 from maml_jax.rl.environment import Environment, Step
 
 GOALS = (-0.5, 0.5)
 """Range of either coordinate of a goal."""
-STRIDE = 0.1
-"""The longest step along either coordinate."""
-NEAR = 0.01
+MAX_STEP = 0.1
+"""The longest move along either coordinate in one time step."""
+GOAL_RADIUS = 0.01
+"""An episode ends when both coordinates are closer to the goal than this."""
 
 
 def navigation(horizon: int = 100) -> Environment:
-    """The environment: task and state are points `[2]`, every episode starts at the origin.
+    """2D navigation. Tasks (goals) and states (positions) are points `[2]`; episodes start at the origin.
+
+    Example:
+      >>> import jax
+      >>> environment = navigation()
+      >>> goal = jax.numpy.array([0.3, 0.0])
+      >>> position = environment.reset(jax.random.key(0), goal)
+      >>> step = environment.step(position, jax.numpy.array([1.0, 0.0]), goal)
+      >>> print(f"{step.reward:.2f}")  # Minus the distance that is left.
+      -0.20
+
+    Args:
+      horizon: `H`, time steps of an episode.
 
     Raises:
       ValueError: for a horizon below 1.
+
+    References:
+      Finn, Abbeel and Levine 2017, arXiv:1703.03400, section 5.3.
     """
     validation.at_least("horizon", horizon, 1)
 
@@ -30,10 +45,10 @@ def navigation(horizon: int = 100) -> Environment:
         return jax.random.uniform(key, (count, 2), minval=GOALS[0], maxval=GOALS[1])
 
     def step(state: jax.Array, action: jax.Array, task: jax.Array) -> Step:
-        state = state + STRIDE * action
-        away = state - task
-        # The square root has no derivative at 0, but nothing is differentiated through an environment.
-        return Step(state, -jnp.sqrt(jnp.square(away).sum()), (jnp.abs(away) < NEAR).all())
+        state = state + MAX_STEP * action
+        offset = state - task
+        # The square root has no derivative at 0, but environments are not differentiated.
+        return Step(state, -jnp.sqrt(jnp.square(offset).sum()), (jnp.abs(offset) < GOAL_RADIUS).all())
 
     return Environment(
         name="navigation",
@@ -41,18 +56,7 @@ def navigation(horizon: int = 100) -> Environment:
         action_size=2,
         horizon=horizon,
         sample_tasks=sample_tasks,
-        check_tasks=check_goals,
         reset=lambda key, task: jnp.zeros_like(task),
         observe=lambda state, task: state,
         step=step,
     )
-
-
-def check_goals(tasks: object) -> None:
-    """Raises ValueError unless `tasks` is `[T, 2]` within the range of goals."""
-    goals = np.asarray(tasks)
-    if goals.ndim != 2 or goals.shape[1] != 2 or not ((goals >= GOALS[0]) & (goals <= GOALS[1])).all():
-        raise ValueError(
-            f"The tasks of navigation are goals [T, 2] with coordinates from {GOALS[0]} to {GOALS[1]}, but got "
-            f"{goals.tolist()}."
-        )

@@ -1,4 +1,4 @@
-"""MJX against MuJoCo's C engine, as whole environments."""
+"""MJX against MuJoCo's C engine: whole environments."""
 
 import sys
 
@@ -13,11 +13,11 @@ from maml_jax.rl.envs.locomotion import ant, contact_forces, half_cheetah
 from maml_jax.rl.envs.mujoco import MODELS
 
 STEEP = 0.8
-"""Cosine between a capsule and the vertical, from which MJX puts the friction along other axes (at .87)."""
+"""Cosine between a capsule and the vertical. MJX rotates the friction pyramid above 0.87."""
 
 
-def walks(environment, episodes, steps):
-    """Bodies before each of the steps of episodes in the C engine, and the actions, `[episodes * steps, ...]`."""
+def random_walks(environment, episodes, steps):
+    """States and random actions of episodes in the C engine, `[episodes * steps, ...]`."""
     task = jnp.array(1.0)
     start = jax.vmap(environment.reset, (0, None))(jax.random.split(jax.random.key(0), episodes), task)
     actions = jax.random.uniform(jax.random.key(1), (steps, episodes, environment.action_size), minval=-1.5, maxval=1.5)
@@ -30,7 +30,7 @@ def walks(environment, episodes, steps):
 
 
 def steep_and_low(states):
-    """Of each of the ant's states, whether a capsule near the floor stands steeply."""
+    """Whether a capsule near the floor is steep, for each state of the ant."""
     model = mujoco.MjModel.from_xml_path(str(MODELS / "ant.xml"))
     data, found = mujoco.MjData(model), []
     for state in states:
@@ -44,11 +44,11 @@ def steep_and_low(states):
 
 
 @pytest.mark.parametrize("make", [half_cheetah, ant])
-def test_mjx_is_the_c_engine(x64_everywhere, make):
+def test_mjx_equals_the_c_engine(x64_everywhere, make):
     in_c, in_mjx = make("velocity"), make("velocity", physics="mjx")
-    bodies, actions = jax.jit(walks, static_argnums=(0, 1, 2))(in_c, 8, 40)
+    bodies, actions = jax.jit(random_walks, static_argnums=(0, 1, 2))(in_c, 8, 40)
     actions = actions.at[0, 0].set(jnp.nan)
-    state = bodies.state.at[1, 3].set(jnp.nan).at[2, -1].set(1e18)  # Beyond what the engine follows.
+    state = bodies.state.at[1, 3].set(jnp.nan).at[2, -1].set(1e18)  # Beyond the engine's largest value.
     bodies, task = bodies._replace(state=state), jnp.array(1.0)
 
     def run(environment):
@@ -63,20 +63,20 @@ def test_mjx_is_the_c_engine(x64_everywhere, make):
     for step in (expected, found):
         for leaf in jax.tree.leaves((step.reward, step.state)):
             assert not np.isfinite(leaf[:3]).any() and np.isfinite(leaf[3:]).all()
-    alike = np.arange(len(actions)) > 2
-    if make is ant:  # The cheetah's plane has no other axes.
-        alike[3:] &= ~steep_and_low(bodies.state[3:])
-    assert alike.sum() > 80
-    np.testing.assert_allclose(found.state.state[alike], expected.state.state[alike], atol=1e-8)
-    np.testing.assert_allclose(found.reward[alike], expected.reward[alike], atol=1e-8)
-    np.testing.assert_array_equal(found.done[alike], expected.done[alike])
+    comparable = np.arange(len(actions)) > 2
+    if make is ant:  # The half-cheetah moves in a plane, without other axes.
+        comparable[3:] &= ~steep_and_low(bodies.state[3:])
+    assert comparable.sum() > 80
+    np.testing.assert_allclose(found.state.state[comparable], expected.state.state[comparable], atol=1e-8)
+    np.testing.assert_allclose(found.reward[comparable], expected.reward[comparable], atol=1e-8)
+    np.testing.assert_array_equal(found.done[comparable], expected.done[comparable])
     if make is ant:
-        forces, felt = (jax.vmap(contact_forces)(step.state.sensors)[alike] for step in (found, expected))
+        forces, felt = (jax.vmap(contact_forces)(step.state.sensors)[comparable] for step in (found, expected))
         np.testing.assert_allclose(forces, felt, atol=1e-6)
         assert (felt != 0).any((1, 2)).sum() > 20
 
 
-def test_missing_mjx_and_other_physics_are_told(monkeypatch):
+def test_missing_mjx_and_unknown_physics_raise(monkeypatch):
     with pytest.raises(ValueError, match="physics must be one of 'mujoco', 'mjx', but got 'moon'"):
         half_cheetah("velocity", physics="moon")
     monkeypatch.setattr("importlib.metadata.version", {"mujoco": "4.0.0", "mujoco-mjx": "3.17.0"}.get)

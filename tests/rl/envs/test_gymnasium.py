@@ -1,4 +1,4 @@
-"""An environment of Gymnasium, adapted, is the same family as the one written in JAX."""
+"""2D navigation as a Gymnasium environment against the one in JAX."""
 
 from functools import partial
 
@@ -13,7 +13,7 @@ from helpers.rl_cases import POLICY, compiled, perturbed
 import maml_jax
 from maml_jax.parallel.task_axis import task_mesh
 from maml_jax.rl.envs.gymnasium import from_gymnasium
-from maml_jax.rl.envs.navigation import NEAR, STRIDE, check_goals, navigation
+from maml_jax.rl.envs.navigation import GOAL_RADIUS, MAX_STEP, navigation
 from maml_jax.rl.meta_rl import draw_task_batch, maml_rl
 from maml_jax.rl.outer import policy_gradient
 
@@ -21,13 +21,13 @@ HORIZON, RANGE = 6, 0.5
 
 
 class Walk(gymnasium.Env):
-    """2D navigation, with actions in other units, as a simulator that keeps its state."""
+    """2D navigation as a Gymnasium environment, with actions in other units."""
 
     made = 0
     observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float64)
     action_space = gymnasium.spaces.Box(np.array([-2.0, 0.0]), np.array([2.0, 1.0]), dtype=np.float64)
 
-    def __init__(self, near=NEAR):
+    def __init__(self, near=GOAL_RADIUS):
         Walk.made += 1
         self.goal, self.near = None, near
 
@@ -38,7 +38,7 @@ class Walk(gymnasium.Env):
 
     def step(self, action):
         assert self.action_space.contains(action)
-        self.position = self.position + STRIDE * np.array([action[0] / 2, 2 * action[1] - 1])
+        self.position = self.position + MAX_STEP * np.array([action[0] / 2, 2 * action[1] - 1])
         away = self.position - self.goal
         return self.position, -np.sqrt((away**2).sum()), bool((np.abs(away) < self.near).all()), False, {}
 
@@ -52,9 +52,9 @@ def adapted(make=Walk, horizon=HORIZON, **options):
 
 
 @pytest.mark.parametrize("mesh", [None, task_mesh(4)], ids=["one device", "two devices"])
-def test_a_meta_iteration_is_that_of_the_environment_in_jax(mesh, x64_everywhere):
+def test_a_meta_iteration_equals_that_of_the_environment_in_jax(mesh, x64_everywhere):
     found, made = [], Walk.made
-    for environment in (navigation(HORIZON), adapted(check_tasks=check_goals)):
+    for environment in (navigation(HORIZON), adapted()):
         learner = maml_rl(
             environment, POLICY, maml_jax.sgd(0.1, steps=2), policy_gradient(optax.sgd(0.1)), episodes=3, mesh=mesh
         )
@@ -64,20 +64,20 @@ def test_a_meta_iteration_is_that_of_the_environment_in_jax(mesh, x64_everywhere
             state, info = step(state, draw_task_batch(environment, jax.random.key(key), 4))
         found.append((state.params, info.loss, info.aux))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9), *found)
-    assert Walk.made - made == 4 * 3  # One for each episode at a time, used again by each inner step.
+    assert Walk.made - made == 4 * 3  # One for each concurrent episode, used again by each inner step.
 
 
-def test_an_episode_that_ends_is_over(x64_everywhere):
-    """Near is wide here: episodes end by their goal, each at its time, and nothing of what follows counts."""
+def test_episodes_end_at_their_goals(x64_everywhere):
+    """With a wide goal, episodes end at different times, and later steps do not count."""
     wide = adapted(partial(Walk, near=0.2), horizon=20)
     learner = maml_rl(wide, POLICY, maml_jax.no_adaptation(), policy_gradient(optax.identity()), episodes=5)
     evaluate = compiled(lambda state, key: learner.evaluate(state, draw_task_batch(wide, key, 6)))
     summary = evaluate(learner.init(perturbed(POLICY)), jax.random.key(0)).aux
-    assert not summary.broken.any() and np.isfinite(summary.total).all()
+    assert not summary.num_nonfinite.any() and np.isfinite(summary.mean_return).all()
     assert (summary.length < 20).any()
 
 
-def test_the_simulator_of_a_broken_episode_is_used_again(x64_everywhere):
+def test_the_simulator_of_a_nonfinite_episode_is_used_again(x64_everywhere):
     class Breaks(Walk):
         def step(self, action):
             position, *rest = super().step(action)
@@ -86,11 +86,13 @@ def test_the_simulator_of_a_broken_episode_is_used_again(x64_everywhere):
     environment, made = adapted(Breaks), Walk.made
     learner = maml_rl(environment, POLICY, maml_jax.no_adaptation(), policy_gradient(optax.identity()), episodes=6)
     evaluate = compiled(lambda state, key: learner.evaluate(state, draw_task_batch(environment, key, 2)))
-    broken = [evaluate(learner.init(perturbed(POLICY)), jax.random.key(key)).aux.broken.sum() for key in range(4)]
-    assert min(broken) > 0 and Walk.made - made == 2 * 6 - 1  # One was made to be looked at.
+    counts = [
+        evaluate(learner.init(perturbed(POLICY)), jax.random.key(key)).aux.num_nonfinite.sum() for key in range(4)
+    ]
+    assert min(counts) > 0 and Walk.made - made == 2 * 6 - 1  # One was made for its spaces.
 
 
-def test_errors():
+def test_spaces_and_horizons_that_are_not_allowed_raise():
     for change, message in (
         ({"action_space": gymnasium.spaces.Discrete(3)}, "action_space must be a Box, but got Discrete"),
         ({"observation_space": gymnasium.spaces.Discrete(3)}, "observation_space must be a Box"),
@@ -102,7 +104,7 @@ def test_errors():
         adapted(horizon=0)
 
 
-def test_an_error_of_a_simulator_is_told():
+def test_an_error_of_a_simulator_is_raised():
     class Broken(Walk):
         def step(self, action):
             raise RuntimeError("a joint broke")

@@ -1,0 +1,62 @@
+"""Advantages and losses of masked episodes against loops over their time steps."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from helpers.rl_cases import POLICY, compiled, perturbed
+
+from maml_jax.rl.advantage import experience
+from maml_jax.rl.baseline import RIDGE, features
+from maml_jax.rl.losses import inner_loss
+from maml_jax.rl.rollout import Episodes
+
+
+def test_padding_changes_neither_advantages_nor_losses(x64):
+    rng = np.random.default_rng(0)
+    lengths, horizon, discount, smoothing = (3, 7, 1, 5), 7, 0.9, 0.8
+    params = perturbed(POLICY)
+    mask = (np.arange(horizon) < np.array(lengths)[:, None]).astype(float)
+    observation, action = rng.normal(size=(2, 4, horizon, 2))
+    reward = mask * rng.normal(size=(4, horizon))
+
+    @partial(compiled, static_argnums=2)
+    def loss_and_gradient(observation, action, name):
+        distribution = jax.tree.map(
+            lambda leaf: jnp.broadcast_to(leaf, action.shape), POLICY.apply(params, observation)
+        )
+        episodes = Episodes(observation, action, distribution, jnp.asarray(reward), jnp.asarray(mask), jnp.zeros(4))
+        sampled = experience(episodes, discount, smoothing)
+        return jax.value_and_grad(lambda p: inner_loss(POLICY, name)(p, sampled), has_aux=True)(params), sampled
+
+    ((loss, _), gradient), sampled = loss_and_gradient(observation, action, "logp")
+    # One episode after the other, without padding.
+    design = np.asarray(features(jnp.asarray(observation)))
+    design = np.concatenate([design[i, :n] for i, n in enumerate(lengths)])
+    summed = [sum(discount ** (k - t) * reward[i, k] for k in range(t, n)) for i, n in enumerate(lengths)
+              for t in range(n)]  # fmt: skip
+    unit = design / np.linalg.norm(design, axis=0)
+    values = unit @ np.linalg.solve(unit.T @ unit + RIDGE * np.eye(unit.shape[1]), unit.T @ np.array(summed))
+    advantages, start = [], 0
+    for i, n in enumerate(lengths):
+        value = np.append(values[start : start + n], 0)
+        deltas = reward[i, :n] + discount * value[1:] - value[:-1]
+        advantages += [sum((discount * smoothing) ** (k - t) * deltas[k] for k in range(t, n)) for t in range(n)]
+        start += n
+    advantages = (advantages - np.mean(advantages)) / (np.std(advantages) + 1e-8)
+    np.testing.assert_allclose(np.asarray(sampled.advantage)[mask > 0], advantages, atol=1e-9)
+
+    def concatenated(params):
+        parts = [POLICY.apply(params, observation[i, :n]).log_prob(action[i, :n]) for i, n in enumerate(lengths)]
+        return -(jnp.concatenate(parts) * advantages).mean()
+
+    np.testing.assert_allclose(loss, concatenated(params), rtol=1e-9)
+    for masked, expected in zip(*map(jax.tree.leaves, (gradient, compiled(jax.grad(concatenated))(params)))):
+        np.testing.assert_allclose(masked, expected, atol=1e-9)
+    # Entries after the end of an episode change nothing.
+    other = mask[..., None] * observation + (1 - mask[..., None]) * 7.0, action - (1 - mask[..., None]) * 3.0
+    for name in ("logp", "dice"):
+        (first, _), (second, _) = (loss_and_gradient(*inputs, name) for inputs in ((observation, action), other))
+        for one, two in zip(*map(jax.tree.leaves, (first, second))):
+            np.testing.assert_allclose(one, two, atol=1e-12)

@@ -1,0 +1,28 @@
+"""The linear baseline against least squares."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maml_jax.rl.baseline import RIDGE, features, linear_baseline
+
+
+def test_float32_predictions_are_those_of_ridge_regression():
+    """With collinear observations, as those of the half-cheetah."""
+    rng = np.random.default_rng(0)
+    observation = rng.normal(size=(10, 50, 3)).astype(np.float32)
+    observation = np.concatenate([observation, observation[..., :1] * 2, observation[..., 1:] - 1], -1)
+    mask = (np.arange(50) < rng.integers(20, 51, size=(10, 1))).astype(np.float32)
+    returns = (observation.sum(-1) + 5 * np.cos(np.arange(50) / 20) + rng.normal(size=(10, 50))).astype(np.float32)
+    predicted = np.asarray(jax.jit(linear_baseline)(observation, returns, mask), np.float64)
+
+    valid = mask > 0
+    with jax.enable_x64(True):
+        design = np.asarray(features(jnp.asarray(observation, jnp.float64)))[valid]
+    design = design / np.linalg.norm(design, axis=0)
+    ridge = np.sqrt(RIDGE) * np.eye(design.shape[1])
+    stacked = np.concatenate([design, ridge]), np.concatenate([returns[valid], np.zeros(design.shape[1])])
+    expected = design @ np.linalg.lstsq(*stacked, rcond=None)[0]
+    np.testing.assert_allclose(predicted[valid], expected, atol=2e-3 * returns.std())
+    free = design @ np.linalg.lstsq(design, returns[valid], rcond=None)[0]  # The ridge changes little.
+    np.testing.assert_allclose(expected, free, atol=0.06 * returns.std())

@@ -1,0 +1,35 @@
+"""Gaussian policies: densities and divergences against formulas, and errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.scipy.stats import norm
+
+from maml_jax.rl.policy import MIN_LOG_STD, Gaussian, gaussian_mlp
+
+
+def test_log_probability_and_divergence(x64):
+    one = Gaussian(jnp.array([0.3, -0.2]), jnp.array([0.1, -0.4]))
+    other = Gaussian(jnp.array([0.1, 0.5]), jnp.array([-0.3, 0.2]))
+    action = jnp.array([0.7, 0.4])
+    np.testing.assert_allclose(one.log_prob(action), norm.logpdf(action, one.mean, jnp.exp(one.log_std)).sum())
+    sampled = one.mean + jnp.exp(one.log_std) * jax.random.normal(jax.random.key(0), (200_000, 2))
+    estimate = (one.log_prob(sampled) - other.log_prob(sampled)).mean()
+    np.testing.assert_allclose(one.kl_to(other), estimate, rtol=0.02)
+    assert one.kl_to(one) == 0
+
+
+def test_the_deviation_starts_at_1_and_has_a_floor():
+    policy = gaussian_mlp(3, 2)
+    params = policy.init(jax.random.key(0))
+    assert [params[f"Dense_{layer}"]["kernel"].shape for layer in range(3)] == [(3, 100), (100, 100), (100, 2)]
+    distribution = policy.apply(params, jnp.ones((7, 3)))
+    assert distribution.mean.shape == (7, 2) and (distribution.log_std == 0).all()
+    low = policy.apply({**params, "log_std": jnp.full(2, -100.0)}, jnp.ones((7, 3)))
+    np.testing.assert_allclose(low.log_std, MIN_LOG_STD)
+
+
+def test_a_size_below_1_raises():
+    with pytest.raises(ValueError, match="hidden must be an integer of at least 1, but got 0"):
+        gaussian_mlp(2, 2, hidden=(0,))
