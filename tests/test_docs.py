@@ -157,6 +157,15 @@ def test_tables_are_what_the_results_say(page):
     assert docs.render(text, ROOT / "results") == text, "Run python -m experiments.table.docs."
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_rows_of_a_table_have_as_many_cells_as_its_head(page):
+    head = None
+    for line in (ROOT / page).read_text().splitlines():
+        cells = line.count(" |") if line.startswith("|") else None
+        assert head is None or cells in (None, head), line
+        head = cells
+
+
 def test_links_of_the_readme_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", README):
         assert target.startswith("https://") or (ROOT / target).exists(), target

@@ -8,7 +8,7 @@ names.
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -128,6 +128,8 @@ def _return(line: returns.Line, step: int) -> str:
 
 # Sine curves
 
+SINE_STEPS = (1, 5, 10)
+
 
 def sine_curves(results: Path) -> str:
     """Errors after 1, 5 and 10 steps from 5 points."""
@@ -139,36 +141,32 @@ def sine_curves(results: Path) -> str:
     ):
         found = read_json(results / folder / "results.json")["rows"]
         found = [row for row in found if (row["method"], row["shots"]) == (method, 5)]
-        for name, key in (("mean over curves", "mean"), ("median over curves", "median")):
-            cells = [_median([_number(row[key], step) for row in found]) for step in (1, 5, 10)]
-            rates = [row["divergence"][10] for row in found]
-            diverged = f"{min(rates):.1%} to {max(rates):.1%}" if key == "mean" else ""
-            if key == "median":
-                cells = [cell if cell != "not finite" else "" for cell in cells]
-            if any(cells):
-                rows.append([f"{title}, {name}", *cells, diverged])
+        rates = [row["divergence"][10] for row in found]
+        diverged = f"{min(rates):.1%} to {max(rates):.1%}"
+        means = [np.median([_number(row["mean"], step) for row in found]) for step in SINE_STEPS]
+        rows.append([f"{title}, mean over curves", *map(_error, means), diverged])
+        # A run writes null for a median that was not recorded, and for a mean that is infinite.
+        medians = [[row["median"][step] for row in found] for step in SINE_STEPS]
+        cells = ["" if None in values else _error(np.median(values)) for values in medians]
+        rows.append([f"{title}, median over curves", *cells, ""])
         worst = max(found, key=lambda row: _number(row["mean"], 1))
-        if all(np.isfinite(_number(worst["mean"], step)) for step in (1, 5, 10)):
-            rows.append([f"{title}, worst seed", *(f"{worst['mean'][step]:.3f}" for step in (1, 5, 10)), ""])
+        rows.append([f"{title}, worst seed", *(_error(_number(worst["mean"], step)) for step in SINE_STEPS), ""])
     return table(("", "1 step", "5 steps", "10 steps", "diverged curves, by seed"), rows)
 
 
-def _number(values: Any, step: int) -> float:
-    """A JSON file has null for infinity."""
-    if values is None:
-        return np.nan
-    value = values if isinstance(values, float) else values[step]
+def _number(values: Sequence[float | None], step: int) -> float:
+    value = values[step]
     return np.inf if value is None else value
 
 
-def _median(values: Sequence[float]) -> str:
-    if np.isnan(values).any():
-        return ""
-    value = np.median(values)
+def _error(value: float) -> str:
     return f"{value:.3f}" if np.isfinite(value) else "not finite"
 
 
 # Few-shot classification
+
+ACCURACY_COLUMNS = ("method", "transductive, %", "inductive, %", "inner steps", "meta-steps", "published, %", "source")
+PAIRED = "Paired differences on the same tasks, with the 95% interval of a bootstrap over tasks:\n"
 
 
 @cache
@@ -183,23 +181,13 @@ def few_shot(results: Path) -> str:
     for group in groups(results):
         rows = [_cells(line) for line in group.lines]
         rows += [[METHODS[name], "", "", "", "", *_published(number)] for name, number in group.others.items()]
-        columns: tuple[str, ...] = (
-            "method",
-            "transductive, %",
-            "inductive, %",
-            "inner steps",
-            "meta-steps",
-            "published",
-        )
-        parts += [f"### {group.title}\n", table(columns, rows)]
+        parts += [f"### {group.title}\n", table(ACCURACY_COLUMNS, rows)]
         if group.paired:
-            columns = ("MAML, second order, minus", "meta-steps", "seed", "difference, points")
             pairs = [
                 [pair.second.title, _both(pair.first.steps, pair.second.steps), str(pair.seed), str(pair.difference)]
                 for pair in group.paired
             ]
-            parts += ["Paired differences on the same tasks, with the 95% interval of a bootstrap over tasks:\n",
-                      table(columns, pairs)]  # fmt: skip
+            parts += [PAIRED, table(("MAML, second order, minus", "meta-steps", "seed", "difference, points"), pairs)]
     return "\n".join(parts)
 
 
@@ -224,17 +212,10 @@ def protocols(results: Path) -> str:
         found = [summary["protocol"] for line in group.lines for _, summary in line.summaries()]
         if not found:
             continue
-        one = found[0]
-        values = {key: dict.fromkeys(each[key] for each in found) for key in ("seed", "tasks", "rotations")}
+        split = f"{found[0]['split']}, {found[0]['classes']} classes"
         digests = dict.fromkeys(each["split_sha256"][:12] for each in found if each["split_sha256"] != "not recorded")
-        rows.append([
-            group.title,
-            f"{one['split']}, {one['classes']} classes, {', '.join(digests)}",
-            _joined(values["tasks"]),
-            _joined(sorted(values["seed"])),
-            str(one["queries"]),
-            _joined(values["rotations"]),
-        ])  # fmt: skip
+        values = (sorted({each[key] for each in found}) for key in ("tasks", "seed", "queries", "rotations"))
+        rows.append([group.title, f"{split}, {_joined(digests)}", *map(_joined, values)])
     return table(("setting", "split, classes, sha256", "tasks", "task seeds", "queries per class", "rotations"), rows)
 
 
@@ -245,42 +226,28 @@ def _joined(values: Iterable[Any]) -> str:
 def runs(results: Path) -> str:
     """Where each accuracy comes from."""
     rows: dict[str, list[str]] = {}
-    for group in groups(results):
-        for line in group.lines:
-            for run, summary in line.summaries():
-                rate = summary["protocol"]["inner_rate"]
-                rows.setdefault(run.path.name, [
-                    f"`{run.path.name}`",
-                    line.title,
-                    str(run.seed),
-                    "learned" if rate is None else f"{rate:g}",
-                    *_provenance(run.results or {}),
-                ])  # fmt: skip
+    for run, title, summary in (
+        (run, line.title, summary)
+        for group in groups(results)
+        for line in group.lines
+        for run, summary in line.summaries()
+    ):
+        rate, found = summary["protocol"]["inner_rate"], run.results or {}
+        what = [f"`{run.path.name}`", title, str(run.seed), "learned" if rate is None else f"{rate:g}"]
+        rows.setdefault(run.path.name, [*what, f"{found['selected']['step']:,}", *_provenance(found["made_by"])])
     head = ("run", "method", "seed", "inner rate", "model", "hours", "hardware", "commit", "date")
     return table(head, rows.values())
 
 
-def _provenance(results: dict[str, Any]) -> Iterator[str]:
-    made_by, earlier = results["made_by"], results["made_by"].get("earlier_starts", [])
-    yield f"{results['selected']['step']:,}"
-    yield (
-        compare.Run(Path(), None, 0, 0, results)
-        .cost()
-        .split(" hours")[0]
-        .replace("time not recorded", "")[:5]
-        .split(",")[0]
-    )
-    for key in ("hardware", "commit"):
-        yield ", then ".join(dict.fromkeys(str(each.get(key)) for each in (*earlier, made_by)))
-    yield made_by["finished"][:10]
-
-
-def _hours(starts: Sequence[dict[str, Any]]) -> str:
-    """Wall time over all starts of a run; empty if one of them is not recorded."""
-    if not all(start.get("started") and start.get("until") for start in starts):
-        return ""
-    took = [datetime.fromisoformat(start["until"]) - datetime.fromisoformat(start["started"]) for start in starts]
-    return f"{sum(each.total_seconds() for each in took) / 3600:.2f}"
+def _provenance(made_by: dict[str, Any]) -> list[str]:
+    """Hours, hardware, commits and day of a run, over all its starts."""
+    starts = [*made_by.get("earlier_starts", []), {**made_by, "until": made_by["finished"]}]
+    hours = ""  # Unknown if the time of one start is not recorded.
+    if all(start.get("started") and start.get("until") for start in starts):
+        times = [[datetime.fromisoformat(start[key]).timestamp() for key in ("started", "until")] for start in starts]
+        hours = f"{sum(until - started for started, until in times) / 3600:.2f}"
+    places = [", then ".join(dict.fromkeys(str(start.get(key)) for start in starts)) for key in ("hardware", "commit")]
+    return [hours, *places, made_by["finished"][:10]]
 
 
 def normalisation(results: Path) -> str:
@@ -346,16 +313,11 @@ def _return_cells(name: str, line: returns.Line) -> list[str]:
 def rl_runs(results: Path) -> str:
     """Where the returns come from."""
     rows = []
-    for folder in dict.fromkeys(line.folder for line in returns.found(results)):
+    for folder in sorted(dict.fromkeys(line.folder for line in returns.found(results))):
         found = read_json(Path(folder) / "results.json")
-        starts = [*found["made_by"].get("earlier_starts", []), found["made_by"]]
-        last = {**starts[-1], "until": starts[-1]["finished"]}
-        commits, hardware = (", then ".join(dict.fromkeys(str(start.get(key)) for start in starts))
-                             for key in ("commit", "hardware"))  # fmt: skip
-        seeds = ", ".join(map(str, found["config"]["seeds"]))
-        rows.append([f"`{Path(folder).name}`", seeds, found.get("mujoco", ""), _hours([*starts[:-1], last]), hardware,
-                     commits, starts[-1]["finished"][:10]])  # fmt: skip
-    return table(("run", "seeds", "MuJoCo", "hours", "hardware", "commit", "date"), sorted(rows))
+        what = [f"`{Path(folder).name}`", _joined(found["config"]["seeds"]), found.get("mujoco", "")]
+        rows.append([*what, *_provenance(found["made_by"])])
+    return table(("run", "seeds", "MuJoCo", "hours", "hardware", "commit", "date"), rows)
 
 
 # Speed
