@@ -1,6 +1,8 @@
 """README and docs: every Python block runs, in the order of its page, and every table is what results/ says."""
 
 import ast
+import dataclasses
+import importlib
 import re
 import textwrap
 from pathlib import Path
@@ -13,6 +15,8 @@ import pytest
 from PIL import Image
 
 import maml_jax
+from experiments.reinforcement import options as reinforcement
+from experiments.shared import command_line
 from experiments.table import docs
 from maml_jax import losses
 from maml_jax.nets import models
@@ -149,6 +153,18 @@ def test_expressions_in_tables_are_learners(page):
     for expression in found:
         ast.parse(expression)
         assert isinstance(eval(expression, scope), maml_jax.InnerLearner | maml_jax.MetaLearner)
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
+def test_options_of_commands_exist(page):
+    """Those of each `python -m experiments...` in a shell block."""
+    hosts = {field.name for field in dataclasses.fields(command_line.Hosts)}
+    for block in re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
+        for name, rest in re.findall(r"python -m (experiments[\w.]+)([^\n]*)", block.replace("\\\n", " ")):
+            config = getattr(importlib.import_module(name), "Config", reinforcement.Config)
+            known = {field.name for field in dataclasses.fields(config)} | hosts
+            options = {option.replace("-", "_") for option in re.findall(r"--([\w-]+)", rest)}
+            assert options <= known, f"{name}: {options - known}"
 
 
 @pytest.mark.parametrize("page", docs.PAGES)
