@@ -1,10 +1,10 @@
 # %% [markdown]
-# # First against second order: time, memory, exactness
+# # First and second order: time, memory, exactness
 #
-# The meta-gradient is the derivative of the query loss after adaptation, through the adaptation. First order leaves out
-# that the inner gradients depend on where they were taken (Finn, Abbeel and Levine 2017, section 5.2). What does it
-# save, and what does it lose? On a small net that is given many points of sine curves; `python -m
-# experiments.benchmark` measures the paper's settings, with more care.
+# The meta-gradient is the derivative of the query loss after adaptation, through the adaptation. First order treats the
+# inner gradients as constants (Finn, Abbeel and Levine 2017, section 5.2). What does first order save, and what does
+# first order lose? This tutorial measures both on a small network and sine curves with many points. `python -m
+# experiments.benchmark` measures the paper's settings.
 
 # %%
 import time
@@ -25,18 +25,18 @@ net = models.MLP((64, 64, 64), 1)
 loss_fn = losses.mean_squared_error(models.apply_params(net))
 tasks = sinusoid.draw_tasks(jax.random.key(1), 4, shots=1000, queries=1000)
 params = net.init(jax.random.key(0), tasks.support[0][0])["params"]
-# The net begins with small weights; larger ones, so that there is something to see in its derivatives.
+# The network starts with small weights. Larger weights make the second derivatives visible.
 params = jax.tree.map(lambda leaf: leaf * 20, params)
 
 # %% [markdown]
 # ## Time and memory
 #
-# `order` is all that differs, and for second order `remat`: what is kept of the inner steps. Outer gradient
-# descent at rate 1 lets the meta-gradient be read off as the difference of the parameters.
+# The variants differ in `order` and in `remat`, which chooses what the forward pass keeps of the inner steps. The outer
+# optimizer is gradient descent with rate 1, so the meta-gradient is the difference of the parameters.
 
 
 # %%
-def measured(steps, order, remat="none"):
+def measure(steps, order, remat="none"):
     inner = maml_jax.sgd(0.01, steps=steps, order=order, remat=remat)
     learner = maml_jax.maml(loss_fn, inner, optax.sgd(1.0))
     state = learner.init(params)
@@ -55,28 +55,28 @@ def measured(steps, order, remat="none"):
     }
 
 
-ways = {
+variants = {
     "first order": {"order": 1},
     "second order": {"order": 2},
-    "second order, 'full'": {"order": 2, "remat": "full"},
-    "second order, 'mixflow'": {"order": 2, "remat": "mixflow"},
+    "second order, remat='full'": {"order": 2, "remat": "full"},
+    "second order, remat='mixflow'": {"order": 2, "remat": "mixflow"},
 }
 inner_steps = (1, 4, 16)
-found = {name: [measured(steps, **way) for steps in inner_steps] for name, way in ways.items()}
+found = {name: [measure(steps, **variant) for steps in inner_steps] for name, variant in variants.items()}
 
 figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
 for name, rows in found.items():
-    for axes, what in zip(panels, ("milliseconds", "megabytes")):
-        axes.plot(inner_steps, [row[what] for row in rows], "o-", label=name)
-        axes.set(xlabel="inner steps", ylabel=what, xscale="log", yscale="log")
+    for axes, quantity in zip(panels, ("milliseconds", "megabytes")):
+        axes.plot(inner_steps, [row[quantity] for row in rows], "o-", label=name)
+        axes.set(xlabel="inner steps", ylabel=quantity, xscale="log", yscale="log")
 panels[0].legend()
 plt.show()
 
 # %% [markdown]
 # ## Exactness
 #
-# All ways to compute second order are one number, up to rounding. First order is another direction, and the more so the
-# more inner steps there are.
+# All variants of second order give the same gradient up to rounding. First order gives another direction, and the angle
+# grows with the inner steps.
 
 # %%
 for index, steps in enumerate(inner_steps):
@@ -86,10 +86,10 @@ for index, steps in enumerate(inner_steps):
         other = rows[index]["gradient"]
         cosine = exact @ other / np.linalg.norm(exact) / np.linalg.norm(other)
         difference = np.linalg.norm(other - exact) / np.linalg.norm(exact)
-        print(f"    {name:22} cosine with the exact one {cosine:.6f}, relative difference {difference:.1e}")
+        print(f"    {name:29} cosine with second order {cosine:.6f}, relative difference {difference:.1e}")
 
 # %% [markdown]
-# Is 'second order' itself right? Against differences of the meta-loss in float64:
+# The check compares second order itself with differences of the meta-loss in float64.
 
 # %%
 report = maml_jax.check_meta_gradient(

@@ -1,10 +1,10 @@
 # %% [markdown]
-# # A first look: learning to fit a sine curve from five points
+# # A first look: fit a sine curve from five points
 #
-# Every task is a curve of its own amplitude and phase (Finn, Abbeel and Levine 2017, section 5.1). Meta-training looks
-# for parameters from which one gradient step on a few points of a new curve comes as close to it as it can.
+# Each task is a sine curve with its own amplitude and phase (Finn, Abbeel and Levine 2017, section 5.1). Meta-training
+# finds parameters from which one gradient step on a few points of a new curve fits the curve well.
 #
-# The cells of this file are a notebook for Jupyter (with jupytext), VS Code and others; it also runs as a script.
+# This file is a notebook for Jupyter (with jupytext) and VS Code. It also runs as a script.
 
 # %%
 import jax
@@ -17,10 +17,9 @@ import maml_jax
 from maml_jax import losses
 from maml_jax.nets import models
 from maml_jax.tasks import sinusoid
-from maml_jax.training import train
 
 # %% [markdown]
-# A **loss** is a function of parameters and one batch. The network is the paper's, two hidden layers of 40.
+# A **loss** is a function of the parameters and one batch. The network is the paper's: two hidden layers of 40 units.
 
 # %%
 net = models.MLP((40, 40), 1)
@@ -29,9 +28,9 @@ loss_fn = losses.mean_squared_error(apply)
 params = net.init(jax.random.key(0), jnp.zeros((1, 1)))["params"]
 
 # %% [markdown]
-# A **meta-learner** is a loss, an inner and an outer optimizer. A **task** is a support set, to adapt to, and a query
-# set, by which the adapted parameters are judged. Here 25 new curves are drawn for every meta-step, inside the compiled
-# program, from a key and the number of the step.
+# A **meta-learner** combines a loss, an inner learner and an outer optimizer. A **task** has a support set, which the
+# inner loop adapts to, and a query set, which measures the adapted parameters. `draw` samples 25 new curves for each
+# meta-step from a key and the number of the step. `train` calls `draw` inside the compiled program.
 
 # %%
 learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.01, steps=1), optax.adam(1e-3))
@@ -42,7 +41,9 @@ def draw(key, step):
 
 
 curve = []
-for state, metrics in train(learner, learner.init(params), draw, jax.random.key(1), steps=15_000, steps_per_call=500):
+for state, metrics in maml_jax.train(
+    learner, learner.init(params), draw, jax.random.key(1), steps=15_000, steps_per_call=500
+):
     curve.append((metrics["step"], metrics["loss"]))
 
 plt.plot(*np.transpose(curve))
@@ -51,7 +52,7 @@ plt.ylabel("mean squared error after one step")
 plt.show()
 
 # %% [markdown]
-# Now 600 curves that nobody has seen, five points of each: the error before adaptation and after each of ten steps.
+# Evaluate on 600 new curves with five points each: the error before adaptation and after each of ten steps.
 
 # %%
 tasks = sinusoid.draw_tasks(jax.random.key(2), 600, shots=5, queries=100)
@@ -60,7 +61,7 @@ error = np.median(evaluation.loss, 0)
 print("median error after 0, 1, 5 and 10 steps:", error[[0, 1, 5, 10]].round(3))
 
 # %% [markdown]
-# And one of them as a picture.
+# Plot one of the curves before and after adaptation.
 
 # %%
 x = jnp.linspace(-5, 5, 200)[:, None]

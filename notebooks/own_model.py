@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Your own model, loss and data
 #
-# Sensors of one make all answer to temperature alike, but each has a gain, an offset and a noise of its own. A new one
-# has been calibrated at four temperatures: what will it read at others, and how sure is that? The data here are made
-# up; what matters is that nothing but NumPy arrays, a loss of one's own and a model of any library is needed.
+# All sensors of one type respond to temperature alike, but each sensor has its own gain, offset and noise. A new sensor
+# was calibrated at four temperatures. What will the sensor read at other temperatures, and how certain is the
+# prediction? The data here are synthetic. The tutorial needs NumPy arrays, a loss and a model of any library.
 
 # %%
 import flax.linen as nn
@@ -15,12 +15,11 @@ from flax import nnx
 
 import maml_jax
 from maml_jax import Task
-from maml_jax.training import train
 
 # %% [markdown]
 # ## Data
 #
-# Readings of 300 sensors, 20 each, as one would load them from a file: `[sensor, reading, 1]`.
+# 300 sensors with 20 readings each, as loaded from a file: `[sensor, reading, 1]`.
 
 # %%
 random = np.random.default_rng(0)
@@ -31,17 +30,17 @@ data = {"x": jnp.asarray(temperature), "y": jnp.asarray(reading, jnp.float32)}
 known, new = (jax.tree.map(lambda leaf, part=part: leaf[part], data) for part in (slice(0, 250), slice(250, 300)))
 
 # %% [markdown]
-# A meta-batch is drawn on the device: 16 sensors, four readings of each to adapt to, and twelve to be judged by.
+# `draw` samples a meta-batch on the device: 16 sensors, each with four support and twelve query readings.
 
 
 # %%
 def episodes(data, sensors, key):
-    def of_sensor(sensor, key):
+    def one_sensor(sensor, key):
         order = jax.random.permutation(key, data["x"].shape[1])
         x, y = data["x"][sensor][order], data["y"][sensor][order]
         return Task((x[:4], y[:4]), (x[4:16], y[4:16]))
 
-    return jax.vmap(of_sensor)(sensors, jax.random.split(key, len(sensors)))
+    return jax.vmap(one_sensor)(sensors, jax.random.split(key, len(sensors)))
 
 
 def draw(data, step):
@@ -50,10 +49,10 @@ def draw(data, step):
 
 
 # %% [markdown]
-# ## A loss of one's own
+# ## Your own loss
 #
-# The model says a mean and the logarithm of a standard deviation, and the loss is the negative log-likelihood. What is
-# reported beside it, here the squared error, may be any arrays.
+# The model predicts a mean and the logarithm of a standard deviation. The loss is the negative log-likelihood. The
+# second output of the loss holds metrics, here the squared error.
 
 
 # %%
@@ -61,7 +60,7 @@ def likelihood(apply):
     def loss_fn(params, batch):
         x, y = batch
         mean, spread = jnp.split(apply(params, x), 2, -1)
-        log_deviation = 2 * jnp.tanh(spread) - 1  # Bounded, or a few points that fit by chance run away with it.
+        log_deviation = 2 * jnp.tanh(spread) - 1  # Bounded: a few points that fit by chance must not dominate.
         error = jnp.square(mean - y)
         loss = jnp.mean(0.5 * error * jnp.exp(-2 * log_deviation) + log_deviation)
         return loss, {"squared_error": jnp.mean(error)}
@@ -70,9 +69,9 @@ def likelihood(apply):
 
 
 # %% [markdown]
-# ## A model of linen, and the same one of nnx
+# ## The same model in linen and in nnx
 #
-# The core takes any pytree of parameters, and any function of them.
+# The library takes any pytree of parameters and any function of it.
 
 # %%
 linen_net = nn.Sequential([nn.Dense(32), nn.tanh, nn.Dense(32), nn.tanh, nn.Dense(2)])
@@ -90,7 +89,7 @@ settings = {
 }
 
 # %% [markdown]
-# Before anything is trained: is the meta-gradient of this loss what it should be?
+# Check the meta-gradient of this loss before training.
 
 # %%
 inner = maml_jax.sgd(0.02, steps=3, learn_rates="layer")
@@ -98,15 +97,16 @@ report = maml_jax.check_meta_gradient(*settings["linen"], episodes(known, jnp.ar
 print(report)
 
 # %% [markdown]
-# ## Training, and sensors that are new
+# ## Train, and evaluate on new sensors
 #
-# With a learned rate for every array of parameters. The outer gradient is clipped: a likelihood can be steep.
+# The inner learner has one learned rate for each array of parameters. The outer optimizer clips the gradient, because a
+# likelihood can be steep.
 
 # %%
 results = {}
 for library, (loss_fn, params) in settings.items():
     learner = maml_jax.maml(loss_fn, inner, optax.chain(optax.clip_by_global_norm(10.0), optax.adam(1e-3)))
-    for state, _ in train(learner, learner.init(params), draw, known, steps=2_000, steps_per_call=500):
+    for state, _ in maml_jax.train(learner, learner.init(params), draw, known, steps=2_000, steps_per_call=500):
         pass
     tasks = episodes(new, jnp.arange(50), jax.random.key(2))
     evaluation = jax.jit(learner.evaluate)(state, tasks)

@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, and find what they say."""
+"""The notebooks run from top to bottom, and their numbers support their text."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ FOLDER = Path(__file__).parents[1] / "notebooks"
 
 @pytest.fixture
 def run(monkeypatch):
-    """Runs a notebook, with a shorter training; returns what it defined, and the number of pictures that it showed."""
+    """Runs a notebook with a shorter training; returns its variables, and the number of lines in each of its plots."""
 
     def run(name, steps="", fewer=""):
         shown = []
@@ -51,7 +51,7 @@ def test_own_model(run):
 def test_first_and_second_order(run):
     scope, shown = run("first_and_second_order", "inner_steps = (1, 4, 16)", "inner_steps = (1, 2, 4)")
     assert scope["report"].exact and shown == [[4, 4]]
-    first, exact, step, mixed = ([row["gradient"] for row in rows] for rows in scope["found"].values())
-    for same in (step, mixed):
+    first, exact, full, mixflow = ([row["gradient"] for row in rows] for rows in scope["found"].values())
+    for same in (full, mixflow):
         np.testing.assert_allclose(np.linalg.norm(np.subtract(same, exact), axis=1), 0, atol=1e-4)
     assert np.linalg.norm(first[2] - exact[2]) > 0.01 * np.linalg.norm(exact[2])
