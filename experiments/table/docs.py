@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from experiments.reinforcement import testing
+from experiments.reinforcement.evaluation import mean_by_task
 from experiments.shared import command_line
 from experiments.table import compare, page, returns
 from experiments.table.compare import Group, Line
 from experiments.table.rows import METHODS, Published
+from maml_jax.evaluation import interval
 from maml_jax.runs.files import read_json
-from maml_jax.statistics import interval
 
 PAGES = ("README.md", "docs/results.md", "docs/performance.md")
 WORKLOADS = {
@@ -91,7 +91,7 @@ def paper(results: Path) -> str:
     for group in groups(results):
         for line in [line for line in group.lines if line.row.method == "maml" and line.runs][:1]:
             if line.published is not None:
-                ours, theirs = page.over_seeds(line.numbers(), "±"), page.interval(line.published, "±")
+                ours, theirs = page.over_seeds(line.numbers()), page.interval(line.published)
                 rows.append([group.title, "accuracy, %", ours, theirs, _meta_steps(line)])
     # With the paper's inner loss; the longest training comes first.
     runs = [run for run in returns.found(results) if run.method == "maml"]
@@ -192,13 +192,13 @@ def few_shot(results: Path) -> str:
 
 
 def _cells(line: Line) -> list[str]:
-    both = [page.over_seeds(numbers, "±") if numbers else "" for numbers in (line.numbers(), line.apart())]
+    both = [page.over_seeds(numbers) if numbers else "" for numbers in (line.numbers(), line.inductive())]
     steps = f"{line.steps:,}" + ("" if line.steps >= line.row.steps else f" of {line.row.steps:,}")
     return [line.title, *both, str(line.inner_steps), steps, *_published(line.published)]
 
 
 def _published(number: Published | None) -> list[str]:
-    return ["", ""] if number is None else [page.interval(number, "±"), number.source]
+    return ["", ""] if number is None else [page.interval(number), number.source]
 
 
 def _both(*steps: int) -> str:
@@ -260,7 +260,7 @@ def normalisation(results: Path) -> str:
     ):
         test = read_json(results / f"omniglot-5w1s-order1-{name}-3k" / "results.json")["test"]
         cells = [f"{test[key]['accuracy'][1]:.2f} ± {test[key]['half_width'][1]:.2f}"
-                 for key in (compare.TOGETHER, compare.ONE_BY_ONE) if key in test]  # fmt: skip
+                 for key in (compare.TRANSDUCTIVE, compare.INDUCTIVE) if key in test]  # fmt: skip
         rows.append([title, *cells, *(["the same: queries are independent"] * (2 - len(cells)))])
     return table(("normalisation", "transductive, %", "inductive, %"), rows)
 
@@ -300,7 +300,7 @@ def _return_cells(name: str, line: returns.Line) -> list[str]:
     rates = dict.fromkeys("{:g}, {:g}".format(*row["rates"]) for row in rows if row["rates"])
     means = [_return(line, step) for step in range(len(rows[0]["return"]))]
     improved = f"{np.mean([row['improved'][0] for row in rows]):.0%}" if rates else ""
-    by_task = testing.mean_by_task(rows) if rates else None
+    by_task = mean_by_task(rows) if rates else None
     gain = ""
     if by_task is not None and len(by_task) > 1:
         mean, half_width = interval(by_task[1] - by_task[0])
