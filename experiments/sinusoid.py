@@ -2,9 +2,9 @@
 
     python -m experiments.sinusoid
 
-Trains MAML, its first-order approximation and the paper's two baselines: a net trained on all curves
-together ('pretrained'), and one that gets amplitude and phase as inputs ('oracle'). Then adapts them to 600
-new curves from 5, 10 and 20 points, and prints the mean squared errors beside the paper's.
+Trains MAML by a steady recipe and by the paper's recipe, first-order MAML, and the paper's two baselines: a net trained
+on all curves together ('pretrained'), and one that gets amplitude and phase as inputs ('oracle'). Then adapts them to
+600 new curves from 5, 10 and 20 points, and prints the squared errors beside the paper's.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ SHOWN_STEPS = (0, 1, 5, 10)
 # The paper's errors for 5 points after 1, 5 and 10 steps (section 5.1, by the tables of the authors' code).
 PAPER = {"maml": (0.67, 0.38, 0.35), "pretrained": (2.41, 2.23, 2.19)}
 
-# The pretrained net is fine-tuned at the best of these rates, chosen on other curves (the paper tunes it too).
+# The nets of joint training are fine-tuned at the best of these rates, chosen on other curves (as in the paper).
 FINE_TUNING_RATES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
 
 
@@ -46,7 +46,7 @@ MethodName = Literal["maml", "first_order", "pretrained", "oracle", "steady"]
 
 @dataclasses.dataclass(frozen=True)
 class Config(command_line.RunOptions):
-    """MAML on sine curves, by the paper's recipe."""
+    """MAML on sine curves, by a recipe of our own and by the paper's recipe."""
 
     steps: int = 70_000
     """Meta-steps of each method."""
@@ -64,7 +64,7 @@ class Config(command_line.RunOptions):
     """Adam's rate in the outer loop."""
     test_tasks: int = 600
     """Curves to evaluate on."""
-    methods: tuple[MethodName, ...] = ("maml", "first_order", "pretrained", "oracle")
+    methods: tuple[MethodName, ...] = ("steady", "maml", "first_order", "pretrained", "oracle")
     """Methods to train. 'steady' is MAML by a recipe of our own, against diverging losses: 50 curves with 5 support and
     50 query points, the losses after one and two inner steps with weights 0.8 and 0.2, an outer rate that falls from
     0.003 to 0, and inner gradients clipped to norm 40."""
@@ -127,14 +127,14 @@ def methods(config: Config) -> dict[MethodName, Method]:
     clipped = maml_jax.unrolled(descent(steady, 40.0), steps=2)
     joint = maml_jax.no_adaptation()
     return {
-        "maml": Method("MAML", maml_jax.sgd(rate, steps=steps), test_rates=(rate,), **paper),
+        "maml": Method("MAML, the paper's recipe", maml_jax.sgd(rate, steps=steps), test_rates=(rate,), **paper),
         "first_order": Method(
             "MAML, first order", maml_jax.sgd(rate, steps=steps, order=1), test_rates=(rate,), **paper
         ),
         "pretrained": Method("pretrained", joint, test_rates=FINE_TUNING_RATES, **paper),
-        "oracle": Method("oracle", joint, test_rates=(rate,), reveal=True, **paper),
+        "oracle": Method("oracle", joint, test_rates=FINE_TUNING_RATES, reveal=True, **paper),
         "steady": Method(
-            "MAML, steady",
+            "MAML, steady recipe",
             clipped,
             optax.adam(falling),
             tasks=50,
@@ -199,11 +199,15 @@ def evaluate(config: Config, method: Method, state: maml_jax.MetaState, shots: i
     rate = rates[0] if len(rates) == 1 else min(rates, key=final_loss)
     evaluation = adapted(rate, draw(test_key, config.test_tasks))
     mean, half_width = interval(np.asarray(evaluation.loss))
+    lower, median, upper = np.quantile(
+        np.nan_to_num(np.asarray(evaluation.loss), nan=np.inf), (0.25, 0.5, 0.75), axis=0
+    )
     return {
         "rate": rate,
         "mean": mean,
         "half_width": half_width,
-        "median": np.median(np.nan_to_num(np.asarray(evaluation.loss), nan=np.inf), 0),
+        "median": median,
+        "quartiles": [lower, upper],
         "divergence": divergence_rate(np.asarray(evaluation.support_loss)),
     }
 
@@ -245,7 +249,8 @@ def prepare(config: Config) -> Config:
 def main(config: Config) -> dict:
     """Runs the experiment; returns what it writes to `results.json`."""
     run = RunDirectory(config.workdir, "sinusoid", **run_of(config))
-    print(f"{config}\nWriting to {run.path}", flush=True)
+    titles = ", ".join(methods(config)[name].title for name in config.methods)
+    print(f"{config.steps:,} meta-steps of each: {titles}.\nWriting to {run.path}", flush=True)
     test_key = jax.random.key(600)  # The same for all training seeds, and independent of their keys.
     rows: list[dict] = []
     states: dict[MethodName, maml_jax.MetaState] = {}
@@ -271,7 +276,8 @@ def main(config: Config) -> dict:
     print(table(config, results))
     maml_jax.save(run.path / "params.msgpack", {name: state.params for name, state in states.items()})
     path = run.write_results(results)
-    plots.sinusoid_errors(run.path / "errors.png", [row for row in rows if row["seed"] == config.seeds[-1]], PAPER)
+    last = [row | {"title": methods(config)[row["method"]].title} for row in rows if row["seed"] == config.seeds[-1]]
+    plots.sinusoid_errors(run.path / "errors.png", last, PAPER)
     rates = {(row["method"], row["shots"]): row["rate"] for row in rows}
     plots.sinusoid_fits(run.path / "fits.png", fits(config, states, rates))
     print(f"Wrote {path}, and errors.png, fits.png and params.msgpack beside it.")
@@ -281,7 +287,11 @@ def main(config: Config) -> dict:
 def fits(
     config: Config, states: dict[MethodName, maml_jax.MetaState], rates: dict[tuple[MethodName, int], float]
 ) -> list[dict]:
-    """Predictions for one curve from 5 and from 10 points, before and after 1 and 10 steps (paper, figure 2)."""
+    """Predictions for one curve from 5 and from 10 points, before and after 1 and 10 steps (paper, figure 2).
+
+    At most three methods are shown, first-order MAML and the oracle last.
+    """
+    shown = sorted(states, key=lambda name: (name in ("first_order", "oracle"), [*states].index(name)))[:3]
     panels = []
     x = jnp.linspace(*sinusoid.INPUTS, 200)[:, None]
     for shots in (5, 10):
@@ -289,38 +299,47 @@ def fits(
         curve = sinusoid.draw_curves(curve_key, 1)
         points = sinusoid.draw_examples(example_key, curve, shots=shots, queries=1)
         support = jax.tree.map(lambda leaf: leaf[0], points.support)
-        for name in (name for name in states if not methods(config)[name].reveal):
+        for name in (name for name in shown if not methods(config)[name].reveal):
             learner = tester(methods(config)[name], rates[name, shots])
             adapted = {steps: learner.adapt(states[name], support, steps)[0] for steps in (0, 1, 10)}
             predictions = {steps: net.apply({"params": params}, x) for steps, params in adapted.items()}
-            title = f"{name}, K = {shots}"
+            title = f"{methods(config)[name].title}, {shots} points"
             panels.append({"title": title, "x": x, "truth": curve(x)[0], "support": support, "fits": predictions})
     return panels
 
 
 def table(config: Config, results: dict) -> str:
-    """Mean errors of every method, seed and number of points, beside the paper's."""
-    lines = [results["protocol"], ""]
+    """Errors of every method, seed and number of points, beside the paper's.
+
+    A cell has the mean over the curves with its interval. Where gradient descent diverged on some curves, so that the
+    mean is not finite or larger than before adaptation, the cell has the median.
+    """
+    lines, medians = [results["protocol"], ""], False
     for shots in TEST_SHOTS:
-        lines.append(f"K = {shots:<12} rate  seed" + "".join(f"{f'{s} steps':>16}" for s in SHOWN_STEPS))
-        lines[-1] += "   median after 10   diverged after 10"
+        heads = ("before", *(f"{s} step{'s' * (s > 1)}" for s in SHOWN_STEPS[1:]))
+        lines.append(f"{f'{shots} points':<28}" + "".join(f"{head:>17}" for head in heads) + f"{'diverged':>11}")
         for name in config.methods:
-            method = methods(config)[name]
+            title = methods(config)[name].title
             mine = [row for row in results["rows"] if row["method"] == name and row["shots"] == shots]
             for row in mine:
-                cells = "".join(f"{row['mean'][s]:9.3f} +-{row['half_width'][s]:.3f}" for s in SHOWN_STEPS)
-                lines.append(
-                    f"{method.title:<17} {row['rate']:<6g}{row['seed']:>3} {cells}{row['median'][-1]:16.3f}"
-                    f"{row['divergence'][-1]:19.2%}"
-                )
-            if len(mine) > 1:
-                medians = np.median([row["mean"] for row in mine], 0)
-                lines.append(f"{'  median of seeds':<27} " + "".join(f"{medians[s]:9.3f}       " for s in SHOWN_STEPS))
+                cells = [_cell(row, s) for s in SHOWN_STEPS]
+                medians |= any("median" in cell for cell in cells)
+                seed = f" (seed {row['seed']})" if len(mine) > 1 else ""
+                diverged = "" if methods(config)[name].reveal else f"{row['divergence'][-1]:.1%}"
+                lines.append(f"{title + seed:<28}" + "".join(f"{cell:>17}" for cell in cells) + f"{diverged:>11}")
             if shots == 5 and name in PAPER:
-                values = "".join(f"{value:9.2f}       " for value in PAPER[name])
-                lines.append(f"{'  the paper':<27} {'':16}{values}")
+                lines.append(f"{'  in the paper':<28}{'':>17}" + "".join(f"{value:>17.2f}" for value in PAPER[name]))
         lines.append("")
+    if medians:
+        lines.append("median: the mean is not finite, or larger than before adaptation, as some curves diverged.\n")
     return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any], step: int) -> str:
+    mean = row["mean"][step]
+    if step and not mean <= row["mean"][0] and row["divergence"][step]:
+        return f"median {row['median'][step]:.2f}"
+    return f"{mean:.2f} ± {row['half_width'][step]:.2f}"
 
 
 if __name__ == "__main__":

@@ -150,40 +150,57 @@ def _smoothed(steps: np.ndarray, values: np.ndarray, points: int = 200) -> tuple
 
 
 def sinusoid_errors(path: Path, rows: Sequence[dict[str, Any]], paper: Mapping[str, Sequence[float]]) -> None:
-    """Error over gradient steps, a panel for each number of points, as in the paper's figure 3."""
+    """Error over gradient steps, a panel for each number of points, as in the paper's figure 3.
+
+    Lines are medians over the curves and bands their quartiles, which diverged curves do not dominate. Stars are the
+    paper's means.
+    """
     shots = sorted({row["shots"] for row in rows})
-    figure, panels = plt.subplots(1, len(shots), figsize=(4 * len(shots), 4), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(1, len(shots), figsize=(4.2 * len(shots), 4.6), sharey=True, layout="constrained")
     for axes, count in zip(panels, shots):
-        for row in (row for row in rows if row["shots"] == count):
-            steps = range(len(row["mean"]))
-            (line,) = axes.plot(steps, row["mean"], "o-", markersize=3, label=row["method"].replace("_", " "))
-            low, high = row["mean"] - row["half_width"], row["mean"] + row["half_width"]
-            axes.fill_between(steps, low, high, alpha=0.2, color=line.get_color())
+        for number, row in enumerate(row for row in rows if row["shots"] == count):
+            steps, label = range(len(row["median"])), None if count != shots[0] else row["title"]
+            axes.plot(steps, row["median"], "o-", markersize=3, color=f"C{number}", label=label)
+            axes.fill_between(steps, *row["quartiles"], alpha=0.12, color=f"C{number}", linewidth=0)
         if count == 5:
             for name, values in paper.items():
-                axes.plot((1, 5, 10), values, "k*", label="paper" if name == "maml" else None)
-        axes.set(xlabel="gradient steps", title=f"K = {count}", yscale="log", ylim=(1e-2, 10))
+                label = "the paper (means)" if name == "maml" else None
+                axes.plot((1, 5, 10), values, "k*", markersize=8, label=label)
+        axes.set(xlabel="gradient steps", title=f"{count} points", yscale="log", ylim=(5e-4, 10))
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("mean squared error")
-    panels[0].legend()
+    panels[0].set_ylabel("squared error on new curves")
+    figure.suptitle("Sine curves: error after adaptation, median and quartiles over the curves")
+    figure.legend(loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def sinusoid_fits(path: Path, panels: Sequence[dict[str, Any]]) -> None:
-    """Predictions before and after adaptation to the marked points, as in the paper's figure 2; two rows."""
+    """Predictions before and after adaptation to the marked points, as in the paper's figure 2; two rows.
+
+    The true curves set the axes: a prediction that diverged leaves the panel.
+    """
     columns = len(panels) // 2
     figure, grid = plt.subplots(
-        2, columns, figsize=(4 * columns, 6), sharex=True, sharey=True, squeeze=False, layout="constrained"
+        2, columns, figsize=(4.2 * columns, 6.4), sharex=True, sharey=True, squeeze=False, layout="constrained"
     )
+    height = 1.5 * max(float(np.abs(panel["truth"]).max()) for panel in panels)
+    styles = (("tab:grey", ":", 1.5), ("tab:green", "--", 1.8), ("tab:blue", "-", 2.2))
     for axes, panel in zip(grid.flat, panels):
-        axes.plot(panel["x"], panel["truth"], color="tab:red", label="the curve")
-        axes.plot(*panel["support"], "^", color="tab:purple", label="given points")
-        for (steps, fit), style in zip(panel["fits"].items(), (":", "--", "-")):
-            axes.plot(panel["x"], fit, style, color="tab:green", label=f"after {steps} steps")
-        axes.set(title=panel["title"])
+        axes.plot(panel["x"], panel["truth"], color="tab:red", linewidth=6, alpha=0.3, label="true curve")
+        for (steps, fit), (colour, line, width) in zip(panel["fits"].items(), styles):
+            label = "before adaptation" if not steps else f"after {steps} gradient step{'s' * (steps > 1)}"
+            axes.plot(panel["x"], fit, line, color=colour, linewidth=width, label=label)
+        axes.plot(*panel["support"], "^", color="black", markersize=8, label="given points")
+        axes.set(title=panel["title"], ylim=(-height, height))
         axes.grid(alpha=0.3)
-    grid[0, 0].legend(fontsize="small")
+    for axes in grid[-1]:
+        axes.set_xlabel("x")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("y")
+    figure.suptitle("A new sine curve, learned from a few points")
+    handles, names = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=5)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
