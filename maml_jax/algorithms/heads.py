@@ -18,10 +18,9 @@ def shared(name: str = "head") -> Start:
     """All classes start from one vector, the mean of the columns of the head (UNICORN-MAML).
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from maml_jax.algorithms import heads
+      >>> import jax.numpy as jnp, maml_jax
       >>> params = {"head": {"kernel": jnp.array([[1.0, 3.0]]), "bias": jnp.array([0.0, 2.0])}}
-      >>> start = heads.shared()(params, None)
+      >>> start = maml_jax.heads.shared()(params, None)
       >>> start["head"]["kernel"].tolist(), start["head"]["bias"].tolist()
       ([[2.0, 2.0]], [1.0, 1.0])
 
@@ -54,11 +53,10 @@ def prototypes(features: Callable[..., jax.Array], name: str = "head") -> Start:
     squared distances to the prototypes, up to a constant. A class without support examples starts from zero.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from maml_jax.algorithms import heads
+      >>> import jax.numpy as jnp, maml_jax
       >>> params = {"head": {"kernel": jnp.zeros((1, 2)), "bias": jnp.zeros(2)}}
       >>> support = (jnp.array([[1.0], [3.0], [5.0]]), jnp.array([0, 0, 1]))  # Prototypes 2 and 5.
-      >>> start = heads.prototypes(lambda params, inputs: inputs)(params, support)
+      >>> start = maml_jax.heads.prototypes(lambda params, inputs: inputs)(params, support)
       >>> start["head"]["kernel"].tolist(), start["head"]["bias"].tolist()
       ([[4.0, 10.0]], [-4.0, -25.0])
 

@@ -49,12 +49,11 @@ def maml_plus_plus(
 
     Example:
       >>> import jax, jax.numpy as jnp, maml_jax
-      >>> from maml_jax.algorithms.maml_plus_plus import maml_plus_plus
       >>> def loss_fn(params, batch):
       ...     inputs, targets = batch
       ...     outputs = params["slope"] * inputs + params["offset"]
       ...     return jnp.mean((outputs - targets) ** 2), {}
-      >>> learner = maml_plus_plus(
+      >>> learner = maml_jax.maml_plus_plus(
       ...     loss_fn, learning_rate=0.1, steps=3, meta_steps=100,
       ...     trainable={"slope": True, "offset": False}, per_step={"slope": False, "offset": True},
       ... )

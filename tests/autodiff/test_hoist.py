@@ -20,22 +20,22 @@ def test_results_and_derivatives_are_the_same(x64):
     rng = np.random.default_rng(0)
     shared, weights, start = rng.standard_normal((4, 5)), rng.standard_normal((5, 3)), rng.standard_normal(3)
 
-    def trained(shared, weights, start, hoist):
+    def trained(shared, weights, start, hoists):
         def step(w, index):
             features = jnp.tanh(shared @ weights)
             residual = features @ w - jnp.ones(4) * index
             return w - 0.1 * features.T @ residual, (jnp.sum(residual**2), {"mean": features.mean()})
 
         row = jax.ShapeDtypeStruct((), jnp.int64)
-        return jax.lax.scan(hoist(step, start, row) if hoist else step, start, jnp.arange(3))
+        return jax.lax.scan(hoist(step, start, row) if hoists else step, start, jnp.arange(3))
 
-    def everything(hoist):
+    def everything(hoists):
         def value(*args):
-            w, (losses, _) = trained(*args, hoist)
+            w, (losses, _) = trained(*args, hoists)
             return jnp.sum(jnp.sin(w)) + losses.sum()
 
         args = (shared, weights, start)
-        return jax.jit(lambda: (trained(*args, hoist), jax.grad(value, (0, 1, 2))(*args), jax.hessian(value)(*args)))()
+        return jax.jit(lambda: (trained(*args, hoists), jax.grad(value, (0, 1, 2))(*args), jax.hessian(value)(*args)))()
 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), everything(True), everything(False))
 
