@@ -136,16 +136,6 @@ def put(tree: Any, sharding: Sharding) -> Any:
     return jax.tree.map(put_leaf, tree)
 
 
-def is_sharded(leaf: Any) -> bool:
-    """Whether `leaf` is an array that is divided over devices, so no device holds all of it."""
-    return isinstance(leaf, jax.Array) and not leaf.sharding.is_fully_replicated
-
-
-def put_unless_sharded(tree: Any, sharding: Sharding) -> Any:
-    """Places every leaf as `put` does, except leaves that are divided over devices already."""
-    return jax.tree.map(lambda leaf: leaf if is_sharded(leaf) else put(leaf, sharding), tree)
-
-
 def local(tree: Any) -> Any:
     """Returns this process's copy of arrays that are equal on all devices, for computations by one process alone."""
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree) if multiple() else tree
