@@ -136,26 +136,13 @@ def put(tree: Any, sharding: Sharding) -> Any:
     return jax.tree.map(put_leaf, tree)
 
 
-def is_sharded(leaf: Any) -> bool:
-    """Whether `leaf` is an array that is divided over devices, so no device holds all of it."""
-    return isinstance(leaf, jax.Array) and not leaf.sharding.is_fully_replicated
-
-
-def put_unless_sharded(tree: Any, sharding: Sharding) -> Any:
-    """Places every leaf as `put` does, except leaves that are divided over devices already."""
-    return jax.tree.map(lambda leaf: leaf if is_sharded(leaf) else put(leaf, sharding), tree)
-
-
 def local(tree: Any) -> Any:
     """Returns this process's copy of arrays that are equal on all devices, for computations by one process alone."""
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree) if multiple() else tree
 
 
 def broadcast_from_leader(fn: Callable[[], T]) -> T:
-    """Calls `fn` in process 0 and returns its result in all processes.
-
-    Args:
-      fn: returns any value that JSON can hold. With a single process the value is returned as it is.
+    """Calls `fn` in process 0 and returns its result, which must be a value for JSON, in all processes.
 
     Raises:
       LeaderError: in the other processes, if `fn` raised in process 0. Process 0 raises the error of `fn`.
@@ -178,11 +165,9 @@ def broadcast_from_leader(fn: Callable[[], T]) -> T:
 
 
 def broadcast_arrays_from_leader(tree: Any, like: Any) -> Any:
-    """Returns the arrays of process 0 in all processes.
+    """Returns the arrays of process 0 in all processes, placed like the arrays of `like`.
 
-    Args:
-      tree: the arrays; in the other processes only their shapes and types matter.
-      like: arrays of the same structure, whose placement the result gets.
+    In the other processes only the shapes and types of `tree` matter.
     """
     from jax.experimental import multihost_utils
 
@@ -212,14 +197,9 @@ def all_gather_text(text: str) -> list[str]:
 
 
 def stop_requests(stop: bool, sharding: Sharding) -> Any:
-    """Makes the stop request of each process an input of a compiled program.
+    """Returns the stop requests of all processes as an input of a program compiled for the devices of `sharding`.
 
-    Args:
-      stop: whether this process asks to stop.
-      sharding: the devices of the program.
-
-    Returns:
-      A bool array whose `any()`, inside the program, is whether any process asks to stop.
+    `stop` is the request of this process. `any()` of the array, inside the program, is whether any process has one.
 
     Raises:
       ValueError: if several processes run a program that does not use all their devices.

@@ -42,16 +42,7 @@ class TaskAxis(NamedTuple):
         return tree if self.mesh is None else processes.put(tree, NamedSharding(self.mesh, P()))
 
     def map(self, fn: Callable[[Any, Any], Any], shared: Any, tasks: Any) -> Any:
-        """Maps `fn` over the tasks.
-
-        Args:
-          fn: `(shared, task) -> output`, any pytree.
-          shared: the values that all tasks share.
-          tasks: a pytree whose leaves have a leading axis `T`.
-
-        Returns:
-          The outputs, stacked along a leading axis `T`.
-        """
+        """Returns `fn(shared, task)` for every task, stacked along a leading axis `T`."""
         num_tasks = validation.leading_axis_size(tasks)
         map_local = partial(_map, fn, self._group_size(shared))
         if self.mesh is None:
@@ -65,29 +56,20 @@ class TaskAxis(NamedTuple):
         return jax.tree.map(lambda leaf: leaf[:num_tasks], outputs)
 
     def mean(self, fn: GroupFn, shared: Any, tasks: Task) -> tuple[Any, Any]:
-        """Averages the first output of `fn` over the tasks and stacks the second.
+        """Returns the mean over the tasks of the first output of `fn`, and the second output of every task, `[T, ...]`.
 
-        The mean takes one all-reduce over the devices. On a device, memory grows with the size of a group, not with the
-        number of groups.
-
-        Args:
-          fn: a function of a group of tasks; `sum_over_tasks` makes one from a function of a task.
-          shared: the values that all tasks share.
-          tasks: `T` tasks.
-
-        Returns:
-          The mean of the first output over the tasks, and the second output with a leading axis `T`.
+        `sum_over_tasks` makes `fn` from a function of one task. The mean takes one all-reduce over the devices. Memory
+        grows with the size of a group, not with the number of groups.
 
         Raises:
-          ValueError: while tracing, if the devices cannot have equal shares of whole groups.
+          ValueError: while tracing, if the devices cannot have equal shares of complete groups.
         """
         num_tasks, group_size = validation.num_tasks(tasks), self._group_size(shared)
         devices = 1 if self.mesh is None else self.mesh.size
         if num_tasks % devices or (num_tasks // devices) % (group_size or 1):
             raise ValueError(
                 f"A meta-batch of {num_tasks} tasks cannot be divided among {devices} device(s) in groups of "
-                f"task_batch_size={self.task_batch_size!r}: the number of tasks must be a multiple of devices times "
-                "task_batch_size."
+                f"task_batch_size={self.task_batch_size!r}: give a multiple of devices times task_batch_size."
             )
         if self.mesh is None:
             return _mean_share(fn, group_size, num_tasks, shared, tasks)
@@ -128,14 +110,7 @@ def per_task(fn: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
 
 
 def sum_over_tasks(fn: Callable[[Any, Any], tuple[Any, Any]]) -> GroupFn:
-    """Makes a function of a group from a function of one task.
-
-    Args:
-      fn: `(shared, task) -> (part, output)`.
-
-    Returns:
-      `(shared, tasks) -> (sum of the parts over the tasks, outputs of each task)`, for `TaskAxis.mean`.
-    """
+    """Makes a function of a group, for `TaskAxis.mean`, from `fn(shared, task) -> (part, output)` of one task."""
 
     def group_fn(shared: Any, tasks: Any) -> tuple[Any, Any]:
         parts, stacked = per_task(fn)(shared, tasks)
@@ -159,15 +134,9 @@ def task_axis(task_batch_size: TaskBatchSize, mesh: Mesh | None) -> TaskAxis:
 
 
 def task_mesh(num_tasks: int) -> Mesh | None:
-    """Returns a mesh of the largest number of devices that can share `num_tasks` tasks evenly.
+    """Returns a mesh of the largest number of devices that share `num_tasks` tasks evenly; None if that is one device.
 
     With several processes the mesh has the same number of devices of each process.
-
-    Args:
-      num_tasks: tasks per meta-step, `T`.
-
-    Returns:
-      A mesh with one axis, or None if only one device can be used.
 
     Raises:
       ValueError: if `num_tasks` is not a positive integer, or not a multiple of the number of processes.
@@ -204,11 +173,7 @@ def _map(fn: Callable[[Any, Task], Any], group_size: int | None, shared: Any, ta
 
 
 def _mean_share(fn: GroupFn, group_size: int | None, num_tasks: int, shared: Any, tasks: Task) -> Any:
-    """Computes the tasks of one device.
-
-    Returns:
-      The part of the mean over `num_tasks` tasks that the tasks of this device contribute, and their stacked outputs.
-    """
+    """Returns what the tasks of one device contribute to the mean over `num_tasks` tasks, and their stacked outputs."""
     size = len(jax.tree.leaves(tasks)[0])
     if group_size is None or group_size == size:
         total, stacked = fn(shared, tasks)

@@ -191,8 +191,8 @@ def assemble_episodes(pixels: jax.Array, choice: Choice, shape: EpisodeShape) ->
         class_labels = jnp.asarray(choice.classes)
 
     def examples(which: slice, per_class: int) -> tuple[jax.Array, jax.Array]:
-        images = pixels[:, :, which].reshape(num_tasks, ways * per_class, *image_shape)
-        return images, jnp.repeat(class_labels, per_class, axis=1)
+        repeated = jnp.repeat(class_labels, per_class, axis=1)
+        return pixels[:, :, which].reshape(num_tasks, ways * per_class, *image_shape), repeated
 
     return Task(examples(slice(shots), shots), examples(slice(shots, None), queries))
 

@@ -90,7 +90,7 @@ def test_every_class_and_example_is_equally_likely(data):
     [
         (EpisodeShape(13, 1, 1), "ways must be at most the number of classes, 12, but got 13"),
         (EpisodeShape(49, 1, 1, "classes"), "ways must be at most the number of classes, 48, but got 49"),
-        (EpisodeShape(5, 10, 11), r"shots \+ queries must be at most 20, .* of class 0, but got 10 \+ 11 = 21\.$"),
+        (EpisodeShape(5, 10, 11), r"shots \+ queries must be at most 20, .* of class 0, but got 10 \+ 11 = 21\."),
         (EpisodeShape(5, 0, 1), "shots must be an integer of at least 1, but got 0"),
         (EpisodeShape(5, 1, 1, "sideways"), "rotations must be one of .*'sideways'"),
     ],

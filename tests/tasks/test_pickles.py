@@ -95,11 +95,11 @@ def test_pickles_that_call_functions_are_refused(contents, tmp_path):
     touched = tmp_path / "touched"
 
     class Evil:
-        def __reduce__():
+        def __reduce__(self):
             return Path.touch, (touched,)
 
     class Eval:
-        def __reduce__():
+        def __reduce__(self):
             return eval, (f"open({str(touched)!r}, 'w')",)
 
     for split, content in contents.items():
