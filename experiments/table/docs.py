@@ -33,14 +33,6 @@ WORKLOADS = {
     "transformer": "Transformer",
 }
 PROBLEMS = {"navigation": "2D navigation", "half-cheetah-velocity": "Half-cheetah", "ant-velocity": "Ant"}
-RL_METHODS = {
-    "maml": "MAML",
-    "first_order": "MAML, first order",
-    "pretrained": "pretrained",
-    "random": "untrained",
-    "oracle": "oracle",
-}
-TEST_TASKS = 40
 PAPER_STEPS = {
     "navigation": 100,
     "half-cheetah-velocity": 475,
@@ -276,9 +268,9 @@ def rl_returns(results: Path) -> str:
         columns = ("method", "meta-iterations", "inner rates", "before", "1 step", "2 steps", "3 steps", "improved",
                    "gain of step 1", "run")  # fmt: skip
         rows = []
-        for method, name in RL_METHODS.items():
+        for method, name in returns.METHODS.items():
             mine = [line for line in lines if line.method == method]
-            rows += [_return_cells(name, line) for line in mine]
+            rows += [_return_cells(line) for line in mine]
             theirs = next((line.results["paper"][method] for line in mine if method in line.results["paper"]), ())
             if theirs:
                 cells = [f"{value:g}" for value in theirs] + [""] * (4 - len(theirs))
@@ -288,15 +280,8 @@ def rl_returns(results: Path) -> str:
     return "\n".join(parts)
 
 
-def _return_cells(name: str, line: returns.Line) -> list[str]:
-    config, rows = line.results["config"], line.rows
-    if config["inner_loss"] != "logp":
-        name += f", `{config['inner_loss']}`"
-    for key, words in (("kl_limit", "trust region {}"), ("curvature_tasks", "curvature of {} tasks")):
-        if config.get(key) is not None and line.method != "random":
-            name += f", {words.format(config[key])}"
-    if config["test_tasks"] != TEST_TASKS:
-        name += f", {config['test_tasks']} test tasks"
+def _return_cells(line: returns.Line) -> list[str]:
+    rows = line.rows
     rates = dict.fromkeys("{:g}, {:g}".format(*row["rates"]) for row in rows if row["rates"])
     means = [_return(line, step) for step in range(len(rows[0]["return"]))]
     improved = f"{np.mean([row['improved'][0] for row in rows]):.0%}" if rates else ""
@@ -307,7 +292,16 @@ def _return_cells(name: str, line: returns.Line) -> list[str]:
         gain = f"{mean:+.1f} ± {half_width:.1f}"
     meta_iterations = str(line.steps) if line.steps else ""
     run = f"`{Path(line.folder).name}`"
-    return [name, meta_iterations, " or ".join(rates), *means, *([""] * (4 - len(means))), improved, gain, run]
+    return [
+        returns.description(line),
+        meta_iterations,
+        " or ".join(rates),
+        *means,
+        *([""] * (4 - len(means))),
+        improved,
+        gain,
+        run,
+    ]
 
 
 def rl_runs(results: Path) -> str:
