@@ -34,37 +34,41 @@ class Run(NamedTuple):
         return self.results["config"]["steps"] if self.results else 0
 
     @property
-    def starts(self) -> list[dict[str, Any]]:
-        """Provenance of each start of the run, see `maml_jax.runs.provenance`."""
+    def made_by(self) -> dict[str, Any]:
+        """Provenance of the results, see `maml_jax.runs.provenance`."""
         assert self.results is not None
-        made_by = self.results["made_by"]
-        return [*made_by.get("earlier_starts", []), made_by]
-
-    @property
-    def hours(self) -> float | None:
-        """Hours over all starts; None where a time is not recorded."""
-        *earlier, last = self.starts
-        seconds = 0.0
-        for start, end in [*((each, each.get("until")) for each in earlier), (last, last["finished"])]:
-            if not (end and start.get("started")):
-                return None
-            seconds += (datetime.fromisoformat(end) - datetime.fromisoformat(start["started"])).total_seconds()
-        return seconds / 3600
-
-    def over_starts(self, key: str) -> str:
-        """An entry of the provenance, such as 'hardware' or 'commit', of all starts: a run may be resumed elsewhere."""
-        return ", then ".join(dict.fromkeys(str(start.get(key)) for start in self.starts))
+        return self.results["made_by"]
 
     def cost(self, label: str = "") -> str:
         """Hours, hardware, commit and day, and the evaluated model, in words."""
         assert self.results is not None
-        starts = f" in {len(self.starts)} starts" if len(self.starts) > 1 else ""
-        hours = "time not recorded" if self.hours is None else f"{self.hours:.2f} hours{starts}"
-        selected = self.results["selected"]
+        count, took, selected = len(starts(self.made_by)), hours(self.made_by), self.results["selected"]
+        time = "time not recorded" if took is None else f"{took:.2f} hours{f' in {count} starts' * (count > 1)}"
         model = "the best models together" if label == ENSEMBLE else f"the model of meta-step {selected['step']:,}"
-        day = self.results["made_by"]["finished"][:10]
-        made = f"{hours}, {self.over_starts('hardware')}, commit {self.over_starts('commit')}, {day}"
-        return f"{made}; {model}, selected: {selected['by']}"
+        hardware, commit = (over_starts(self.made_by, key) for key in ("hardware", "commit"))
+        day = self.made_by["finished"][:10]
+        return f"{time}, {hardware}, commit {commit}, {day}; {model}, selected: {selected['by']}"
+
+
+def starts(made_by: dict[str, Any]) -> list[dict[str, Any]]:
+    """Provenance of each start of a run, from first to last."""
+    return [*made_by.get("earlier_starts", []), made_by]
+
+
+def hours(made_by: dict[str, Any]) -> float | None:
+    """Hours over all starts of a run; None where a time is not recorded."""
+    *earlier, last = starts(made_by)
+    seconds = 0.0
+    for start, end in [*((each, each.get("until")) for each in earlier), (last, last["finished"])]:
+        if not (end and start.get("started")):
+            return None
+        seconds += (datetime.fromisoformat(end) - datetime.fromisoformat(start["started"])).total_seconds()
+    return seconds / 3600
+
+
+def over_starts(made_by: dict[str, Any], key: str) -> str:
+    """An entry of the provenance, such as 'hardware' or 'commit', of all starts: a run may be resumed elsewhere."""
+    return ", then ".join(dict.fromkeys(str(start.get(key)) for start in starts(made_by)))
 
 
 def read(path: Path) -> Run | None:

@@ -8,8 +8,7 @@ names.
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Sequence
-from datetime import datetime
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from experiments.reinforcement.evaluation import mean_by_task
 from experiments.shared import command_line
 from experiments.table import compare, page, returns
 from experiments.table.compare import Group, Line
-from experiments.table.rows import METHODS, Published
+from experiments.table.page import table
 from maml_jax.evaluation import interval
 from maml_jax.runs.files import read_json
 
@@ -66,12 +65,6 @@ def render(text: str, results: Path) -> str:
         content = f"\n{REGIONS[name](results).strip()}\n\n"
         text = page.with_region(text, content, f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->")
     return text
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
 # Ours beside the paper
@@ -157,9 +150,6 @@ def _error(value: float) -> str:
 
 # Few-shot classification
 
-ACCURACY_COLUMNS = ("method", "transductive, %", "inductive, %", "inner steps", "meta-steps", "published, %", "source")
-PAIRED = "Paired differences on the same tasks, with the 95% interval of a bootstrap over tasks:\n"
-
 
 @cache
 def groups(results: Path) -> list[Group]:
@@ -169,77 +159,17 @@ def groups(results: Path) -> list[Group]:
 
 def few_shot(results: Path) -> str:
     """All methods of each setting, and differences on the same tasks."""
-    parts = []
-    for group in groups(results):
-        rows = [_cells(line) for line in group.lines]
-        rows += [[METHODS[name], "", "", "", "", *_published(number)] for name, number in group.others.items()]
-        parts += [f"### {group.title}\n", table(ACCURACY_COLUMNS, rows)]
-        if group.paired:
-            pairs = [
-                [pair.second.title, _both(pair.first.steps, pair.second.steps), str(pair.seed), str(pair.difference)]
-                for pair in group.paired
-            ]
-            parts += [PAIRED, table(("MAML, second order, minus", "meta-steps", "seed", "difference, points"), pairs)]
-    return "\n".join(parts)
-
-
-def _cells(line: Line) -> list[str]:
-    both = [page.over_seeds(numbers) if numbers else "" for numbers in (line.numbers(), line.inductive())]
-    steps = f"{line.steps:,}" + ("" if line.steps >= line.row.steps else f" of {line.row.steps:,}")
-    return [line.title, *both, str(line.inner_steps), steps, *_published(line.published)]
-
-
-def _published(number: Published | None) -> list[str]:
-    return ["", ""] if number is None else [page.interval(number), number.source]
-
-
-def _both(*steps: int) -> str:
-    return " and ".join(dict.fromkeys(f"{each:,}" for each in steps))
+    return page.accuracies(groups(results))
 
 
 def protocols(results: Path) -> str:
-    """What the accuracies of each setting depend on."""
-    rows = []
-    for group in groups(results):
-        found = [summary["protocol"] for line in group.lines for _, summary in line.summaries()]
-        if not found:
-            continue
-        split = f"{found[0]['split']}, {found[0]['classes']} classes"
-        digests = dict.fromkeys(each["split_sha256"][:12] for each in found if each["split_sha256"] != "not recorded")
-        values = (sorted({each[key] for each in found}) for key in ("tasks", "seed", "queries", "rotations"))
-        rows.append([group.title, f"{split}, {_joined(digests)}", *map(_joined, values)])
-    return table(("setting", "split, classes, sha256", "tasks", "task seeds", "queries per class", "rotations"), rows)
-
-
-def _joined(values: Iterable[Any]) -> str:
-    return ", ".join(map(str, values))
+    """Tasks of the accuracies of each setting."""
+    return page.protocols(groups(results))
 
 
 def runs(results: Path) -> str:
-    """Where each accuracy comes from."""
-    rows: dict[str, list[str]] = {}
-    for run, title, summary in (
-        (run, line.title, summary)
-        for group in groups(results)
-        for line in group.lines
-        for run, summary in line.summaries()
-    ):
-        rate, found = summary["protocol"]["inner_rate"], run.results or {}
-        what = [f"`{run.path.name}`", title, str(run.seed), "learned" if rate is None else f"{rate:g}"]
-        rows.setdefault(run.path.name, [*what, f"{found['selected']['step']:,}", *_provenance(found["made_by"])])
-    head = ("run", "method", "seed", "inner rate", "model", "hours", "hardware", "commit", "date")
-    return table(head, rows.values())
-
-
-def _provenance(made_by: dict[str, Any]) -> list[str]:
-    """Hours, hardware, commits and day of a run, over all its starts."""
-    starts = [*made_by.get("earlier_starts", []), {**made_by, "until": made_by["finished"]}]
-    hours = ""  # Unknown if the time of one start is not recorded.
-    if all(start.get("started") and start.get("until") for start in starts):
-        times = [[datetime.fromisoformat(start[key]).timestamp() for key in ("started", "until")] for start in starts]
-        hours = f"{sum(until - started for started, until in times) / 3600:.2f}"
-    places = [", then ".join(dict.fromkeys(str(start.get(key)) for start in starts)) for key in ("hardware", "commit")]
-    return [hours, *places, made_by["finished"][:10]]
+    """Origin of each accuracy."""
+    return page.provenance(groups(results))
 
 
 def normalisation(results: Path) -> str:
@@ -309,8 +239,8 @@ def rl_runs(results: Path) -> str:
     rows = []
     for folder in sorted(dict.fromkeys(line.folder for line in returns.found(results))):
         found = read_json(Path(folder) / "results.json")
-        what = [f"`{Path(folder).name}`", _joined(found["config"]["seeds"]), found.get("mujoco", "")]
-        rows.append([*what, *_provenance(found["made_by"])])
+        seeds = ", ".join(map(str, found["config"]["seeds"]))
+        rows.append([f"`{Path(folder).name}`", seeds, found.get("mujoco", ""), *page.cost(found["made_by"])])
     return table(("run", "seeds", "MuJoCo", "hours", "hardware", "commit", "date"), rows)
 
 

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from experiments.shared import plots
-from experiments.table.compare import Group, Line, Number, Paired, Run
+from experiments.table.compare import Group, Line, Number, Paired, Run, hours, over_starts
 from experiments.table.rows import METHODS, Published
 
 STYLE = """
@@ -60,7 +60,7 @@ def short(groups: Sequence[Group]) -> list[str]:
 
 def _schedules(pair: Paired) -> str:
     steps = dict.fromkeys((f"{pair.first.steps:,}", f"{pair.second.steps:,}"))
-    return f"{' and '.join(steps)} meta-steps"
+    return " and ".join(steps)
 
 
 def _longest(group: Group) -> list[Line]:
@@ -118,7 +118,7 @@ def _section(group: Group) -> str:
     if group.paired:
         parts.append("<h3>Differences on the same tasks, paired bootstrap, 95%</h3><ul>")
         for pair in group.paired:
-            what = f"{pair.first.title} minus {pair.second.title}, seed {pair.seed}, {_schedules(pair)}"
+            what = f"{pair.first.title} minus {pair.second.title}, seed {pair.seed}, {_schedules(pair)} meta-steps"
             parts.append(f"<li>{escape(what)}: <b>{pair.difference}</b></li>")
         parts.append("</ul>")
     if any(line.runs for line in group.lines):
@@ -200,8 +200,15 @@ def summary(groups: Sequence[Group]) -> str:
     for group in groups:
         line = next((line for line in group.lines if line.method == "maml"), None)
         if line is not None and line.runs:
-            rows.append([group.title, over_seeds(line.numbers()), _quoted(line.published), _schedule(line)])
-    return table(("MAML, second order", "ours, %", "published, %", "meta-steps"), rows)
+            rows.append([group.title, over_seeds(line.numbers()), *_quoted(line.published), _schedule(line)])
+    return table(("MAML, second order", "ours, %", "published, %", "source", "meta-steps"), rows)
+
+
+ACCURACIES = ("method", "transductive, %", "inductive, %", "inner steps", "meta-steps", "published, %", "source")
+DIFFERENCES = ("MAML, second order, minus", "meta-steps", "seed", "difference, points")
+PROTOCOLS = ("setting", "split, classes, sha256", "tasks", "task seeds", "queries per class", "rotations")
+PROVENANCE = ("run", "method", "seed", "inner rate", "model", "hours", "hardware", "commit", "date")
+"""Columns of the tables."""
 
 
 def accuracies(groups: Sequence[Group]) -> str:
@@ -211,35 +218,34 @@ def accuracies(groups: Sequence[Group]) -> str:
         rows = []
         for line in group.lines:
             both = [over_seeds(numbers) if numbers else "" for numbers in (line.numbers(), line.inductive())]
-            rows.append([line.title, *both, str(line.inner_steps), _schedule(line), _quoted(line.published)])
-        rows += [[METHODS[name], "", "", "", "", _quoted(number)] for name, number in group.others.items()]
-        head = ("method", "transductive, %", "inductive, %", "inner steps", "meta-steps", "published, %")
-        parts += [f"### {group.title}\n", table(head, rows)]
+            rows.append([line.title, *both, str(line.inner_steps), _schedule(line), *_quoted(line.published)])
+        rows += [[METHODS[name], "", "", "", "", *_quoted(number)] for name, number in group.others.items()]
+        parts += [f"### {group.title}\n", table(ACCURACIES, rows)]
         if group.paired:
             pairs = [
-                [pair.second.title, _schedules(pair).removesuffix(" meta-steps"), str(pair.seed), str(pair.difference)]
-                for pair in group.paired
+                [pair.second.title, _schedules(pair), str(pair.seed), str(pair.difference)] for pair in group.paired
             ]
-            parts += ["Paired differences on the same tasks, with the 95% interval of a bootstrap over the tasks:\n"]
-            parts += [table(("MAML, second order, minus", "meta-steps", "seed", "difference, points"), pairs)]
+            parts.append("Paired differences on the same tasks, with the 95% interval of a bootstrap over tasks:\n")
+            parts.append(table(DIFFERENCES, pairs))
     return "\n".join(parts)
 
 
 def protocols(groups: Sequence[Group]) -> str:
-    """Tasks of each setting: all that accuracies depend on beside the run."""
+    """Tasks of each setting."""
     rows = []
     for group in groups:
         found = [summary["protocol"] for line in group.lines for _, summary in line.summaries()]
         if found:
-            splits = dict.fromkeys(f"{p['split']}, {p['classes']} classes, {p['split_sha256'][:12]}" for p in found)
-            keys = ("tasks", "seed", "queries", "rotations")
-            rows.append([group.title, _listed(splits), *(_listed(sorted({p[key] for p in found})) for key in keys)])
-    head = ("setting", "split, classes, sha256", "tasks", "task seeds", "queries per class", "rotations")
-    return table(head, rows)
+            digests = dict.fromkeys(each["split_sha256"][:12] for each in found)
+            digests.pop("not recorded", None)
+            split = f"{found[0]['split']}, {found[0]['classes']} classes, {_listed(digests)}"
+            values = (sorted({each[key] for each in found}) for key in ("tasks", "seed", "queries", "rotations"))
+            rows.append([group.title, split, *map(_listed, values)])
+    return table(PROTOCOLS, rows)
 
 
 def provenance(groups: Sequence[Group]) -> str:
-    """Model, cost, hardware and commit of each run."""
+    """Meta-step of the model, cost, hardware and commit of each run."""
     rows: dict[str, list[str]] = {}
     for line in (line for group in groups for line in group.lines):
         for run, summary in line.summaries():
@@ -250,13 +256,16 @@ def provenance(groups: Sequence[Group]) -> str:
                 str(run.seed),
                 "learned" if rate is None else f"{rate:g}",
                 f"{results['selected']['step']:,}",
-                "" if run.hours is None else f"{run.hours:.2f}",
-                run.over_starts("hardware"),
-                run.over_starts("commit"),
-                results["made_by"]["finished"][:10],
+                *cost(run.made_by),
             ])  # fmt: skip
-    head = ("run", "method", "seed", "inner rate", "meta-step of the model", "hours", "hardware", "commit", "date")
-    return table(head, rows.values())
+    return table(PROVENANCE, rows.values())
+
+
+def cost(made_by: dict[str, Any]) -> list[str]:
+    """Hours, hardware, commits and day of a run, over all its starts."""
+    took = hours(made_by)
+    places = [over_starts(made_by, key) for key in ("hardware", "commit")]
+    return ["" if took is None else f"{took:.2f}", *places, made_by["finished"][:10]]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -269,8 +278,8 @@ def _schedule(line: Line) -> str:
     return f"{line.steps or line.trained:,}" + ("" if line.steps >= line.row.steps else f" of {line.row.steps:,}")
 
 
-def _quoted(number: Published | None) -> str:
-    return "" if number is None else f"{interval(number)} ({number.source})"
+def _quoted(number: Published | None) -> list[str]:
+    return ["", ""] if number is None else [interval(number), number.source]
 
 
 def _listed(values: Iterable[Any]) -> str:

@@ -66,7 +66,7 @@ def test_the_time_of_a_run_is_that_of_all_its_starts(tmp_path):
     run = compare.read(tmp_path / "run")
     cost = run.cost()
     assert cost.startswith("3.00 hours in 2 starts, 1 x Another, then ") and cost.count("commit") == 1
-    assert run.hours == pytest.approx(3, abs=0.01)
+    assert compare.hours(run.made_by) == pytest.approx(3, abs=0.01)
 
 
 def test_differences_are_paired_over_the_same_tasks_and_schedule(tmp_path):

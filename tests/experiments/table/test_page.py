@@ -30,7 +30,7 @@ def test_every_accuracy_is_shown_beside_the_published(rendered):
     alone = full["test"]["transductive"]
     single = f"{alone['accuracy'][3]:.2f} ± {alone['half_width'][3]:.2f}"
     assert of_seeds in text and single in text and "98.7 ± 0.4" in text and rows.FINN in text
-    published = "98.7 ± 0.4 (Finn et al. 2017, table 1)"
+    published = "98.7 ± 0.4 | Finn et al. 2017, table 1"
     assert f"| Omniglot, 5-way 1-shot | {of_seeds} | {published} | 10,000 of 60,000 |" in table  # The summary.
     assert f"| {single} |  | 3 | 60,000 | 98.3 ± 0.5 " in table
     inductive = [each["test"]["inductive"]["accuracy"][3] for each in seeds]

@@ -8,7 +8,7 @@ import pytest
 from experiments.reinforcement import evaluation, plots
 from experiments.table import returns
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def made_up(folder, environment="ant-velocity", rows=(), steps=30, **config):
