@@ -52,7 +52,7 @@ MAY_IMPORT = {  # A folder, and which others may be imported in it; "" is the to
     "": {"autodiff", "parallel"},
     "nets": {"types", "validation", "parallel"},
     "tasks": {"types", "validation", "atomic", "parallel"},
-    "algorithms": {"", "autodiff", "parallel", "nets"},
+    "algorithms": {"", "autodiff", "parallel"},
     "rl": {"", "autodiff", "parallel", "nets"},
     "rl/envs": {"validation", "parallel", "rl"},
     "runs": {"", "parallel"},

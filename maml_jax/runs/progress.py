@@ -22,27 +22,27 @@ class Progress:
         self._bar = tqdm(
             total=total, desc=name, unit="step", disable=not (sys.stderr.isatty() and processes.is_leader())
         )
-        self._start = self._shown = time.monotonic()
+        self._shown = time.monotonic()
         self._updates = 0
-        self._first = (0, self._start)
+        self._since = (0, self._shown)
 
     def update(self, step: int, **values: float) -> None:
         """Reports that `step` steps are done, and shows `values`."""
         now = time.monotonic()
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        steps, seconds = step - self._since[0], now - self._since[1]
+        rate = steps / seconds if self._updates and steps and seconds else None
         self._updates += 1
-        # Measure the rate after the call that compiles: the first call, or the second in a run that resumes.
+        # The first call compiles, or in a run that resumes the second: measure the rate from the second call on.
         if self._updates <= 2:
-            self._first = (step, now)
+            self._since = (step, now)
         if not self._bar.disable:
             self._bar.set_postfix_str(shown, refresh=False)
             self._bar.update(step - self._bar.n)
         elif now - self._shown >= self._every or step == self._total:
             self._shown = now
-            steps, seconds = step - self._first[0], now - self._first[1]
-            rate = steps / seconds if steps else 0.0
-            left = f"{_duration((self._total - step) / rate)} left" if rate else "rate not known yet"
-            print(f"{self._name}: {step:,}/{self._total:,} steps, {rate:,.1f} a second, {left}, {shown}", flush=True)
+            left = "" if rate is None else f"{rate:,.1f} a second, {_duration((self._total - step) / rate)} left, "
+            print(f"{self._name}: {step:,}/{self._total:,} steps, {left}{shown}", flush=True)
         if step == self._total:
             self._bar.close()
 
