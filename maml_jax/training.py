@@ -32,20 +32,17 @@ def many_steps(learner: MetaLearner, draw: DrawFn) -> Callable[[MetaState, Any, 
     would become constants of the compiled program.
     """
 
-    def one_step(state: MetaState, data: Any) -> tuple[MetaState, Metrics]:
-        state, info = learner.step(state, _drawn(draw, data, state.step))
-        return state, _metrics(info)
-
     def run(state: MetaState, data: Any, count: jax.Array) -> tuple[MetaState, Metrics]:
-        def body(_, carry):
+        def one_step(_: Any, carry: Any) -> Any:
             state, total = carry
-            state, metrics = one_step(state, data)
-            return state, jax.tree.map(jnp.add, total, metrics)
+            state, info = learner.step(state, _drawn(draw, data, state.step))
+            metrics = _metrics(info)
+            return state, metrics if total is None else jax.tree.map(jnp.add, total, metrics)
 
-        shapes = jax.eval_shape(one_step, state, data)[1]
+        shapes = jax.eval_shape(one_step, 0, (state, None))[1]
         # Sums in float32 at least: a sum of many bfloat16 numbers stops growing.
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), shapes)
-        state, total = lax.fori_loop(0, count, body, (state, zeros))
+        state, total = lax.fori_loop(0, count, one_step, (state, zeros))
         return state, jax.tree.map(lambda leaf: leaf / count, total)
 
     return run
@@ -148,7 +145,8 @@ def _placed(state: MetaState) -> tuple[MetaState, Sharding]:
 
 def _train(learner, state, draw, data, steps, steps_per_call, stop):
     state, sharding = _placed(state)
-    starts = range(int(state.step), steps, steps_per_call)
+    done = int(state.step)
+    starts = range(done, steps, steps_per_call)
     if not starts:
         return
     run_steps = many_steps(learner, draw)
@@ -160,32 +158,29 @@ def _train(learner, state, draw, data, steps, steps_per_call, stop):
         state, metrics = run_steps(state, data, count)
         return state, metrics, (stop_requests & (state.step > 0)).any()
 
-    def call(state, data, count):
-        return run(state, data, count, processes.stop_requests(stop(), sharding))
+    def one_more(state, data):
+        return run(state, data, 1, processes.stop_requests(False, sharding))
 
+    running = None
     with contextlib.closing(_data_of_calls(data, starts, sharding)) as data_of_calls:
-        yield from _calls(call, state, data_of_calls, starts, stop)
-
-
-def _calls(call, state, data_of_calls, starts, stop):
-    """Runs the device calls; starts each before it hands over the results of the one before."""
-    done = starts.start
-    counts = [min(starts.step, starts.stop - start) for start in starts]
-    before, data = state, next(data_of_calls)
-    running = call(state, data, counts[0])
-    for count, next_count in zip(counts, [*counts[1:], None]):
-        state, metrics, stop_requested = running
-        next_data = None
-        if next_count is not None:
-            next_data = next(data_of_calls)
-            running = call(state, next_data, next_count)
-        metrics = jax.tree.map(lambda leaf: np.asarray(leaf).tolist(), metrics)
-        if not _finite(metrics):
-            raise _not_finite(call, before, data, count, metrics)
-        before, data, done = state, next_data, done + count
-        yield state, {"step": done, **metrics}
-        if bool(stop_requested) if processes.multiple() else stop():
-            return
+        for count in [*(min(steps_per_call, steps - start) for start in starts), None]:
+            # Start a call before the results of the previous call are handed over: the device does not wait.
+            finished = running
+            if count is not None:
+                call_data = next(data_of_calls)
+                results = run(state, call_data, count, processes.stop_requests(stop(), sharding))
+                running = (state, call_data, count, results)
+                state = results[0]
+            if finished is None:
+                continue
+            before, used, taken, (after, metrics, stop_requested) = finished
+            metrics = jax.tree.map(lambda leaf: np.asarray(leaf).tolist(), metrics)
+            if not _finite(metrics):
+                raise _not_finite(one_more, before, used, taken, metrics)
+            done += taken
+            yield after, {"step": done, **metrics}
+            if bool(stop_requested) if processes.multiple() else stop():
+                return
 
 
 def _data_of_calls(data: Any, starts: range, sharding: Any) -> Generator[Any]:
@@ -214,11 +209,11 @@ def _finite(metrics: Metrics) -> bool:
     return bool(np.isfinite([metrics["loss"], metrics["grad_norm"]]).all())
 
 
-def _not_finite(call, state, data, count, metrics) -> NotFiniteError:
+def _not_finite(one_more, state, data, count, metrics) -> NotFiniteError:
     """Repeats the call's meta-steps one by one, to name the first whose loss or gradient is not finite."""
     first, last = int(state.step) + 1, int(state.step) + count
     for step in range(first, last + 1):
-        state, single, _ = call(state, data, 1)
+        state, single, _ = one_more(state, data)
         single = jax.tree.map(lambda leaf: np.asarray(leaf).tolist(), single)
         if not _finite(single):
             where, metrics = f"At meta-step {step}", single

@@ -1,7 +1,7 @@
 """Training that can be killed at any moment and resumes, with bit-equal numbers."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,68 +108,73 @@ def resumable_train(
     label = "-".join(map(str, labels.values()))
     folder = run.path / "checkpoints" / label
 
-    def calls(
-        state: MetaState, stop_request: signals.StopRequest, checkpoints: Checkpoints
-    ) -> Iterator[tuple[MetaState, Metrics]]:
-        # Resume: restore the state, then remove the rows after its step, then take new steps.
-        restored = checkpoints.restore(state)
-        done = saved = int(state.step) if restored is None else restored.step
-        if done > steps:
-            raise _too_many_steps(folder, done, steps)
-        run.drop_rows_after(done, **labels)
-        num_rows = len(run.rows(**labels))
-        if restored is not None:
-            if processes.is_leader() and num_rows < (expected := restored.about["rows"]):
-                print_note(f"{run.path / 'metrics.jsonl'} has lost {expected - num_rows} rows up to step {done}.")
-            state = restored.state
-            yield state, restored.about["row"]
+    def calls(state: MetaState) -> Iterator[tuple[MetaState, Metrics]]:
+        with (
+            signals.deferred() as stop_request,
+            closing(Checkpoints(folder, keep=keep)) as checkpoints,
+            _explained(rates, checkpoints),
+        ):
+            # Resume: restore the state, then remove the rows after its step, then take new steps.
+            restored = checkpoints.restore(state)
+            done = saved = int(state.step) if restored is None else restored.step
+            if done > steps:
+                raise _too_many_steps(folder, done, steps)
+            run.drop_rows_after(done, **labels)
+            num_rows = len(run.rows(**labels))
+            if restored is not None:
+                if processes.is_leader() and num_rows < (expected := restored.about["rows"]):
+                    print_note(f"{run.path / 'metrics.jsonl'} has lost {expected - num_rows} rows up to step {done}.")
+                state = restored.state
+                yield state, restored.about["row"]
 
-        trained = train(
-            learner,
-            state,
-            draw,
-            data,
-            steps=steps,
-            steps_per_call=steps_per_call,
-            stop=lambda: stop_request.signal is not None,
-        )
-        if profile and processes.is_leader():
-            trained = profile_calls(trained, run.path / "profile" / label)
-        for state, row in trained:
-            before, done = done, row["step"]
-            # Validate.
-            validated = validate is not None and (done == steps or _is_due(validate.every, before, done))
-            if validate is not None and validated and processes.is_leader():
-                row = row | to_jsonable(validate.metrics(processes.local(state)))
-            # Log, after the previous checkpoint is on disk. A process that is killed between any two of these lines
-            # resumes from the newest checkpoint on disk and makes the later rows again.
-            checkpoints.wait()
-            run.log(**labels, **row)
-            num_rows += 1
-            # Save.
-            if validated or done == steps or _is_due(save_every, before, done):
-                checkpoints.save(done, state, {"row": row, "rows": num_rows})
-                saved = done
-            yield state, row
-        # After a signal, drop the call that is being computed and save the last complete state.
-        if (number := signals.signal_of_any_process(stop_request)) is not None:
-            if saved < done:
-                checkpoints.save(done, state, {"row": row, "rows": num_rows})
-            checkpoints.wait()
-            if processes.is_leader():
-                print_note(f"Stopped by {number.name}; step {done} is saved, and the same command resumes from it.")
-            raise signals.Interrupted(number)
-
-    def guarded() -> Iterator[tuple[MetaState, Metrics]]:
-        with signals.deferred() as stop_request, closing(Checkpoints(folder, keep=keep)) as checkpoints:
-            try:
-                yield from calls(state, stop_request, checkpoints)
-            except NotFiniteError as error:
+            trained = train(
+                learner,
+                state,
+                draw,
+                data,
+                steps=steps,
+                steps_per_call=steps_per_call,
+                stop=lambda: stop_request.signal is not None,
+            )
+            if profile and processes.is_leader():
+                trained = profile_calls(trained, run.path / "profile" / label)
+            for state, row in trained:
+                before, done = done, row["step"]
+                # Validate.
+                validated = validate is not None and (done == steps or _is_due(validate.every, before, done))
+                if validate is not None and validated and processes.is_leader():
+                    row = row | to_jsonable(validate.metrics(processes.local(state)))
+                # Log, after the previous checkpoint is on disk. A process that is killed between any two of these lines
+                # resumes from the newest checkpoint on disk and makes the later rows again.
                 checkpoints.wait()
-                message = f"{error}{_describe_rates(rates, error.step)}{_describe_last(checkpoints)}"
-                raise NotFiniteError(message, error.step) from error
+                run.log(**labels, **row)
+                num_rows += 1
+                # Save.
+                if validated or done == steps or _is_due(save_every, before, done):
+                    checkpoints.save(done, state, {"row": row, "rows": num_rows})
+                    saved = done
+                yield state, row
+            # After a signal, drop the call that is being computed and save the last complete state.
+            if (number := signals.signal_of_any_process(stop_request)) is not None:
+                if saved < done:
+                    checkpoints.save(done, state, {"row": row, "rows": num_rows})
+                checkpoints.wait()
+                if processes.is_leader():
+                    print_note(f"Stopped by {number.name}; step {done} is saved, and the same command resumes from it.")
+                raise signals.Interrupted(number)
 
-    return guarded()
+    return calls(state)
+
+
+@contextmanager
+def _explained(rates: Mapping[str, Rate], checkpoints: Checkpoints) -> Iterator[None]:
+    """Adds the learning rates and the last checkpoint to the message of a NotFiniteError."""
+    try:
+        yield
+    except NotFiniteError as error:
+        checkpoints.wait()
+        message = f"{error}{_describe_rates(rates, error.step)}{_describe_last(checkpoints)}"
+        raise NotFiniteError(message, error.step) from error
 
 
 def check_steps(path: str | Path | None, steps: int) -> None:
