@@ -158,11 +158,11 @@ def test_expressions_in_tables_are_learners(page):
 @pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
 def test_options_of_commands_exist(page):
     """Those of each `python -m experiments...` in a shell block."""
-    hosts = {field.name for field in dataclasses.fields(command_line.Hosts)}
+    shared = (command_line.Hosts, reinforcement.Config)
     for block in re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
         for name, rest in re.findall(r"python -m (experiments[\w.]+)([^\n]*)", block.replace("\\\n", " ")):
-            config = getattr(importlib.import_module(name), "Config", reinforcement.Config)
-            known = {field.name for field in dataclasses.fields(config)} | hosts
+            found = [value for value in vars(importlib.import_module(name)).values() if dataclasses.is_dataclass(value)]
+            known = {field.name for options in (*found, *shared) for field in dataclasses.fields(options)}
             options = {option.replace("-", "_") for option in re.findall(r"--([\w-]+)", rest)}
             assert options <= known, f"{name}: {options - known}"
 
