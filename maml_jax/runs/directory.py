@@ -134,7 +134,7 @@ class RunDirectory:
 
     def rows(self, **labels: Any) -> list[dict]:
         """Returns the rows of `metrics.jsonl` that have these entries, including rows from before the run resumed."""
-        rows = [json.loads(line) for line in self._metrics.read_text().splitlines()] if processes.is_leader() else []
+        rows = _read_rows(self._metrics) if processes.is_leader() else []
         return [row for row in rows if labels.items() <= row.items()]
 
     @_leader_only
@@ -193,7 +193,8 @@ class RunDirectory:
         run = {"name": name, "config": config, "starts": [*self._earlier_starts, start]}
         write_file(self.path / "run.json", json.dumps(run, indent=1).encode())
         self._append([])
-        self._loggers = [TensorBoardLogger(self.path / "events", self.rows)]
+        # Not `self.rows`: a reference cycle would keep the lock until the garbage collector runs.
+        self._loggers = [TensorBoardLogger(self.path / "events", functools.partial(_read_rows, self._metrics))]
         if wandb is not None:
             self._loggers.append(WandBLogger(wandb, self.path, run))
         return self.path
@@ -245,6 +246,10 @@ class RunDirectory:
                 file.write(_lines(rows))
         except OSError as error:
             raise write_error(self._metrics, error) from error
+
+
+def _read_rows(metrics: Path) -> list[dict]:
+    return [json.loads(line) for line in metrics.read_text().splitlines()]
 
 
 def _lines(rows: list[dict]) -> str:

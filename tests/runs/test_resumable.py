@@ -24,7 +24,8 @@ from helpers.resumable_run import SAVE_EVERY, STEPS_PER_CALL, open_run, setting,
 from helpers.rl_cases import ENVIRONMENT, POLICY
 
 import maml_jax
-from experiments.few_shot import methods
+from maml_jax import losses
+from maml_jax.algorithms.maml_plus_plus import maml_plus_plus
 from maml_jax.nets import models
 from maml_jax.rl.meta_rl import draw_task_batch, maml_rl
 from maml_jax.rl.outer import promp
@@ -265,13 +266,17 @@ def characters(request):
     images = omniglot.load(data / "omniglot", cache)
     classes = equal_classes(images.images[:50])
     net = models.MLP((16,), 3, "batch")
-    training = methods.Training("maml++", 2, 0.4, 2, 1e-3, None, CASE_STEPS)
-    apply, features = models.apply_params(net), models.apply_params(net, head=False)
-    method = methods.build(training, apply, features, ways=3)
+    learner = maml_plus_plus(
+        losses.cross_entropy(models.apply_params(net)),
+        learning_rate=0.4,
+        steps=2,
+        meta_steps=CASE_STEPS,
+        multi_step_until=6,
+        first_order_until=4,
+    )
     params = net.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
     draw, data = host_memory.episodes_by_step(jax.random.key(1), classes, 2, EpisodeShape(3, 1, 2, "random"))
-    learner = method.learner()
-    return Case(learner, learner.init(method.start(params)), draw, data)
+    return Case(learner, learner.init(params), draw, data)
 
 
 def navigation(_):
