@@ -1,4 +1,4 @@
-"""The cache of resized images, and the error of all image data."""
+"""The cache of resized images, and `DataError`, the error that all readers of image data raise."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -16,16 +16,19 @@ class DataError(Exception):
 
 
 def default_folder() -> Path:
-    """Returns `$XDG_CACHE_HOME/maml_jax`, or `~/.cache/maml_jax`."""
+    """Returns the default cache folder: `$XDG_CACHE_HOME/maml_jax`, or `~/.cache/maml_jax` without that variable."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maml_jax"
 
 
 def read(path: Path, digest: Callable[[Arrays], str]) -> dict[str, np.ndarray] | None:
-    """Returns the cached arrays, or None if the file is missing or damaged and the arrays must be made again.
+    """Reads cached arrays. Returns None if the file is missing or damaged, and reports a damaged file.
 
     Args:
       path: a file that `write` wrote.
       digest: computes the content hash of the arrays, which must equal the stored array `sha256`.
+
+    Raises:
+      PermissionError: if this process may not read the file.
     """
     try:
         with open(path, "rb") as file, np.load(file) as stored:
@@ -45,7 +48,7 @@ def read(path: Path, digest: Callable[[Arrays], str]) -> dict[str, np.ndarray] |
 
 
 def write(path: Path, arrays: Arrays) -> None:
-    """Writes the arrays to an `.npz` file in one piece; see `write_atomically`.
+    """Writes the arrays to an `.npz` file atomically; see `write_atomically`.
 
     Args:
       path: the file; missing folders are created.
@@ -60,6 +63,6 @@ def write(path: Path, arrays: Arrays) -> None:
             np.savez(file, **arrays)  # type: ignore[arg-type]
     except OSError as error:
         raise DataError(
-            f"The cache {path} cannot be written ({error}). It needs {size / 1e6:,.0f} MB: free disk space, or give "
-            "another --cache-dir."
+            f"The cache {path} cannot be written ({error}). The cache needs {size / 1e6:,.0f} MB: free disk space, or "
+            "give another --cache-dir."
         ) from error

@@ -13,7 +13,7 @@ from maml_jax.tasks.cache import DataError
 
 
 class Archive(NamedTuple):
-    """An archive and how to verify it."""
+    """The address of an archive, with its size and hash for verification."""
 
     url: str
     size: int
@@ -37,7 +37,10 @@ OMNIGLOT = (
 
 
 def omniglot(folder: str | Path) -> None:
-    """Downloads the two official archives into `folder`. Archives that are present and intact are skipped.
+    """Downloads the two official archives, 16 MB, into `folder`. Intact archives in `folder` are not downloaded again.
+
+    Args:
+      folder: the folder of the archives; missing folders are created.
 
     Raises:
       DataError: if an archive cannot be downloaded, or if its size or hash is wrong.
@@ -47,13 +50,17 @@ def omniglot(folder: str | Path) -> None:
 
 
 def fetch(archive: Archive, target: Path) -> None:
-    """Downloads one archive to `target`, which appears only when it is complete and verified.
+    """Downloads one archive. The file `target` appears only after the download is complete and verified.
+
+    Args:
+      archive: the address, size and hash.
+      target: the file to write. An intact file is not downloaded again.
 
     Raises:
       DataError: if the download fails, or if the size or the hash is wrong. The message names the address.
     """
     if target.exists() and target.stat().st_size == archive.size and _sha256(target) == archive.sha256:
-        print(f"{target} is already there.")
+        print(f"{target} is already downloaded.")
         return
     print(f"Downloading {archive.url} ({archive.size / 1e6:.1f} MB)", file=sys.stderr)
     with contextlib.ExitStack() as stack:
@@ -73,12 +80,12 @@ def fetch(archive: Archive, target: Path) -> None:
         if (size, digest) != (archive.size, archive.sha256):
             raise DataError(
                 f"{archive.url} is not the official archive: expected {archive.size:,} bytes with sha256 "
-                f"{archive.sha256}, but got {size:,} bytes with {digest}. Try again, or download it by hand."
+                f"{archive.sha256}, but got {size:,} bytes with {digest}. Try again, or download the archive by hand."
             )
 
 
 def _copy(archive: Archive, file: IO[bytes]) -> tuple[int, str]:
-    """Downloads at most one byte more than expected, enough to recognise a wrong file; returns size and hash."""
+    """Copies the download to `file`, up to one byte beyond the expected size. Returns the size and the hash."""
     size, digest = 0, hashlib.sha256()
     with urllib.request.urlopen(archive.url, timeout=60) as response:
         while size <= archive.size and (block := response.read(min(archive.size + 1 - size, 1 << 20))):

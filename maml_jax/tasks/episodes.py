@@ -1,9 +1,11 @@
 """Few-shot classification episodes, drawn from images on the device or in host memory.
 
-A batch of episodes is a pure function of a PRNG key: there is no iterator and no position in the data to save, and
-episodes can be drawn inside the compiled meta-step. Drawing has three parts: `choose_images` chooses images and
-rotations, the pixels are gathered, `assemble_episodes` builds the episodes. Images on the device (`draw_episodes`) and
-images in host memory (`host_memory`) differ only in where the pixels are gathered.
+A batch of episodes is a pure function of a PRNG key. A checkpoint therefore needs no position in the data, and episodes
+can be drawn inside the compiled meta-step.
+
+Drawing has three steps. `choose_images` chooses images and rotations. Then the pixels of these images are gathered.
+`assemble_episodes` builds the episodes. Only the second step differs between images on the device (`draw_episodes`) and
+images in host memory (`host_memory`).
 """
 
 import dataclasses
@@ -21,7 +23,7 @@ from maml_jax.types import Task
 
 Rotations = Literal["random", "classes", "none"]
 """'random': each class of an episode is rotated by a random multiple of 90 degrees, as in the code of Finn et al.
-'classes': each rotation of a class is a class of its own, so there are four times as many (Santoro et al. 2016).
+'classes': each of the four rotations of a class counts as a separate class (Santoro et al. 2016).
 'none': images are not rotated."""
 ROTATIONS = ("random", "classes", "none")
 
@@ -36,12 +38,13 @@ LABELS = ("ways", "classes")
 class ImageClasses:
     """The images of one split, grouped by class. Classes may differ in size.
 
-    Pass the object to jitted functions as an argument: XLA compiles arrays that a function closes over into the
-    program as constants. The counts are static, so impossible episodes are refused while tracing.
+    Pass the object to a jitted function as an argument. Arrays that the function closes over would become constants of
+    the compiled program. The counts are static, so functions that draw episodes raise ValueError during tracing if the
+    classes are too few or too small.
     """
 
     images: Any
-    """uint8 `[n, H, W]` or `[n, H, W, C]`, of NumPy or JAX, class after class. Episodes divide the pixels by 255."""
+    """uint8 `[n, H, W]` or `[n, H, W, C]`, of NumPy or JAX. Images of a class are adjacent. Values are 0 to 255."""
     counts: tuple[int, ...]
     """The number of images of each class; the sum is `n`."""
 
@@ -58,9 +61,8 @@ def equal_classes(images: Any) -> ImageClasses:
       images: uint8 `[classes, examples, H, W]` or `[classes, examples, H, W, C]`.
 
     Example:
-
-    >>> equal_classes(np.zeros((3, 20, 28, 28), np.uint8)).counts
-    (20, 20, 20)
+      >>> equal_classes(np.zeros((3, 20, 28, 28), np.uint8)).counts
+      (20, 20, 20)
     """
     classes, examples = images.shape[:2]
     return ImageClasses(images.reshape(classes * examples, *images.shape[2:]), (examples,) * classes)
@@ -70,11 +72,10 @@ class EpisodeShape(NamedTuple):
     """The shape of an episode.
 
     Example:
-
-    >>> shape = EpisodeShape(ways=5, shots=1, queries=15)
-    >>> shape.check(equal_classes(np.zeros((3, 20, 28, 28), np.uint8)))
-    Traceback (most recent call last):
-    ValueError: ways must be at most the number of classes, 3, but got 5.
+      >>> shape = EpisodeShape(ways=5, shots=1, queries=15)
+      >>> shape.check(equal_classes(np.zeros((3, 20, 28, 28), np.uint8)))
+      Traceback (most recent call last):
+      ValueError: ways must be at most the number of classes, 3, but got 5.
     """
 
     ways: int
@@ -87,15 +88,15 @@ class EpisodeShape(NamedTuple):
     labels: Labels = "ways"
 
     def check(self, data: ImageClasses, names: Sequence[str] | None = None) -> None:
-        """Checks that `data` has enough classes and images for such episodes.
+        """Checks that `data` has enough classes and images for episodes of this shape.
 
         Args:
           data: the classes.
-          names: the names of the classes for the message; None names a class by its index.
+          names: the names of the classes, for the error message. With None the message gives the index of a class.
 
         Raises:
-          ValueError: if a field is not allowed, if there are too few classes, if a class has too few images, or if
-            images to rotate are not square.
+          ValueError: if the value of a field is not allowed, if there are too few classes, if a class has too few
+            images, or if images are not square although episodes rotate them.
         """
         for name in ("ways", "shots", "queries"):
             validation.at_least(name, getattr(self, name), 1)
@@ -104,7 +105,7 @@ class EpisodeShape(NamedTuple):
         if self.rotations != "none" and data.images.shape[1] != data.images.shape[2]:
             raise ValueError(
                 f"rotations {self.rotations!r} needs square images, but the images are "
-                f"{data.images.shape[1]}x{data.images.shape[2]}: give 'none'."
+                f"{data.images.shape[1]}x{data.images.shape[2]}: set rotations to 'none'."
             )
         classes = len(data.counts) * (4 if self.rotations == "classes" else 1)
         if self.ways > classes:
@@ -121,10 +122,10 @@ class EpisodeShape(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The images of a batch of episodes, with the rotations and the classes."""
+    """The chosen images, rotations and classes of a batch of episodes."""
 
     images: jax.Array
-    """int32 `[T, N, K + Q]`: indices of images, support first."""
+    """int32 `[T, N, K + Q]`: indices of images in the data. The first K are the support examples."""
     quarter_turns: jax.Array
     """int32 `[T, N]`: the rotation of each class in multiples of 90 degrees; 0 where `rotations` is 'none'."""
     classes: jax.Array
@@ -132,7 +133,7 @@ class Choice(NamedTuple):
 
 
 def draw_episodes(key: jax.Array, data: ImageClasses, num_tasks: int, shape: EpisodeShape) -> Task:
-    """Draws a batch of episodes: N classes without replacement, and K + Q images of each without replacement.
+    """Draws a batch of episodes. Each episode has N distinct classes and K + Q distinct images of each class.
 
     Args:
       key: a PRNG key. `jax.random.fold_in(key, step)` gives new episodes at each meta-step.
@@ -149,18 +150,18 @@ def draw_episodes(key: jax.Array, data: ImageClasses, num_tasks: int, shape: Epi
       ValueError: while tracing, if `data` has too few classes or images; see `EpisodeShape.check`.
 
     Example:
-
-    >>> data = equal_classes(np.zeros((10, 20, 28, 28), np.uint8))
-    >>> draw = jax.jit(draw_episodes, static_argnames=("num_tasks", "shape"))
-    >>> tasks = draw(jax.random.key(0), data, num_tasks=4, shape=EpisodeShape(ways=5, shots=1, queries=3))
-    >>> tasks.support[0].shape, tasks.query[0].shape
-    ((4, 5, 28, 28, 1), (4, 15, 28, 28, 1))
-    >>> tasks.query[1][0].tolist()
-    [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
+      >>> data = equal_classes(np.zeros((10, 20, 28, 28), np.uint8))
+      >>> draw = jax.jit(draw_episodes, static_argnames=("num_tasks", "shape"))
+      >>> tasks = draw(jax.random.key(0), data, num_tasks=4, shape=EpisodeShape(ways=5, shots=1, queries=3))
+      >>> tasks.support[0].shape, tasks.query[0].shape
+      ((4, 5, 28, 28, 1), (4, 15, 28, 28, 1))
+      >>> tasks.query[1][0].tolist()
+      [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
 
     References:
-      Vinyals et al. (2016), Matching Networks for One Shot Learning, arXiv:1606.04080: episodes.
-      Santoro et al. (2016), One-shot Learning with Memory-Augmented Neural Networks, arXiv:1605.06065: rotations.
+      Vinyals et al. (2016), Matching Networks for One Shot Learning, arXiv:1606.04080 (episodes).
+      Santoro et al. (2016), One-shot Learning with Memory-Augmented Neural Networks, arXiv:1605.06065
+      (rotations).
     """
     shape.check(data)
     choice = choose_images(key, data.counts, num_tasks, shape)
@@ -168,7 +169,17 @@ def draw_episodes(key: jax.Array, data: ImageClasses, num_tasks: int, shape: Epi
 
 
 def choose_images(key: jax.Array, counts: tuple[int, ...], num_tasks: int, shape: EpisodeShape) -> Choice:
-    """Chooses the images of `num_tasks` episodes from classes with `counts` images; see `draw_episodes`."""
+    """Chooses the images of a batch of episodes; see `draw_episodes`.
+
+    Args:
+      key: a PRNG key.
+      counts: the number of images of each class, `ImageClasses.counts`.
+      num_tasks: episodes in the batch, `T`.
+      shape: ways N, shots K, queries Q, rotations and labels.
+
+    Returns:
+      Indices of images and classes, and rotations.
+    """
     return jax.vmap(lambda key: _choose_images(key, counts, shape))(jax.random.split(key, num_tasks))
 
 
@@ -178,18 +189,24 @@ def assemble_episodes(pixels: jax.Array, choice: Choice, shape: EpisodeShape) ->
     Args:
       pixels: uint8 `[T, N, K + Q, H, W]` or `[T, N, K + Q, H, W, C]`.
       choice: the result of `choose_images`.
-      shape: the shape that the images were chosen for.
+      shape: the shape that was given to `choose_images`.
+
+    Returns:
+      Tasks as from `draw_episodes`.
     """
     ways, shots, queries, rotations, labels = shape
+    # Rotate the images and scale the pixels to [0, 1].
     pixels = jnp.asarray(pixels)[..., None] if pixels.ndim == 5 else jnp.asarray(pixels)
     pixels = pixels if rotations == "none" else jax.vmap(jax.vmap(_rotate))(pixels, choice.quarter_turns)
     pixels = pixels.astype(jnp.float32) / 255
     num_tasks, image_shape = pixels.shape[0], pixels.shape[3:]
+    # Label the classes.
     if labels == "ways":
         class_labels = jnp.broadcast_to(jnp.arange(ways, dtype=jnp.int32), (num_tasks, ways))
     else:
         class_labels = jnp.asarray(choice.classes)
 
+    # Divide the images of each class into support and query examples.
     def examples(which: slice, per_class: int) -> tuple[jax.Array, jax.Array]:
         repeated = jnp.repeat(class_labels, per_class, axis=1)
         return pixels[:, :, which].reshape(num_tasks, ways * per_class, *image_shape), repeated
@@ -201,12 +218,14 @@ def _choose_images(key: jax.Array, counts: tuple[int, ...], shape: EpisodeShape)
     """Chooses the images of one episode; the fields of the result have no axis `T`."""
     ways, shots, queries, rotations, _ = shape
     class_key, example_key, turn_key = jax.random.split(key, 3)
+    # Choose the classes and their rotations.
     if rotations == "classes":
         rotated_classes = _draw_distinct(class_key, 4 * len(counts), ways)
         classes, turns = rotated_classes // 4, rotated_classes % 4
     else:
         classes = _draw_distinct(class_key, len(counts), ways)
         turns = jax.random.randint(turn_key, (ways,), 0, 4) if rotations == "random" else jnp.zeros(ways, jnp.int32)
+    # Choose the images of each class.
     first = jnp.asarray(_first_images(counts))[classes]
     examples = jax.vmap(lambda key, count: _draw_distinct(key, max(counts), shots + queries, count))(
         jax.random.split(example_key, ways), jnp.asarray(counts, jnp.int32)[classes]
@@ -219,7 +238,7 @@ def _first_images(counts: tuple[int, ...]) -> np.ndarray:
 
 
 def _draw_distinct(key: jax.Array, population: int, count: int, limit: jax.Array | None = None) -> jax.Array:
-    """Draws `count` distinct indices below `population`, and below `limit` where that is given, in random order.
+    """Draws `count` distinct indices below `population`, and below `limit` if given, in random order.
 
     Every index gets a random score; the indices with the largest scores are drawn. Indices that are not below `limit`
     get a score that is smaller than all random scores.
@@ -233,7 +252,7 @@ def _draw_distinct(key: jax.Array, population: int, count: int, limit: jax.Array
         index = jnp.where(scores == scores.max(), indices, population).min()
         return jnp.where(indices == index, -2, scores), index
 
-    # Not `lax.top_k`: XLA cannot partition it over devices, so each device would draw the tasks of all devices.
+    # XLA cannot partition `lax.top_k` over devices: with `top_k`, each device would draw the tasks of all devices.
     return lax.scan(take_largest, scores, length=count)[1]
 
 

@@ -1,4 +1,4 @@
-"""The same evaluation tasks at every call, for validation and test."""
+"""Evaluation tasks that are chosen once, for validation and test."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -16,24 +16,25 @@ GROUP_ENTRIES = 1 << 23
 def fixed_tasks(
     key: jax.Array, data: ImageClasses, count: int, shape: EpisodeShape, *, group_entries: int = GROUP_ENTRIES
 ) -> Callable[[], Iterable[Task]]:
-    """Chooses `count` tasks once; every call of the returned function yields these tasks, group by group.
+    """Chooses `count` tasks. Every call of the returned function yields these tasks, in groups.
 
-    All groups have the same number of tasks, so that one compiled program serves all of them. The images of a group
-    are gathered when the group is asked for.
+    All groups have the same number of tasks, so one compiled program evaluates every group. The pixels of a group are
+    gathered when the iterator reaches the group.
 
     Args:
       key: a PRNG key.
       data: the classes to draw from, with images in host memory.
       count: number of tasks.
-      shape: ways N, shots K, queries and rotations of a task.
+      shape: ways N, shots K, queries Q, rotations and labels of a task.
       group_entries: largest number of pixel values in a group; a group holds at least one task.
 
     Returns:
-      A function without arguments that yields `Task`s of `(images [G, N*K, H, W, C], labels [G, N*K])` and the same
-      for the queries, where the group size G divides `count`.
+      A function without arguments. Each call returns an iterator of `Task`s with support
+      `(images [G, N*K, H, W, C], labels [G, N*K])` and query `(images [G, N*Q, H, W, C], labels [G, N*Q])`. The group
+      size `G` divides `count`.
 
     Raises:
-      ValueError: if `data` does not have that many classes or images, or for fewer than 1 task.
+      ValueError: if `data` has too few classes or images (see `EpisodeShape.check`), or if `count` is below 1.
 
     Example:
       >>> import jax, numpy as np
@@ -52,7 +53,7 @@ def fixed_tasks(
 
     def groups() -> Iterator[Task]:
         for first in range(0, count, group):
-            some = jax.tree.map(lambda leaf, first=first: leaf[first : first + group], choice)
-            yield assemble_episodes(data.images[some.images], some, shape)
+            chosen = jax.tree.map(lambda leaf, first=first: leaf[first : first + group], choice)
+            yield assemble_episodes(data.images[chosen.images], chosen, shape)
 
     return groups

@@ -1,7 +1,7 @@
-"""The forms of image data sets: finds the images, classes and splits in folders, zip archives and pickles.
+"""Finds the images, classes and splits of image data sets in folders, zip archives and pickles.
 
 Nothing is unpacked to disk. All names are looked up in a listing of the folder or archive, so no name in an archive or
-a CSV can refer to a file outside of it.
+a CSV can refer to a file outside of the folder or archive.
 """
 
 import contextlib
@@ -32,26 +32,28 @@ PICKLES = (".pkl", ".pickle")
 LARGEST_FILE = 64 << 20
 """Bytes of the largest image or CSV that is read."""
 LARGEST_PICKLE = 4 << 30
-"""Bytes of the largest pickle that is read; the pickle of MiniImagenet's training split has 0.8e9."""
+"""Bytes of the largest pickle that is read; the pickle of MiniImagenet's training split has 0.8e9 bytes."""
 
 HOW = (
-    "Give a --data-dir, a folder or a .zip archive, that holds one of these: train.csv, val.csv and test.csv "
-    "(filename,label) and the images; train/, val/ and test/ with a folder for each class; a folder for each class; "
-    "the pickles ...train.pkl, ...val.pkl and ...test.pkl."
+    "Give a --data-dir, a folder or a .zip archive, with one of these contents. (1) The images, and train.csv, val.csv "
+    "and test.csv with the columns filename,label. (2) The folders train/, val/ and test/, each with a folder for each "
+    "class. (3) A folder for each class. (4) The pickles *train.pkl, *val.pkl and *test.pkl."
 )
 
 
 class Tree(NamedTuple):
-    """The images, CSVs and pickles in a folder or an archive, by their path in it."""
+    """The images, CSVs and pickles in a folder or an archive. Paths are relative to the folder or archive."""
 
     where: str
     """The folder or archive."""
     sizes: dict[str, int]
-    """Bytes."""
+    """`{path: bytes}`."""
     stamps: dict[str, str]
-    """A text that changes with the file: the checksum in an archive, the modification time in a folder."""
+    """`{path: stamp}`. A stamp changes with the file: the checksum in an archive, the modification time in a folder."""
     folders: tuple[str, ...]
+    """Paths of all folders."""
     open: Callable[[str], IO[bytes]]
+    """Opens the file with the given path."""
 
     def read(self, name: str) -> bytes:
         """Returns the content of a file. Raises DataError if the file is larger than `LARGEST_FILE`."""
@@ -74,17 +76,27 @@ class Tree(NamedTuple):
 
 
 Contents = dict[str, dict[str, list[str]]] | dict[str, dict[str, list[np.ndarray]]]
-"""From split to class to images: paths in the tree, or pixels `[H, W, 3]`. Classes and paths are sorted."""
+"""`{split: {class: images}}`. An image is its path in the tree, or its pixels `[H, W, 3]`. Classes and paths are
+sorted."""
 Files = dict[str, dict[str, list[str]]]
-"""From split to class to the paths of images."""
+"""`{split: {class: paths of images}}`."""
 
 
 @contextlib.contextmanager
 def open_tree(data_dir: str | Path) -> Iterator[Tree]:
-    """Lists a folder or a zip archive. A folder that holds one archive and nothing else stands for the archive.
+    """Lists a folder or a zip archive.
+
+    A folder with one zip archive, and without images, CSVs and pickles, is read as the archive.
+
+    Args:
+      data_dir: the folder or archive.
+
+    Yields:
+      The listing. An archive stays open inside the `with` block.
 
     Raises:
-      DataError: if `data_dir` is missing or the archive is damaged, also when the damage is found inside the block.
+      DataError: if `data_dir` does not exist, or if the archive is damaged. Damage that is found inside the `with`
+        block also raises DataError.
     """
     path = Path(data_dir)
     if not path.exists():
@@ -100,13 +112,15 @@ def open_tree(data_dir: str | Path) -> Iterator[Tree]:
         with zipfile.ZipFile(path) as archive:
             yield _archive(path, archive)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise DataError(f"The archive {path} cannot be read: damaged, truncated or encrypted ({error}).") from error
+        raise DataError(
+            f"The archive {path} cannot be read: it is damaged, truncated or encrypted ({error})."
+        ) from error
 
 
 def _folder(root: Path) -> Tree:
     sizes, stamps, folders = {}, {}, []
     for folder, below, names in os.walk(root, followlinks=True):
-        # Links are followed, except links to a parent folder, which would never end.
+        # Follow links, except links to a parent folder, which would be followed without end.
         real = f"{os.path.realpath(folder)}/"
         below[:] = [name for name in below if not real.startswith(f"{os.path.realpath(os.path.join(folder, name))}/")]
         inside = PurePosixPath(Path(folder).relative_to(root).as_posix())
@@ -146,32 +160,36 @@ def _is_hidden(path: str) -> bool:
 
 
 def listing(tree: Tree, division: Division) -> Contents:
-    """Detects the form of the data set and lists its images by split and class. Pickles are read here.
+    """Detects the form of the data set and lists its images by split and class. Pickles are read completely.
 
     Args:
       tree: the folder or archive.
       division: how class folders without splits are divided.
 
     Raises:
-      DataError: if the data set has none of the forms, a split is missing or empty, a class is in two splits, or a CSV
-        is wrong.
+      DataError: if the data set has none of the forms, if a split is missing or empty, if a class is in two splits, or
+        if a CSV is malformed or lists missing files.
     """
     for root in _roots(tree):
+        # CSVs that list the images of each split.
         for lists in (root, f"{root}splits/"):
             csvs = {split: f"{lists}{split}.csv" for split in SPLITS if f"{lists}{split}.csv" in tree.sizes}
             if csvs:
                 _check_all_splits(tree, csvs, "CSV")
                 return _checked(tree, _from_csv(tree, root, lists))
+        # Pickles, one for each split.
         pickled = _find_pickles(tree, root)
         if pickled:
             return _checked(tree, {split: _from_pickle(tree, name) for split, name in pickled.items()})
+        # Folders of splits, with class folders in them.
         folders = {split: f"{root}{split}" for split in SPLITS if f"{root}{split}" in tree.folders}
         nested = any(name.startswith(f"{folder}/") for name in tree.folders for folder in folders.values())
-        # Folders named train, val and test without folders inside, beside other classes, are classes.
+        # Class folders may be named train, val or test: they hold no folders, and other class folders are beside them.
         if folders and (nested or not {*_from_class_folders(tree, root)} - {*SPLITS}):
             _check_all_splits(tree, folders, "folder")
             contents = {split: _from_class_folders(tree, f"{folder}/") for split, folder in folders.items()}
             return _checked(tree, contents)
+    # Class folders without splits.
     classes = _from_class_folders(tree, _roots(tree)[-1])
     if not any(classes.values()):
         raise DataError(f"{tree.where} holds no data set of images. {HOW}")
@@ -181,7 +199,7 @@ def listing(tree: Tree, division: Division) -> Contents:
 
 
 def _roots(tree: Tree) -> list[str]:
-    """Folders that may hold the data set: the top, and each folder that is the only one in the folder before it."""
+    """Returns folders that may hold the data set: the top folder, its only subfolder (if it has one), and so on."""
     roots = [""]
     while True:
         root = roots[-1]
@@ -222,8 +240,8 @@ def _from_csv(tree: Tree, root: str, lists: str) -> Files:
     if missing:
         raise DataError(
             f"The CSVs in {tree.where} list {total:,} files, of which {len(missing):,} are missing: "
-            f"{_shorten(missing)}. Files are searched in images/ and beside it, and there in a folder with the name of "
-            "the label."
+            f"{_shorten(missing)}. A file is searched at images/FILENAME, FILENAME, images/LABEL/FILENAME and "
+            "LABEL/FILENAME."
         )
     for classes in found.values():
         for paths in classes.values():
@@ -241,7 +259,7 @@ def _rows(tree: Tree, name: str, where: str) -> Iterator[tuple[int, tuple[str, s
         for row in reader:
             if not row:
                 continue
-            row = [value.strip() for value in row]  # ' dog' in one split is the class 'dog' of another.
+            row = [value.strip() for value in row]  # ' dog' and 'dog' are one class.
             values = dict(zip(header, row))
             if len(row) != 2 or not all(row):
                 raise DataError(f"Line {reader.line_num} of {where} must be filename,label, but is {','.join(row)!r}.")
@@ -251,7 +269,7 @@ def _rows(tree: Tree, name: str, where: str) -> Iterator[tuple[int, tuple[str, s
 
 
 def _from_class_folders(tree: Tree, root: str) -> dict[str, list[str]]:
-    """One class for each folder directly below `root`, with all images in the folder at any depth."""
+    """Returns a class for each folder directly below `root`, with all images in the folder at any depth."""
     classes: dict[str, list[str]] = {}
     for folder in tree.folders:
         if folder.startswith(root) and folder != ".":
@@ -264,10 +282,11 @@ def _from_class_folders(tree: Tree, root: str) -> dict[str, list[str]]:
 
 
 def _divide(tree: Tree, classes: dict[str, list[str]]) -> Files:
+    """Divides the classes at random, with a fixed seed: 64% train, 16% val, 20% test."""
     names = list(classes)
     train, val = round(0.64 * len(names)), round(0.16 * len(names))
     if not 0 < val < len(names) - train:
-        raise DataError(f"{tree.where} has {len(names)} classes, too few to divide into 64%, 16% and 20%. {HOW}")
+        raise DataError(f"{tree.where} has {len(names)} classes, too few to divide into train, val and test. {HOW}")
     # NumPy guarantees that the stream of RandomState never changes.
     order = [names[index] for index in np.random.RandomState(1).permutation(len(names))]
     parts = (order[:train], order[train : train + val], order[train + val :])
@@ -275,7 +294,7 @@ def _divide(tree: Tree, classes: dict[str, list[str]]) -> Files:
 
 
 def _checked(tree: Tree, contents: Any) -> Any:
-    """Sorts `contents`, after checking that every split has classes and that no class is in two splits."""
+    """Checks that every split has classes and that no class is in two splits. Sorts the classes."""
     for split, classes in contents.items():
         if not classes:
             raise DataError(f"Split {split} of {tree.where} has no classes.")
@@ -283,17 +302,17 @@ def _checked(tree: Tree, contents: Any) -> Any:
         both = sorted({*contents[first]} & {*contents[second]})
         if both:
             raise DataError(
-                f"In {tree.where}, {len(both)} classes are in both {first} and {second}: {_shorten(both)}. Each class "
-                "must be in one split only, or its images are not held out."
+                f"In {tree.where}, {len(both)} classes are in both {first} and {second}: {_shorten(both)}. Move "
+                "each class into one split: classes for validation and test must be new to the model."
             )
     return {split: {name: contents[split][name] for name in sorted(contents[split])} for split in SPLITS}
 
 
 def _find_pickles(tree: Tree, root: str) -> dict[str, str]:
-    """From split to the pickle of the split."""
+    """Returns `{split: path of the pickle}`."""
     found = {}
     for split in SPLITS:
-        # `..._train_phase_val.pickle` of some data sets holds other images of the training classes.
+        # Ignore `..._train_phase_val.pickle`: in some data sets this file holds more images of the training classes.
         ends = re.compile(rf"^(?!.*train_phase_(val|test))(.*[-_.])?{split}$")
         files = [
             name
@@ -320,5 +339,5 @@ def _from_pickle(tree: Tree, name: str) -> dict[str, list[np.ndarray]]:
 
 
 def _shorten(names: list[str], shown: int = 5) -> str:
-    """Lists the first names and the number of the others."""
+    """Returns the first names and the number of the other names."""
     return ", ".join(names[:shown]) + (f" and {len(names) - shown:,} more" if len(names) > shown else "")

@@ -27,24 +27,24 @@ from maml_jax.tasks.image_sources import SPLITS, Contents, Division, Tree
 Resampling = Literal["lanczos", "bicubic", "bilinear", "box"]
 
 LAYOUT = 2
-"""The version of the cached arrays. Increase it when the same source gives other arrays."""
+"""The version of the cached arrays. Increase the version when the same source gives other arrays."""
 
 
 class ImageSplits(NamedTuple):
-    """A data set. No class is in two splits; `val` and `test` are empty with `division='none'`."""
+    """A data set in three splits. No class is in two splits. `val` and `test` are empty with `division='none'`."""
 
     train: ImageClasses
     """NumPy arrays, uint8 `[n, size, size, 3]`, RGB."""
     val: ImageClasses
     test: ImageClasses
     names: dict[str, tuple[str, ...]]
-    """From 'train', 'val' and 'test' to the names of the classes, in the order of the arrays."""
+    """`{split: names of the classes}` in the order of the arrays, for the splits 'train', 'val' and 'test'."""
     source: str
-    """The folder or archive."""
+    """The folder or archive that was read."""
     published: str | None
-    """The published list that equals the classes and their sizes: 'miniimagenet', 'cifar-fs', 'fc100', or None."""
+    """The published list with the same classes and class sizes: 'miniimagenet', 'cifar-fs', 'fc100', or None."""
     sha256: dict[str, str]
-    """The content hash of each split: names, sizes and pixels."""
+    """`{split: SHA-256}` of the names, sizes and pixels of the classes."""
 
     def describe(self) -> dict[str, Any]:
         """Returns source, published list, sizes and hashes, for reports and JSON."""
@@ -71,15 +71,15 @@ def load(
 ) -> ImageSplits:
     """Reads a data set from `data_dir`, or from the cache if `data_dir` has been read before.
 
-    The cache is keyed by the names, sizes and checksums of the files (in a folder: modification times), so a changed
-    source is read again.
+    The name of the cache file depends on the options and on the names, sizes and checksums of the source files
+    (modification times in a folder). A changed source is therefore read again.
 
     Args:
       data_dir: a folder or a zip archive; see `image_sources`.
-      cache_dir: the folder of the cached arrays; None takes `cache.default_folder()`.
+      cache_dir: the folder of the cached arrays; None selects `cache.default_folder()`.
       size: height and width of the resized images in pixels. Images are not cropped; the aspect ratio may change.
-      resampling: the filter for resizing.
-      division: how class folders without splits are divided.
+      resampling: the filter for resizing, 'lanczos', 'bicubic', 'bilinear' or 'box'.
+      division: how class folders without splits are divided into splits, 'random' or 'none'.
       min_images: the number of images that every class must have, such as shots + queries.
       expect: the published list that the data must equal: 'miniimagenet', 'cifar-fs', 'fc100', or None for any data.
 
@@ -87,21 +87,20 @@ def load(
       The three splits, with the names of the classes and content hashes.
 
     Raises:
-      DataError: if files are missing, damaged or listed twice, a class is in two splits or has too few images, or the
-        data differ from `expect`. Errors in the listing are found before any image is read.
+      DataError: if files are missing, damaged or listed twice, if a class is in two splits or has too few images, or if
+        the data differ from `expect`. Errors in the listing are raised before an image is read.
       ValueError: for an option that is not allowed.
 
     Example:
-
-    >>> import pathlib, tempfile
-    >>> from PIL import Image
-    >>> folder = pathlib.Path(tempfile.mkdtemp())
-    >>> for name in ("robin", "wren"):
-    ...     (folder / "birds" / name).mkdir(parents=True)
-    ...     Image.new("RGB", (9, 7)).save(folder / "birds" / name / "0.png")
-    >>> splits = load(folder / "birds", folder / "cache", size=8, division="none")
-    >>> splits.train.images.shape, splits.names["train"]
-    ((2, 8, 8, 3), ('robin', 'wren'))
+      >>> import pathlib, tempfile
+      >>> from PIL import Image
+      >>> folder = pathlib.Path(tempfile.mkdtemp())
+      >>> for name in ("robin", "wren"):
+      ...     (folder / "birds" / name).mkdir(parents=True)
+      ...     Image.new("RGB", (9, 7)).save(folder / "birds" / name / "0.png")
+      >>> splits = load(folder / "birds", folder / "cache", size=8, division="none")
+      >>> splits.train.images.shape, splits.names["train"]
+      ((2, 8, 8, 3), ('robin', 'wren'))
     """
     validation.at_least("size", size, 1)
     validation.at_least("min_images", min_images, 1)
@@ -161,18 +160,26 @@ def _digest(arrays: cache.Arrays) -> str:
 def pictures(
     folder: str | Path, *, size: int = 84, resampling: Resampling | Literal["nearest"] = "lanczos"
 ) -> dict[str, np.ndarray]:
-    """Reads all images in a folder or zip archive.
+    """Reads all images in a folder or zip archive, without classes.
 
     Args:
       folder: a folder or a zip archive.
       size: height and width of the resized images in pixels.
-      resampling: the filter for resizing.
+      resampling: the filter for resizing, 'lanczos', 'bicubic', 'bilinear', 'box' or 'nearest'.
 
     Returns:
-      From path to image, RGB uint8 `[size, size, 3]`, sorted by path.
+      `{path: image}`, sorted by path. Images are RGB, uint8 `[size, size, 3]`.
 
     Raises:
-      DataError: if the folder does not exist, or an image is damaged or too large; the message names the file.
+      DataError: if the folder does not exist, or if an image is damaged or too large; the message names the file.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> from PIL import Image
+      >>> folder = pathlib.Path(tempfile.mkdtemp())
+      >>> Image.new("RGB", (9, 7)).save(folder / "wren.png")
+      >>> {path: image.shape for path, image in pictures(folder, size=8).items()}
+      {'wren.png': (8, 8, 3)}
     """
     from PIL import Image
 
@@ -219,7 +226,7 @@ def _decode(tree: Tree, name: str) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(tree.read(name))) as opened:
             upright = _rotate_upright(opened)
-            if upright.mode.startswith("I;16"):
+            if upright.mode.startswith("I;16"):  # 16 bits of grey: keep the upper 8 bits.
                 return np.repeat((np.asarray(upright) >> 8).astype(np.uint8)[..., None], 3, axis=2)
             if upright.mode in ("I", "F"):
                 raise DataError(
@@ -236,7 +243,7 @@ def _decode(tree: Tree, name: str) -> np.ndarray:
 
 
 def _rotate_upright(opened: Any) -> Any:
-    """Applies the orientation that the camera stored in the EXIF data, if it can be read."""
+    """Applies the orientation in the EXIF data. Without a readable orientation the image is returned unchanged."""
     from PIL import Image
 
     try:

@@ -1,8 +1,8 @@
 """Omniglot (Lake et al. 2015): 1,623 handwritten characters, each drawn once by 20 people.
 
-`load` reads any of the usual forms and returns one array of 28x28 images, which is kept in a cache. The drawings are
-1-bit PNGs of 105x105 pixels in which paper is 1 and ink is 0. TensorFlow Datasets (TFDS) does not store who drew an
-image, so the 20 drawings of a character are sorted by their pixels; every form then gives the same array, bit for bit.
+`load` reads any of the usual forms and returns one array of 28x28 images. The array is kept in a cache. The drawings
+are 1-bit PNGs of 105x105 pixels, in which paper is 1 and ink is 0. TensorFlow Datasets (TFDS) does not store who drew
+an image, so the 20 drawings of a character are sorted by their pixels. All forms therefore give bit-equal arrays.
 
 References:
   Lake, Salakhutdinov and Tenenbaum (2015), Human-level concept learning through probabilistic program induction,
@@ -28,14 +28,14 @@ from maml_jax.tasks.cache import DataError
 
 CHARACTERS, DRAWINGS, SOURCE_SIZE, SIZE = 1623, 20, 105, 28
 CONTENT_SHA256 = "c68135ce5f7c56d758e906dd0294a0833e06fb133ab0bb24f33936f21c9fdfd3"
-"""The hash of all names and drawings at full size, in the order of `Omniglot`; the same for every form."""
+"""SHA-256 of all names and full-size drawings, in the order of `Omniglot`. The hash is the same for every form."""
 
 PARTS = ("images_background", "images_evaluation")
 SplitName = Literal["paper", "vinyals"]
 Resampling = Literal["lanczos", "box", "nearest"]
-"""The filter for resizing. 'lanczos' smooths, so thin strokes remain visible. The script of Finn et al. asked Pillow
-for 'lanczos', but Pillow ignores the filter for 1-bit images and takes the nearest pixel: 'nearest' gives their
-images."""
+"""The filter for resizing. 'lanczos' smooths, so thin strokes remain visible. The script of Finn et al. gave Pillow
+the filter 'lanczos', but Pillow ignores the filter for 1-bit images and takes the nearest pixel. 'nearest' therefore
+gives the images of Finn et al."""
 
 
 class Omniglot(NamedTuple):
@@ -48,7 +48,7 @@ class Omniglot(NamedTuple):
 
 
 class Splits(NamedTuple):
-    """Indices of the classes of three disjoint splits."""
+    """Indices of the classes of three disjoint splits, int `[classes]` each."""
 
     train: np.ndarray
     val: np.ndarray
@@ -56,23 +56,27 @@ class Splits(NamedTuple):
 
 
 HOW = (
-    "Give a --data-dir that holds images_background.zip and images_evaluation.zip, the folders unpacked from them, or "
-    "omniglot/3.0.0 as TensorFlow Datasets prepares it; or fetch the official archives with `python -m "
+    "Give a --data-dir that holds images_background.zip and images_evaluation.zip, the folders unpacked from these "
+    "archives, or omniglot/3.0.0 from TensorFlow Datasets. To download the official archives, run `python -m "
     "experiments.omniglot --data-dir data/omniglot --download`."
 )
 
 
 def load(data_dir: str | Path, cache_dir: str | Path | None = None, *, resampling: Resampling = "lanczos") -> Omniglot:
-    """Reads Omniglot at 28x28 pixels from `data_dir`, or from the cache. The first time takes about 15 s.
+    """Reads Omniglot at 28x28 pixels from `data_dir`, or from the cache. The first call takes about 15 s.
 
-    Images enter the cache only after their content hash was verified. When the cache exists, `data_dir` must still hold
-    a data set, but the data set is not read again.
+    Images are written to the cache after their content hash is verified. If the cache exists, `data_dir` must still
+    hold a data set, but the data set is not read again.
 
     Args:
-      data_dir: a TFDS directory (`omniglot/3.0.0`), the two official archives, one archive with the members of both, or
-        the folders `images_background` and `images_evaluation`; or a folder that holds one of these.
-      cache_dir: the folder of the cached array, 25 MB; None takes `cache.default_folder()`.
-      resampling: the filter for resizing from 105x105 to 28x28 pixels.
+      data_dir: a TFDS directory (`omniglot/3.0.0`), a folder with the two official archives, an archive with the
+        content of both, a folder with `images_background` and `images_evaluation`, or the parent folder of one of
+        these.
+      cache_dir: the folder of the cached array (25 MB); None selects `cache.default_folder()`.
+      resampling: the filter for resizing from 105x105 to 28x28 pixels, 'lanczos', 'box' or 'nearest'.
+
+    Returns:
+      The images and the names of all characters.
 
     Raises:
       DataError: if the data are missing, damaged, incomplete or not Omniglot.
@@ -93,9 +97,9 @@ def split(name: SplitName, names: Iterable[str]) -> Splits:
     """Divides the characters into training, validation and test.
 
     Args:
-      name: 'paper': 1,100 / 100 / 423 characters, shuffled with a fixed seed. Finn et al. shuffled in the order of a
-        directory listing, which cannot be repeated. 'vinyals': 1,028 / 172 / 423 characters (Vinyals et al. 2016, the
-        lists of Torchmeta).
+      name: 'paper': 1,100 / 100 / 423 characters, shuffled with a fixed seed. Finn et al. shuffled a directory listing
+        of unknown order, so their split is not reproducible. 'vinyals': 1,028 / 172 / 423 characters, the split of
+        Vinyals et al. (2016) from the lists of Torchmeta.
       names: the names of the characters, `Omniglot.names`.
 
     Returns:
@@ -103,6 +107,11 @@ def split(name: SplitName, names: Iterable[str]) -> Splits:
 
     Raises:
       ValueError: for an unknown `name`.
+
+    Example:
+      >>> names = [f"part/alphabet/character{number}" for number in range(1623)]
+      >>> [len(indices) for indices in split("paper", names)]
+      [1100, 100, 423]
 
     References:
       Finn, Abbeel and Levine (2017), arXiv:1703.03400, section 5.2.
@@ -115,6 +124,7 @@ def split(name: SplitName, names: Iterable[str]) -> Splits:
         order = np.random.RandomState(1).permutation(len(names))
         return Splits(order[:1100], order[1100:1200], order[1200:])
     rules = json.loads(Path(__file__).with_name("omniglot_vinyals.json").read_text())
+    # Each alphabet belongs to one split, except for the characters that `characters` lists.
     alphabets = {alphabet: part for part in ("train", "val", "test") for alphabet in rules[part]}
     parts: dict[str, list[int]] = {"train": [], "val": [], "test": []}
     for index, path in enumerate(names):
@@ -127,10 +137,13 @@ def split(name: SplitName, names: Iterable[str]) -> Splits:
 
 
 def find_source(data_dir: str | Path) -> Path | tuple[Path, ...]:
-    """Finds Omniglot in `data_dir`: a TFDS directory, the folder of the unpacked archives, or a tuple of archives.
+    """Finds the form of Omniglot that `data_dir` holds; see `load`.
+
+    Returns:
+      A TFDS directory, the folder of the unpacked archives, or a tuple of archives.
 
     Raises:
-      DataError: if `data_dir` is missing or holds none of these.
+      DataError: if `data_dir` does not exist or holds no Omniglot.
     """
     root = Path(data_dir)
     if not root.exists():
@@ -151,16 +164,23 @@ def find_source(data_dir: str | Path) -> Path | tuple[Path, ...]:
 
 
 Drawings = dict[str, np.ndarray]
-"""From the name of a character to 20 drawings, bool `[20, 105, 105]`, True for paper."""
+"""`{name of the character: drawings}`; drawings are bool `[20, 105, 105]`, True for paper."""
 
 
 def read_drawings(source: Path | tuple[Path, ...]) -> Drawings:
-    """Reads all drawings at full size, sorts them, and checks them against `CONTENT_SHA256`.
+    """Reads all drawings at full size, sorts the drawings, and checks their hash against `CONTENT_SHA256`.
+
+    Args:
+      source: the result of `find_source`.
+
+    Returns:
+      The drawings of each character.
 
     Raises:
-      DataError: if a file cannot be read, a character or drawing is missing, or the hash differs; the message names the
-        file or the character.
+      DataError: if a file cannot be read, if a character or drawing is missing, or if the hash differs. The message
+        names the file or the character.
     """
+    # Read the drawings.
     if isinstance(source, tuple):
         found: Iterator[tuple[str, np.ndarray]] = _from_archives(source)
     elif (source / "features.json").exists():
@@ -170,12 +190,15 @@ def read_drawings(source: Path | tuple[Path, ...]) -> Drawings:
     characters: dict[str, list[np.ndarray]] = {}
     for name, drawing in found:
         characters.setdefault(name, []).append(drawing)
+    # Check that no character and no drawing is missing.
     where = _describe(source)
     _check_complete({name: len(drawings) for name, drawings in characters.items()}, where)
+    # Sort characters by name, and drawings by pixels.
     ordered = {
         name: np.stack(sorted(characters[name], key=lambda drawing: np.packbits(drawing).tobytes()))
         for name in sorted(characters)
     }
+    # Check the content.
     digest = hashlib.sha256()
     for name, stack in ordered.items():
         digest.update(name.encode() + b"\0" + np.packbits(stack).tobytes())
@@ -207,7 +230,7 @@ def _from_archives(archives: tuple[Path, ...]) -> Iterator[tuple[str, np.ndarray
             for path in archives:
                 archive = stack.enter_context(zipfile.ZipFile(path))
                 members += [(path, archive, name) for name in archive.namelist() if name.endswith(".png")]
-            # Report missing drawings before decoding any.
+            # Report missing drawings before an image is decoded.
             _check_complete(Counter(_character(PurePosixPath(name)) for *_, name in members), _describe(archives))
             for path, archive, name in members:
                 yield _character(PurePosixPath(name)), _decode(archive.read(name), f"{name} in {path}")
@@ -240,6 +263,7 @@ def _from_tfds(root: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _character(path: PurePosixPath) -> str:
+    """Returns `<part>/<alphabet>/<character>` from the path of a drawing."""
     return "/".join(path.parts[-4:-1])
 
 
@@ -257,7 +281,15 @@ def _decode(png: bytes, where: str) -> np.ndarray:
 
 
 def resize_drawings(drawings: Drawings, resampling: Resampling) -> Omniglot:
-    """Resizes the drawings of each character to 28x28 pixels."""
+    """Resizes the drawings of each character to 28x28 pixels.
+
+    Args:
+      drawings: the result of `read_drawings`.
+      resampling: the filter, 'lanczos', 'box' or 'nearest'.
+
+    Returns:
+      Images and names, in the order of `drawings`.
+    """
     from PIL import Image
 
     filters = {
@@ -268,7 +300,7 @@ def resize_drawings(drawings: Drawings, resampling: Resampling) -> Omniglot:
     images = np.empty((len(drawings), DRAWINGS, SIZE, SIZE), np.uint8)
     for row, character in zip(images, drawings.values()):
         for image, drawing in zip(row, character):
-            # Converted to 8 bits, because Pillow ignores the filter for 1-bit images.
+            # Convert to 8 bits: Pillow ignores the filter for 1-bit images.
             grey = Image.fromarray(drawing.astype(np.uint8) * 255)
             image[:] = np.asarray(grey.resize((SIZE, SIZE), filters[resampling]))
     return Omniglot(images, tuple(drawings))

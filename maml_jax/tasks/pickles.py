@@ -1,8 +1,8 @@
 """Safe reading of pickled image data sets: no code that a pickle names is executed.
 
-Unpickling normally calls any function that the file names. Here each name is replaced by one of a few stand-ins in this
-file, or reading ends with an error. The constructors of NumPy are not used either, because a pickle can forge their
-state. Arrays are built after reading, from the recorded type, shape and bytes alone.
+Unpickling normally calls any function that the file names. This module replaces the few names that arrays need by its
+stand-ins, and raises DataError for any other name. The constructors of NumPy are not called either, because a pickle
+can forge their state. Arrays are built after reading, from the recorded type, shape and bytes alone.
 """
 
 import pickle
@@ -16,6 +16,7 @@ import numpy as np
 from maml_jax.tasks.cache import DataError
 
 FORMS = (("image_data", "class_dict"), ("data", "labels"))
+"""Keys of the pixels and of the classes in the two known forms of pickles."""
 
 
 class PickledImages(NamedTuple):
@@ -31,15 +32,24 @@ def images(file: IO[bytes], where: str) -> PickledImages:
     """Reads a pickled split.
 
     Two forms are known: `{'image_data': [n, H, W, 3], 'class_dict': {name: indices}}`, as in
-    `mini-imagenet-cache-train.pkl`, and `{'data': [n, H, W, 3], 'labels': [n]}`, as for CIFAR-FS and FC100, where the
-    label is the name of a class.
+    `mini-imagenet-cache-train.pkl`, and `{'data': [n, H, W, 3], 'labels': [n]}`, as for CIFAR-FS and FC100. In the
+    second form, the name of a class is its label.
 
     Args:
       file: the open pickle.
       where: the name of the file in error messages.
 
+    Returns:
+      The pixels, and the indices of the images of each class.
+
     Raises:
-      DataError: if the pickle is damaged, holds something else, or names a function to call.
+      DataError: if the pickle is damaged, has another form, lists an image twice, or calls a function.
+
+    Example:
+      >>> import io
+      >>> split = {"data": np.zeros((3, 84, 84, 3), np.uint8), "labels": [7, 8, 7]}
+      >>> images(io.BytesIO(pickle.dumps(split)), "split.pkl").classes
+      {'7': array([0, 2]), '8': array([1])}
     """
     content = load(file, where)
     keys = {str(key) for key in content} if isinstance(content, dict) else set()
@@ -52,7 +62,7 @@ def images(file: IO[bytes], where: str) -> PickledImages:
     pixels = content[name]
     if not (isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[3] == 3):
         raise DataError(
-            f"The images in {where} must be uint8 of shape [n, height, width, 3], but are {_describe(pixels)}."
+            f"{name!r} in {where} must be a uint8 array of shape [n, height, width, 3], but is {_describe(pixels)}."
         )
     members = _by_name(content["class_dict"], where) if name == "image_data" else _by_label(content["labels"], where)
     listed = sum(map(len, members.values()))
@@ -80,20 +90,20 @@ def _by_label(labels: Any, where: str) -> dict[str, np.ndarray]:
 
 
 def load(file: IO[bytes], where: str) -> Any:
-    """Unpickles numbers, text, arrays of numbers, and dicts and lists of these.
+    """Unpickles numbers, strings, arrays of numbers, and dicts and lists of these values.
 
     Args:
       file: the open pickle.
       where: the name of the file in error messages.
 
     Raises:
-      DataError: if the pickle is damaged or names another function to call; the message names the function.
+      DataError: if the pickle is damaged, or calls a function that these values do not need; the message names the
+        function.
 
     Example:
-
-    >>> import io
-    >>> load(io.BytesIO(pickle.dumps({"labels": np.arange(3)})), "labels.pkl")
-    {'labels': array([0, 1, 2])}
+      >>> import io
+      >>> load(io.BytesIO(pickle.dumps({"labels": np.arange(3)})), "labels.pkl")
+      {'labels': array([0, 1, 2])}
     """
     try:
         return _build(_Unpickler(file, where).load())
@@ -129,7 +139,7 @@ class _Array:
         _, self.shape, self.type, self.fortran, self.data = state
 
     def array(self) -> np.ndarray:
-        # Bytes that Python 2 pickled are read as text.
+        # `encoding="latin1"` reads the bytes of Python 2 as text.
         data = self.data.encode("latin1") if isinstance(self.data, str) else self.data
         return np.frombuffer(data, self.type.dtype()).reshape(self.shape, order="F" if self.fortran else "C")
 
@@ -153,7 +163,7 @@ def _encode(text: str, encoding: str) -> bytes:
 
 
 class _Callable(NamedTuple):
-    """A function that a pickle may call. A tuple, because a pickle cannot set attributes of a tuple."""
+    """A function that a pickle may call. The class is a tuple, because a pickle cannot set attributes of a tuple."""
 
     function: Callable[..., Any]
 
@@ -216,4 +226,4 @@ def _integers(values: Any, name: str) -> np.ndarray:
 def _describe(value: Any) -> str:
     if isinstance(value, np.ndarray):
         return f"an array of shape {value.shape} and type {value.dtype}"
-    return f"of type {type(value).__name__}"
+    return f"a value of type {type(value).__name__}"

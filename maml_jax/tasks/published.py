@@ -9,10 +9,11 @@ from maml_jax import validation
 from maml_jax.tasks.cache import DataError
 
 Counts = Mapping[str, Mapping[str, int]]
-"""From split (train, val, test) to class name to its number of images."""
+"""`{split: {class: number of images}}`, for the splits 'train', 'val' and 'test'."""
 
 LISTS: dict[str, dict] = json.loads(Path(__file__).with_name("published.json").read_text())
-"""From name to `title`, `images` (per class), `sha256`, and the classes of `train`, `val` and `test`."""
+"""`{name: list}`. A list is a dict with `title`, `images` (per class), `sha256`, and the classes of `train`, `val` and
+`test`."""
 
 
 def sha256(counts: Counts) -> str:
@@ -25,9 +26,8 @@ def counts_of(name: str) -> dict[str, dict[str, int]]:
     """Returns the classes and sizes of the list `name`, a key of `LISTS`.
 
     Example:
-
-    >>> {split: len(classes) for split, classes in counts_of("miniimagenet").items()}
-    {'train': 64, 'val': 16, 'test': 20}
+      >>> {split: len(classes) for split, classes in counts_of("miniimagenet").items()}
+      {'train': 64, 'val': 16, 'test': 20}
     """
     return {split: dict.fromkeys(LISTS[name][split], LISTS[name]["images"]) for split in ("train", "val", "test")}
 
@@ -41,14 +41,14 @@ def identify(counts: Counts) -> str | None:
 def check(name: str, counts: Counts, where: str, *, shown: int = 5) -> None:
     """Checks that `counts` equal the published list `name`.
 
-    Classes that are all named by numbers, as in pickles that hold only labels, are compared by size alone, because the
-    published class of a number is unknown.
+    If numbers name all classes of a split, as in pickles with labels, the function compares only the number of classes
+    and their sizes. The published names of such classes are unknown.
 
     Args:
       name: a key of `LISTS`.
       counts: the classes and sizes of a data set.
       where: the name of the data set in the message.
-      shown: the number of differences that the message lists.
+      shown: the largest number of differences that the message lists.
 
     Raises:
       ValueError: if there is no list with this name.

@@ -12,8 +12,11 @@ import jax.numpy as jnp
 from maml_jax.types import Task
 
 AMPLITUDES = (0.1, 5.0)
+"""Range of the amplitude."""
 PHASES = (0.0, jnp.pi)
+"""Range of the phase, in radians."""
 INPUTS = (-5.0, 5.0)
+"""Range of the inputs."""
 
 
 class Curves(NamedTuple):
@@ -29,7 +32,7 @@ class Curves(NamedTuple):
 
 
 def draw_curves(key: jax.Array, num_tasks: int) -> Curves:
-    """Draws `num_tasks` curves with amplitude uniform in [0.1, 5] and phase uniform in [0, pi]."""
+    """Draws `num_tasks` curves, with amplitudes uniform in [0.1, 5] and phases uniform in [0, pi] radians."""
     amplitude_key, phase_key = jax.random.split(key)
     return Curves(
         jax.random.uniform(amplitude_key, (num_tasks,), minval=AMPLITUDES[0], maxval=AMPLITUDES[1]),
@@ -61,7 +64,7 @@ def draw_examples(key: jax.Array, curves: Curves, *, shots: int, queries: int, r
 
 
 def draw_tasks(key: jax.Array, num_tasks: int, *, shots: int, queries: int, reveal: bool = False) -> Task:
-    """Draws a meta-batch: new curves and new points of each.
+    """Draws a meta-batch of new curves, with new points of each curve.
 
     Args:
       key: a PRNG key.
@@ -74,12 +77,11 @@ def draw_tasks(key: jax.Array, num_tasks: int, *, shots: int, queries: int, reve
       Tasks as from `draw_examples`.
 
     Example:
-
-    >>> import jax
-    >>> tasks = draw_tasks(jax.random.key(0), 25, shots=5, queries=10)
-    >>> x, y = tasks.support
-    >>> x.shape, y.shape, tasks.query[0].shape
-    ((25, 5, 1), (25, 5, 1), (25, 10, 1))
+      >>> import jax
+      >>> tasks = draw_tasks(jax.random.key(0), 25, shots=5, queries=10)
+      >>> x, y = tasks.support
+      >>> x.shape, y.shape, tasks.query[0].shape
+      ((25, 5, 1), (25, 5, 1), (25, 10, 1))
     """
     curve_key, example_key = jax.random.split(key)
     return draw_examples(example_key, draw_curves(curve_key, num_tasks), shots=shots, queries=queries, reveal=reveal)

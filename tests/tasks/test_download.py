@@ -1,4 +1,4 @@
-"""Downloads, from a real server on this machine."""
+"""Downloads from a local HTTP server."""
 
 import hashlib
 import http.server
@@ -55,16 +55,16 @@ def test_an_intact_archive_is_fetched_once(address, tmp_path):
 def test_a_wrong_archive_is_refused_and_deleted(address, tmp_path, name):
     url, _ = address
     with pytest.raises(DataError, match=f"{url}/{name}.zip"):
-        download.fetch(archive(f"{url}/{name}.zip"), tmp_path / "it.zip")
+        download.fetch(archive(f"{url}/{name}.zip"), tmp_path / "target.zip")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_created_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=r"Cannot write .*file/it.zip: .*or give another folder"):
-        download.fetch(archive("http://127.0.0.1:1/it.zip"), tmp_path / "file" / "it.zip")
+    with pytest.raises(DataError, match=r"Cannot write .*file/target.zip: .*or give another folder"):
+        download.fetch(archive("http://127.0.0.1:1/target.zip"), tmp_path / "file" / "target.zip")
 
 
-def test_the_official_archives():
+def test_the_official_archives_have_sizes_and_hashes():
     assert [archive.size for archive in download.OMNIGLOT] == [9_464_212, 6_462_886]
     assert all(len(archive.sha256) == 64 for archive in download.OMNIGLOT)

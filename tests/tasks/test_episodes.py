@@ -11,7 +11,7 @@ CLASSES, EXAMPLES = 12, 20
 
 @pytest.fixture
 def data():
-    """Images whose first corner is the class, the next pixel the example, and whose other corners are blank."""
+    """Images with the class in the first corner, the example in the next pixel, and 255 in all other pixels."""
     images = np.full((CLASSES, EXAMPLES, 4, 4), 255, np.uint8)
     images[:, :, 0, 0] = np.arange(CLASSES)[:, None]
     images[:, :, 0, 1] = 100 + np.arange(EXAMPLES)
@@ -95,7 +95,7 @@ def test_every_class_and_example_is_equally_likely(data):
         (EpisodeShape(5, 1, 1, "sideways"), "rotations must be one of .*'sideways'"),
     ],
 )
-def test_impossible_episodes_are_refused(data, shape, message):
+def test_a_shape_that_the_data_cannot_fill_raises(data, shape, message):
     with pytest.raises(ValueError, match=message):
         draw_episodes(jax.random.key(0), data, 1, shape)
 
@@ -121,13 +121,13 @@ class TestClassesOfDifferentSizes:
         tasks = jax.jit(draw_episodes, static_argnums=(2, 3))(jax.random.key(0), data, 2000, EpisodeShape(3, 1, 3))
         pixels = np.concatenate([np.asarray(x[0]).reshape(2000, 3, -1, 2) for x in tasks], 2)
         pixels = np.rint(255 * pixels).astype(int)
-        assert (pixels[..., 0] == pixels[..., :1, 0]).all()  # Four images of one class,
-        assert (np.diff(np.sort(pixels[..., 1]), axis=-1) > 0).all()  # all different.
+        assert (pixels[..., 0] == pixels[..., :1, 0]).all()  # Each episode has four images of each class,
+        assert (np.diff(np.sort(pixels[..., 1]), axis=-1) > 0).all()  # and the four images differ.
         for label, count in enumerate(self.COUNTS):
             drawn = np.bincount(pixels[pixels[..., 0] == label][:, 1])
             assert len(drawn) == count and ((drawn - drawn.mean()) ** 2 / drawn.mean()).sum() < 3 * count
 
-    def test_a_class_with_too_few_images_is_named_also_while_tracing(self, data):
+    def test_the_error_for_a_class_with_too_few_images_names_the_class(self, data):
         message = r"shots \+ queries must be at most 4, the number of images of class {}, but got 4 \+ 2 = 6\. "
         message += "The number of other classes with too few images is 1"
         shape = EpisodeShape(2, 4, 2)
@@ -145,7 +145,7 @@ RECORDED = [
 
 
 def test_a_seed_gives_the_recorded_episodes():
-    """Published results stay reproducible: recorded images and rotations of an episode."""
+    """Images and rotations of an episode equal recorded values, so that published results stay reproducible."""
     for rotations, images, turns in RECORDED:
         shape = EpisodeShape(5, 2, 3, rotations)
         choice = jax.jit(choose_images, static_argnums=(1, 2, 3))(jax.random.key(3), (20,) * 12, 7, shape)

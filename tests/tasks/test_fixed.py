@@ -1,4 +1,4 @@
-"""The same tasks at every call, in groups of one size that fit into memory."""
+"""Fixed tasks are the same at every call, in groups of equal size."""
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (12, 5, 4, 4), np.uint8)
 SHAPE = EpisodeShape(3, 1, 2)
 
 
-def test_tasks_are_the_same_whatever_the_size_of_a_group():
+def test_tasks_do_not_depend_on_the_size_of_a_group():
     data, key = equal_classes(IMAGES), jax.random.key(1)
     whole = draw_episodes(key, data, 6, SHAPE)
     entries = 3 * 3 * 16  # Pixel values of a task.
@@ -24,7 +24,7 @@ def test_tasks_are_the_same_whatever_the_size_of_a_group():
             jax.tree.map(np.testing.assert_array_equal, together, whole)
 
 
-def test_impossible_tasks_are_refused_at_once():
+def test_a_shape_that_the_data_cannot_fill_raises_at_once():
     data = equal_classes(IMAGES)
     with pytest.raises(ValueError, match="ways must be at most the number of classes, 12, but got 13"):
         fixed_tasks(jax.random.key(0), data, 6, SHAPE._replace(ways=13))

@@ -1,4 +1,4 @@
-"""Images in host memory give the episodes of images on the device, prepared one call ahead."""
+"""Episodes of images in host memory: equal to those of images on the device, and loaded one call ahead."""
 
 import threading
 import time
@@ -30,7 +30,7 @@ def classes():
 
 
 def summing_learner():
-    """A learner on two devices, fast to compile, whose parameters depend on every pixel and the order of the steps."""
+    """A learner on two devices that compiles fast. Its parameters depend on every pixel and the order of the steps."""
 
     def step(state, tasks):
         pixels = jnp.concatenate([tasks.support[0], tasks.query[0]], 1)
@@ -66,7 +66,7 @@ def test_the_axis_of_a_mesh_can_have_any_name(classes):
 
 @pytest.mark.parametrize("labels", ["ways", "classes"])
 @pytest.mark.parametrize("rotations", ["random", "none"])
-def test_episodes_are_those_of_images_on_the_device(classes, rotations, labels):
+def test_episodes_equal_those_of_images_on_the_device(classes, rotations, labels):
     shape = SHAPE._replace(rotations=rotations, labels=labels)
     draw, data = host_memory.episodes_by_step(jax.random.key(1), classes, 4, shape, "device")
     draw_chosen, load = host_memory.episodes_by_step(jax.random.key(1), classes, 4, shape, "host")
@@ -79,8 +79,8 @@ def test_episodes_are_those_of_images_on_the_device(classes, rotations, labels):
         jax.tree.map(np.testing.assert_array_equal, drawn[step], jax.jit(draw_chosen)(chosen, step))
 
 
-def test_training_does_not_depend_on_the_calls(classes, caplog):
-    """Calls of 5 steps and a last call of 3; also resumed at step 5; also on two devices."""
+def test_training_depends_neither_on_place_nor_devices_nor_calls(classes, caplog):
+    """Trainings with images in two places, on two devices, and resumed at step 5, in calls of 5, 5 and 3 steps."""
     results = []
     for place, mesh in (("device", None), ("host", None), ("host", task_mesh(4))):
         learner, state = summing_learner()
@@ -95,7 +95,8 @@ def test_training_does_not_depend_on_the_calls(classes, caplog):
     on_device, on_host, sharded = (state for state, _ in results)
     jax.tree.map(np.testing.assert_array_equal, on_host, on_device)
     jax.tree.map(np.testing.assert_array_equal, state, sharded)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), sharded, on_device)  # Another program.
+    # The sharded program rounds differently.
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), sharded, on_device)
     assert results[0][1] == results[1][1] and not threads()
     assert state.params.sum() > 0 and len(state.params.sharding.device_set) == 2
 
@@ -115,9 +116,9 @@ def test_data_are_prepared_one_call_ahead(classes):
     deadline = time.monotonic() + 10
     while len(calls_of_data) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
-    # One call is done, one is computed, and the data of one are ready.
+    # The first call is done, the second is being computed, and the data of the third are ready.
     assert calls_of_data == [(0, 3, False), (3, 3, False), (6, 3, False)] and len(threads()) == 1
-    calls.close()  # The loop of the caller ends early.
+    calls.close()  # The caller leaves the loop.
     assert not threads() and len(calls_of_data) == 3
 
 
@@ -142,7 +143,7 @@ def test_an_error_in_the_thread_is_raised_in_the_caller(classes):
     del state, metrics
 
 
-def test_images_are_kept_where_they_fit(classes, monkeypatch):
+def test_images_that_do_not_fit_on_the_device_stay_in_host_memory(classes, monkeypatch):
     assert host_memory.fits_on_device(10**15, SimpleNamespace(memory_stats=lambda: None))
     small = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 1000, "bytes_in_use": 200})
     assert host_memory.fits_on_device(400, small) and not host_memory.fits_on_device(401, small)

@@ -1,4 +1,4 @@
-"""The forms of image data sets: all give the same images, and errors name the file."""
+"""Image data sets in all forms give the same images, and errors name the file."""
 
 import struct
 import warnings
@@ -45,7 +45,8 @@ def test_class_folders_without_splits_are_divided_in_a_fixed_order(tmp_path):
     data = load(source, tmp_path, size=8)
     assert [len(data.names[split]) for split in image_sources.SPLITS] == [16, 4, 5]
     assert sorted(sum(data.names.values(), ())) == list(OTHERS)
-    assert data.names["val"] == ("kind00", "kind15", "kind23", "kind24")  # On every machine and version.
+    # The same on every machine and with every version of NumPy.
+    assert data.names["val"] == ("kind00", "kind15", "kind23", "kind24")
     undivided = load(source, tmp_path, size=8, division="none")
     assert undivided.names == {"train": OTHERS, "val": (), "test": ()}
     assert undivided.val.images.shape == (0, 8, 8, 3)
@@ -58,7 +59,7 @@ def test_classes_can_have_the_names_of_splits(tmp_path):
 
 
 def bomb(side=20_000):
-    """A PNG of a few bytes whose header claims `side` rows and columns."""
+    """A PNG of a few bytes with a header of `side` rows and columns: a decompression bomb."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -68,7 +69,7 @@ def bomb(side=20_000):
 
 
 def changed(**parts):
-    """The small data set with some files replaced, or removed where None."""
+    """The small data set with some files replaced. A file with content None is removed."""
     names = {"train": "splits/train.csv", "val": "splits/val.csv", "image": "images/cat/cat1.png"}
     files = {**small(), **{names.get(part, part): content for part, content in parts.items()}}
     return {name: content for name, content in files.items() if content is not None}
@@ -132,7 +133,7 @@ def test_errors_name_file_and_reason(case, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_an_image_that_pillow_only_warns_about_is_refused(tmp_path):
+def test_an_image_that_makes_pillow_warn_raises(tmp_path):
     source = write(tmp_path / "data", changed(image=bomb(10_000)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -140,7 +141,7 @@ def test_an_image_that_pillow_only_warns_about_is_refused(tmp_path):
             load(source, tmp_path, size=8)
 
 
-def test_missing_damaged_and_too_large_files(tmp_path, monkeypatch):
+def test_missing_damaged_and_too_large_files_raise(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"nowhere does not exist.*--data-dir"):
         load(tmp_path / "nowhere", tmp_path)
     intact, damaged = zipped(tmp_path / "intact.zip", small()), tmp_path / "damaged.zip"

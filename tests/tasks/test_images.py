@@ -26,15 +26,16 @@ def expected(tmp_path_factory):
     return load(write(root / "data", small()), root / "cache", size=8)
 
 
-def test_caltech_as_archive_and_as_folders(shared_data, tmp_path):
-    """In the form of MiniImagenet: the archive; some images in a folder with CSVs and in class folders."""
+def test_caltech_images_are_equal_from_archive_and_folders(shared_data, tmp_path):
+    """Reads the archive, and then three images of each class from a folder with CSVs and from class folders."""
     archive = shared_data / "caltech101" / "caltech101_84.zip"
     data = load(archive, tmp_path / "cache")
     described = data.describe()
     sizes = {split: (described[split]["classes"], described[split]["images"]) for split in image_sources.SPLITS}
     assert sizes == {"train": (63, 5521), "val": (16, 948), "test": (20, 1338)}
     assert data.published is None and data.train.images.shape == (5521, 84, 84, 3)
-    assert_same(data, load(archive.parent, tmp_path / "cache"))  # The only archive of a folder, from the cache.
+    # The folder of the archive is read as the archive, from the cache.
+    assert_same(data, load(archive.parent, tmp_path / "cache"))
     some = {}
     with zipfile.ZipFile(archive) as file:
         for split in image_sources.SPLITS:
@@ -61,7 +62,7 @@ def test_caltech_as_archive_and_as_folders(shared_data, tmp_path):
 
 
 def test_a_folder_of_images_becomes_episodes(tmp_path):
-    """In a few lines, as in the docs."""
+    """Runs the lines of the documentation."""
     folder = write(tmp_path / "birds", {f"{label}/{n}.png": png(n) for label in OTHERS for n in range(16)})
     data = load(folder, tmp_path / "cache", min_images=1 + 15)
     draw, train_data = host_memory.episodes_by_step(
@@ -82,7 +83,7 @@ def test_options_are_checked_before_anything_is_read(option, tmp_path):
         load(tmp_path / "nowhere", tmp_path, **option)
 
 
-def test_images_are_resized_with_the_filter(expected, tmp_path):
+def test_images_are_resized_with_the_given_filter(expected, tmp_path):
     source = write(tmp_path / "data", small())
     with Image.open(source / "images/bee/bee1.png") as image:
         for data, filter in (

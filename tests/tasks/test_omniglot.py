@@ -1,4 +1,4 @@
-"""Omniglot is read from real files in each form; damaged files are named."""
+"""Omniglot is read from real files in each form, and errors name damaged files."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def test_images_are_the_resized_drawings(data):
     assert set(np.unique(nearest.images)) <= {0, 255}
 
 
-def test_splits(data, shared_data):
+def test_splits_are_disjoint_and_have_the_published_classes(data, shared_data):
     for name, sizes in (("paper", (1100, 100, 423)), ("vinyals", (1028, 172, 423))):
         parts = omniglot.split(name, data.names)
         assert tuple(map(len, parts)) == sizes
@@ -104,7 +104,7 @@ def test_missing_and_empty_directories_suggest_the_download(tmp_path):
         assert str(folder) in str(error.value) and "--download" in str(error.value)
 
 
-def test_damaged_sources_are_named(unpacked, archive, shared_data, tmp_path, monkeypatch):
+def test_errors_name_the_damaged_source(unpacked, archive, shared_data, tmp_path, monkeypatch):
     damaged = tmp_path / "damaged"
     shutil.copytree(unpacked, damaged, copy_function=os.link)
     alphabet = damaged / "images_background" / "Futurama"
@@ -121,7 +121,7 @@ def test_damaged_sources_are_named(unpacked, archive, shared_data, tmp_path, mon
         omniglot.load(damaged, tmp_path)
     image.unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(Image, "open", lambda *_: pytest.fail("Missing files are reported before any is decoded."))
+        patch.setattr(Image, "open", lambda *_: pytest.fail("Missing files are reported before decoding."))
         with pytest.raises(DataError, match=r"Futurama/character03 in .* has 19"):
             omniglot.load(damaged, tmp_path)
         shutil.rmtree(alphabet)

@@ -22,7 +22,7 @@ def expected(tmp_path_factory):
 
 @pytest.fixture
 def contents(expected):
-    """From split to the images in reverse order and the indices of each class."""
+    """`{split: content}`: pickles with the images in reverse order and the indices of each class."""
     contents = {}
     for split in image_sources.SPLITS:
         data = getattr(expected, split)
@@ -37,14 +37,14 @@ def contents(expected):
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
-def test_pickles_with_names(contents, expected, protocol, tmp_path):
+def test_pickles_with_class_names_are_read(contents, expected, protocol, tmp_path):
     for split, content in contents.items():
         path = tmp_path / f"mini-imagenet-cache-{split}.pkl"
         path.write_bytes(pickle.dumps(content, protocol))
     assert_same(load(tmp_path, tmp_path / "cache", size=8), expected)
 
 
-def test_pickles_with_labels(contents, expected, tmp_path):
+def test_pickles_with_labels_are_read(contents, expected, tmp_path):
     number = 0
     for split, content in contents.items():
         labels = np.zeros(len(content["image_data"]), np.int64)
@@ -53,18 +53,18 @@ def test_pickles_with_labels(contents, expected, tmp_path):
         images = np.asfortranarray(content["image_data"])
         content = OrderedDict(data=images, labels=labels if split == "train" else labels.tolist())
         (tmp_path / f"CIFAR_FS_{split}.pickle").write_bytes(pickle.dumps(content))
-    # Some data sets have other images of the training classes in such a file.
+    # Some data sets have more images of the training classes in a file with this name.
     (tmp_path / "CIFAR_FS_train_phase_val.pickle").write_bytes(b"")
     data = load(tmp_path, tmp_path / "cache", size=8)
     assert data.names == {"train": ("1", "2"), "val": ("3",), "test": ("4", "5")}
     for split in image_sources.SPLITS:
         assert getattr(data, split).counts == getattr(expected, split).counts
-        # The images of a class in the order of the array, which is reversed.
+        # The images of a class have the order of the array, and the array is reversed.
         first = getattr(expected, split).images[: getattr(data, split).counts[0]]
         np.testing.assert_array_equal(getattr(data, split).images[: len(first)], first[::-1])
 
 
-def test_pickles_of_python_2(expected, tmp_path):
+def test_pickles_of_python_2_are_read(expected, tmp_path):
     """Python 2 pickles bytes with the opcodes SHORT_BINSTRING and BINSTRING, here written by hand."""
     for split in image_sources.SPLITS:
         data = getattr(expected, split)
@@ -91,7 +91,7 @@ def test_pickles_of_python_2(expected, tmp_path):
     assert_same(load(tmp_path, tmp_path / "cache", size=8), expected)
 
 
-def test_pickles_that_call_functions_are_refused(contents, tmp_path):
+def test_pickles_that_call_functions_raise(contents, tmp_path):
     touched = tmp_path / "touched"
 
     class Evil:
@@ -117,14 +117,14 @@ def test_pickles_that_call_functions_are_refused(contents, tmp_path):
     assert not touched.exists() and not (tmp_path / "cache").exists()
 
 
-def test_wrong_contents(contents, tmp_path):
+def test_wrong_contents_raise(contents, tmp_path):
     images, classes = contents["train"].values()
     cases = [
         ({"data": images, "labels": [0] * 4}, "holds 5 images, but 4 labels"),
         ({"data": images, "labels": ["ant"] * 5}, "'labels' .* must be a list of integers"),
         ({"pixels": images}, "must hold a dict with .* but holds a dict of pixels"),
-        ([1, 2], "but holds of type list"),
-        ({"image_data": images[..., 0], "class_dict": classes}, r"uint8 of shape \[n, height, width, 3\]"),
+        ([1, 2], "but holds a value of type list"),
+        ({"image_data": images[..., 0], "class_dict": classes}, r"uint8 array of shape \[n, height, width, 3\]"),
         ({"image_data": images.astype(float), "class_dict": classes}, "float64"),
         ({"image_data": images, "class_dict": {"ant": [5]}}, "Class ant .* beyond the 5 images"),
         ({"image_data": images, "class_dict": {"ant": [0, 1], "bee": [1]}}, "Class bee .* listed more than once"),

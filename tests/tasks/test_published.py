@@ -30,7 +30,7 @@ def test_the_lists_are_the_published_lists(shared_data):
         assert published.identify(published.counts_of(name)) == name
 
 
-def test_differences_are_listed():
+def test_the_error_lists_the_differences():
     counts = published.counts_of("miniimagenet")
     published.check("miniimagenet", counts, "here")
     assert published.identify(counts) == "miniimagenet"
