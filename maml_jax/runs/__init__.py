@@ -1,1 +1,1 @@
-"""Runs on disk: checkpoints, metrics, model files, signals, provenance."""
+"""Runs on disk: run directories, checkpoints, metrics, model files, signals and provenance."""

@@ -1,4 +1,4 @@
-"""The best models of a training, as files."""
+"""Files of the best models of a training."""
 
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,25 @@ from maml_jax.types import MetaState
 class Best:
     """Keeps the models with the highest scores as files `step-N.msgpack` in a folder.
 
-    Files that the folder already holds, as those of a resumed run, count too. Each file has the description, the
-    meta-step as `step` and the score as `score`.
+    Files that are already in the folder, for example of a resumed run, are included. The description in a file also has
+    the meta-step as `step` and the score as `score`.
 
     Args:
-      folder: where the files are.
-      description: a dict that JSON takes, written into each file.
-      keep: number of models to keep.
+      folder: the folder of the files.
+      description: a JSON-serialisable dict to write to each file.
+      keep: the number of models to keep.
 
     Raises:
-      ValueError: for `keep` below 1, and if a file in the folder is damaged.
+      ValueError: if `keep` is below 1, or if a file in the folder is damaged.
+
+    Example:
+      >>> import tempfile
+      >>> import jax.numpy as jnp
+      >>> best = Best(tempfile.mkdtemp(), keep=2)
+      >>> for step, accuracy in enumerate([0.5, 0.7, 0.6], 1):
+      ...     best.add(MetaState(jnp.int32(step), {"w": jnp.ones(3)}, (), ()), accuracy)
+      >>> [path.name for path in best.paths()]
+      ['step-0000002.msgpack', 'step-0000003.msgpack']
     """
 
     def __init__(self, folder: str | Path, description: dict[str, Any] | None = None, *, keep: int = 5):
@@ -30,7 +39,15 @@ class Best:
         self._scores: dict[Path, float] = {path: model_file.load(path).description["score"] for path in files}
 
     def add(self, state: MetaState, score: float) -> None:
-        """Writes the state, and removes the worst model if there are more than `keep`."""
+        """Saves the parameters of a state, and deletes the file with the lowest score if there are more than `keep`.
+
+        Args:
+          state: the state after meta-step `state.step`. The state of the optimizer is not saved.
+          score: the score; higher is better.
+
+        Raises:
+          WorkdirError: if the file cannot be written.
+        """
         step = int(state.step)
         path = self.folder / f"step-{step:07d}.msgpack"
         description = self._description | {"step": step, "score": score}
@@ -41,17 +58,17 @@ class Best:
             del self._scores[worse]
 
     def describe(self, description: dict[str, Any]) -> None:
-        """Replaces the description of all models, present and future."""
+        """Replaces the description in all existing files and in files that `add` writes later."""
         self._description = description
         for path, score in self._scores.items():
             saved = model_file.load(path)
-            about = description | {"step": saved.description["step"], "score": score}
-            model_file.save(path, saved.params, saved.inner_params, about)
+            new = description | {"step": saved.description["step"], "score": score}
+            model_file.save(path, saved.params, saved.inner_params, new)
 
     def paths(self) -> list[Path]:
-        """Files from best to worst; of equal scores the later model comes first."""
+        """Returns the files, best first. For equal scores, the later meta-step comes first."""
         return sorted(self._scores, key=lambda path: (self._scores[path], path.name), reverse=True)
 
     def models(self) -> list[model_file.Saved]:
-        """Models from best to worst. `model_file.restore` gives their parameters the structure of a state's."""
+        """Reads the models, best first. `model_file.restore` gives the parameters the structure of a model."""
         return [model_file.load(path) for path in self.paths()]

@@ -1,6 +1,6 @@
-"""Checkpoints of a training: written asynchronously, complete or absent, and verified by checksums when read.
+"""Checkpoints of a training: written asynchronously and atomically, and verified by checksums when they are read.
 
-The only module that imports orbax, and only when checkpoints are used.
+No other module imports orbax. This module imports orbax when a `Checkpoints` object is created.
 """
 
 import errno
@@ -21,10 +21,12 @@ from maml_jax.runs.files import WorkdirError, make_directory, print_note, write_
 from maml_jax.types import NotFiniteError
 
 DAMAGED = ".damaged"
+"""Suffix of the directory of a damaged checkpoint."""
 OLD = ".old"
+"""Suffix of the directory of a checkpoint that is being deleted."""
 
 REMOVE_TIMEOUT = 10.0
-"""Seconds to wait for other threads of orbax that still write into a directory that is removed."""
+"""Seconds to retry the removal of a directory while threads of orbax still write into the directory."""
 
 
 class Restored(NamedTuple):
@@ -42,20 +44,32 @@ class _DamageError(Exception):
 
 
 class Checkpoints:
-    """The checkpoints of one training: a directory for each saved step below `path`, of which the newest are kept.
+    """The checkpoints of one training. Each saved step has a directory in `path`, and the newest `keep` are kept.
 
-    Only one run at a time may use them; `RunDirectory` makes sure of that. Unfinished writes and deletions of a killed
-    process are removed when the object is created. With several processes only process 0 writes and reads, so the
-    processes need no common directory; the others must call `save`, `wait` and `restore` too and receive the restored
-    state.
+    Only one run at a time may use `path`; the lock of `RunDirectory` ensures this. The constructor removes unfinished
+    writes and deletions of a killed process.
+
+    With several processes, only process 0 reads and writes files, so the processes need no shared file system. All
+    processes must call `save`, `wait` and `restore`. `restore` returns the state in all processes.
 
     Args:
-      path: the directory.
+      path: the directory of the checkpoints.
       keep: the number of checkpoints to keep.
 
     Raises:
       ValueError: if `keep` is not a positive integer.
       WorkdirError: if `path` cannot be written.
+
+    Example:
+      >>> import tempfile
+      >>> import jax.numpy as jnp
+      >>> checkpoints = Checkpoints(tempfile.mkdtemp())
+      >>> checkpoints.save(10, {"w": jnp.ones(2)}, {"accuracy": 0.5})
+      >>> checkpoints.wait()
+      >>> restored = checkpoints.restore({"w": jnp.zeros(2)})
+      >>> restored.step, restored.state["w"].tolist(), restored.about
+      (10, [1.0, 1.0], {'accuracy': 0.5})
+      >>> checkpoints.close()
     """
 
     def __init__(self, path: str | Path, *, keep: int = 2):
@@ -70,6 +84,7 @@ class Checkpoints:
         for leftover in [*self.path.glob("*.orbax-checkpoint-tmp*"), *self.path.glob(f"*{OLD}")]:
             _remove(leftover)
         self._ocp = ocp
+        # Orbax must not wait for the other processes, which do not write.
         alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="0")
         handler = ocp.CompositeCheckpointHandler(
             composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
@@ -84,18 +99,21 @@ class Checkpoints:
         return sorted(int(path.name) for path in paths if path.name.isdecimal())
 
     def save(self, step: int, state: Any, about: dict[str, Any] | None = None) -> None:
-        """Starts to write a checkpoint and returns when `state` may be deleted or donated; see `wait`.
+        """Starts to write a checkpoint. After the return, `state` may be deleted or donated.
+
+        The checkpoint is on disk after the next `wait`, `save` or `close`.
 
         Args:
-          step: meta-steps taken, the name of the checkpoint.
+          step: the number of meta-steps taken, which is the name of the checkpoint.
           state: a pytree of arrays.
-          about: values for JSON to store with the state.
+          about: JSON-serialisable values to store with the state.
 
         Raises:
-          NotFiniteError: if the state holds NaN or infinity; the message names the leaf. Nothing is written. The
+          NotFiniteError: if the state holds NaN or infinity. The message names the leaf, and nothing is written. The
             optimizer state may hold infinity.
           WorkdirError: if this checkpoint or the one before it cannot be written.
         """
+        # Check that the state is finite, in all processes.
         leaves = _named_leaves(_for_orbax(state))
         for name, leaf in leaves.items():
             values = _on_host(leaf)
@@ -104,14 +122,16 @@ class Checkpoints:
             if np.issubdtype(values.dtype, np.integer) or not bad(values).any():
                 continue
             raise NotFiniteError(
-                f"After meta-step {step} {name} is not finite, although loss and gradient were, so the outer update "
+                f"After meta-step {step} {name} is not finite. Loss and gradient were finite, so the outer update "
                 "overflowed. The state is not saved. Try a smaller outer rate, or optax.clip_by_global_norm before "
                 "the outer optimizer.",
                 step,
             )
         if not processes.is_leader():
             return
+        # Wait for the previous checkpoint.
         self.wait()
+        # Write the leaves, with a description and checksums.
         described = {name: _describe(leaf) | {"sha256": _digest(leaf)} for name, leaf in leaves.items()}
         content = {"step": step, "about": about or {}, "leaves": described}
         args = self._ocp.args
@@ -126,7 +146,7 @@ class Checkpoints:
         self._pending = step
 
     def wait(self) -> None:
-        """Waits until the last `save` is on disk, then deletes old checkpoints.
+        """Waits until the checkpoint of the last `save` is on disk, then deletes old checkpoints.
 
         Raises:
           WorkdirError: if the checkpoint cannot be written.
@@ -167,7 +187,11 @@ class Checkpoints:
         return Restored(step, state, about)
 
     def close(self) -> None:
-        """Waits as `wait` does and ends the threads of orbax. Raises WorkdirError as `wait` does."""
+        """Waits for the last `save`, then stops the threads of orbax.
+
+        Raises:
+          WorkdirError: if the checkpoint cannot be written.
+        """
         if not processes.is_leader():
             return
         try:
@@ -218,8 +242,8 @@ class Checkpoints:
             was, now = _format(saved.get(name)), _format(name in wanted and _describe(wanted[name]))
             if was != now:
                 raise WorkdirError(
-                    f"The checkpoint {self._directory(step)} is of another model or optimizer: {name} was {was}, is "
-                    f"{now}. Give another --workdir, or the model and optimizer of the checkpoint."
+                    f"The checkpoint {self._directory(step)} belongs to another model or optimizer: {name} was {was}, "
+                    f"is {now}. Give another --workdir, or the model and optimizer of the checkpoint."
                 )
         args = self._ocp.args
         target = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, wanted)
@@ -243,12 +267,12 @@ class Checkpoints:
 
 
 def _for_orbax(tree: Any) -> Any:
-    """With several processes, copies for process 0: orbax refuses arrays of one process where there are several."""
+    """With several processes, copies arrays to host memory: orbax rejects arrays of a single process."""
     return jax.tree.map(_on_host, processes.local(tree)) if processes.multiple() else tree
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
-    """Leaves by path, in the order of the tree. Checkpoints do not depend on the types of the containers."""
+    """Returns `{path: leaf}` in the order of the tree. Checkpoints do not depend on the types of the containers."""
     return {jax.tree_util.keystr(path).lstrip("."): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
@@ -278,7 +302,7 @@ def _shorten(error: Exception) -> str:
 
 
 def _remove(path: Path) -> None:
-    """Removes a directory, also while other threads of orbax still write into it."""
+    """Removes a directory. Retries while threads of orbax still write into the directory."""
     if not path.exists():
         return
     deadline = time.monotonic() + REMOVE_TIMEOUT

@@ -1,4 +1,4 @@
-"""The directory of a run: configuration, provenance, metrics while it runs, results at its end."""
+"""The directory of a run, with its configuration, provenance, metrics and results."""
 
 import contextlib
 import functools
@@ -43,36 +43,37 @@ class RunDirectory:
     It holds `run.json` (configuration and provenance), `metrics.jsonl` with a copy for TensorBoard in `events`,
     `results.json`, and the checkpoints of `resumable_train`.
 
-    A run with a configuration can be resumed: the directory may hold a run of the same configuration. No other process
-    can open the directory while the object exists. With several processes only process 0 opens and writes the
-    directory; in the others the methods do nothing, and `rows` is empty.
+    A run with a configuration can be resumed: open its directory again with the same configuration. No other process
+    can open the directory until `close` is called or this process ends.
+
+    With several processes, all processes create the object, but only process 0 opens and writes the directory. In other
+    processes `log`, `drop_rows_after` and `close` do nothing, and `rows` returns no rows.
 
     Args:
-      path: the directory. None takes the first of `runs/NAME`, `runs/NAME-2`, ... that does not exist, or that holds an
-        unfinished run of the same configuration which no process uses.
+      path: the directory. None selects the first of `runs/NAME`, `runs/NAME-2`, ... that does not exist, or that holds
+        an unfinished run with the same configuration. Directories that another process uses are skipped.
       name: the name of the run.
-      config: everything that the numbers of the run depend on, and other options to record. None: a run that cannot be
-        resumed, in a directory without a run.
+      config: all options that the results depend on, and other options to record. With None, the run cannot be resumed,
+        and the directory must not hold a run.
       mutable_fields: fields of `config` that may change when the run resumes.
-      appendable_fields: fields of `config`, lists, that may get more entries when the run resumes.
-      wandb: the project of Weights & Biases that gets a copy of the metrics, if any.
-      devices: a description of the devices that compute, if they are not the devices of this process.
+      appendable_fields: fields of `config` that are lists and may get more entries when the run resumes.
+      wandb: the Weights & Biases project that gets a copy of the metrics; None for no copy.
+      devices: a description of the devices, for the provenance; None describes the devices of this process.
 
     Raises:
-      FileExistsError: if `path` holds a run, and that run or this one has no configuration.
-      WorkdirError: if another field of the configuration changed, with a list of the changes; if another process uses
-        the directory; if the directory cannot be written.
+      FileExistsError: if `path` already holds a run, and the old or the new run has no configuration.
+      WorkdirError: if another field of the configuration changed (the message lists the changes), if another process
+        uses the directory, or if the directory cannot be written.
 
     Example:
-
-    >>> import tempfile
-    >>> run = RunDirectory(tempfile.mkdtemp(), "mine", {"rate": 0.01})
-    >>> run.log(step=1, loss=0.5)
-    >>> run.rows()
-    [{'step': 1, 'loss': 0.5}]
-    >>> run.write_results({"accuracy": 0.9}).name
-    'results.json'
-    >>> run.close()
+      >>> import tempfile
+      >>> run = RunDirectory(tempfile.mkdtemp(), "mine", {"rate": 0.01})
+      >>> run.log(step=1, loss=0.5)
+      >>> run.rows()
+      [{'step': 1, 'loss': 0.5}]
+      >>> run.write_results({"accuracy": 0.9}).name
+      'results.json'
+      >>> run.close()
     """
 
     def __init__(
@@ -103,7 +104,14 @@ class RunDirectory:
         appendable_fields: Collection[str] = (),
         wandb: str | None = None,
     ) -> None:
-        """Raises the errors of opening the directory without writing anything, for a check before data are read."""
+        """Checks that the run can be opened, before data are read. No file of the run changes.
+
+        The arguments are those of the constructor.
+
+        Raises:
+          ValueError: if `wandb` is given and the package `wandb` is not installed.
+          FileExistsError, WorkdirError: as the constructor.
+        """
         check_wandb(wandb)
         if not processes.is_leader() or path is None:
             return
@@ -115,16 +123,17 @@ class RunDirectory:
 
     @_leader_only
     def close(self) -> None:
-        """Closes the copies of the metrics and lets other processes open the directory."""
+        """Closes the loggers and releases the lock of the directory."""
         self._close_loggers()
         self._lock.close()
 
     @_leader_only
     def log(self, **row: Any) -> None:
-        """Appends a row to `metrics.jsonl`.
+        """Appends a row to `metrics.jsonl` and passes the row to the loggers.
 
         Args:
-          row: numbers and texts. The texts and `seed` tell the trainings of a run apart; `step` is the meta-step.
+          row: numbers and strings. The strings and `seed` are labels that identify a training of the run. `step` is the
+            meta-step.
 
         Raises:
           WorkdirError: if the row cannot be written.
@@ -133,17 +142,18 @@ class RunDirectory:
         self._for_each_logger(lambda logger: logger.log(to_jsonable(row)))
 
     def rows(self, **labels: Any) -> list[dict]:
-        """Returns the rows of `metrics.jsonl` that have these entries, including rows from before the run resumed."""
+        """Returns the rows of `metrics.jsonl` with the entries `labels`, also rows of earlier starts of the run."""
         rows = _read_rows(self._metrics) if processes.is_leader() else []
         return [row for row in rows if labels.items() <= row.items()]
 
     @_leader_only
     def drop_rows_after(self, step: int, **labels: Any) -> None:
-        """Removes the rows with these entries and a later `step`, which a resumed training writes again."""
+        """Removes the rows with the entries `labels` after step `step`. A resumed training logs these rows again."""
         rows = self.rows()
         kept = [row for row in rows if not (labels.items() <= row.items() and row.get("step", 0) > step)]
         if len(kept) < len(rows):
-            print_note(f"{self._metrics}: {len(rows) - len(kept)} rows after step {step} are removed and made again.")
+            dropped = len(rows) - len(kept)
+            print_note(f"{self._metrics}: {dropped} rows after step {step} are removed and computed again.")
             write_file(self._metrics, _lines(kept).encode())
             self._for_each_logger(lambda logger: logger.restart())
 
@@ -186,7 +196,7 @@ class RunDirectory:
         if changed is not None:
             print_note(f"Resuming the run in {self.path}, started {self._earlier_starts[0]['started']}.")
             self._report_changes(changed)
-            if self._metrics.exists():  # The last write of the earlier start.
+            if self._metrics.exists():  # The earlier start ended about when its last row was written.
                 self._earlier_starts[-1]["until"] = utc(self._metrics.stat().st_mtime)
             self._drop_damaged_rows()
         start = self._made_by | ({"changed": changed} if changed else {})
@@ -200,15 +210,13 @@ class RunDirectory:
         return self.path
 
     def _for_each_logger(self, call: Callable[[Logger], None]) -> None:
-        """Calls every logger. A copy of the metrics that fails is reported and given up; the run continues."""
+        """Applies `call` to every logger. A logger that raises is reported and removed, and the run continues."""
         for logger in [*self._loggers]:
             try:
                 call(logger)
             except Exception as error:
                 self._loggers.remove(logger)
-                print_note(
-                    f"{logger.name} shows no more of this run: {error!r}. metrics.jsonl in {self.path} has all rows."
-                )
+                print_note(f"{logger.name} gets no more rows of this run: {error!r}. {self._metrics} has all rows.")
 
     def _close_loggers(self) -> None:
         self._for_each_logger(lambda logger: logger.close())
@@ -302,17 +310,18 @@ def _compare(
     if refused:
         listed = "".join(f"\n  {field} was {old!r}, is {new!r}" for field, (old, new) in refused.items())
         raise WorkdirError(
-            f"{path} holds a run of another configuration:{listed}\nGive the configuration of that run, or another "
+            f"{path} holds a run with another configuration:{listed}\nGive the configuration of that run, or another "
             "--workdir."
         )
     return differences
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Returns `{field: (old, new)}` for the fields that differ. A missing field has the value 'absent'."""
     pairs = {field: (old.get(field, "absent"), new.get(field, "absent")) for field in sorted({*old, *new})}
     return {field: pair for field, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Converts the configuration to the values that reading it from JSON gives."""
+    """Converts the configuration to JSON types, for comparison with a configuration from `run.json`."""
     return json.loads(json.dumps(to_jsonable(dict(config))))

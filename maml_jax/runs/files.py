@@ -1,4 +1,4 @@
-"""Files of a run directory: errors that name the file, the lock, JSON, times."""
+"""Files of a run directory: atomic writes with errors that name the file, locks, JSON and times."""
 
 import fcntl
 import json
@@ -25,7 +25,7 @@ class InUseError(WorkdirError):
 
 
 def print_note(text: str) -> None:
-    """Prints `note: TEXT` on standard error: a decision that the run made without the user."""
+    """Prints `note: TEXT` on standard error, to report what the run does without a request of the user."""
     print(f"note: {text}", file=sys.stderr, flush=True)
 
 
@@ -42,7 +42,7 @@ def make_directory(path: Path) -> None:
 
 
 def write_file(path: Path, content: bytes) -> Path:
-    """Replaces the content of a file in one piece and returns `path`; see `write_atomically`.
+    """Replaces the content of a file atomically and returns `path`; see `write_atomically`.
 
     Raises:
       WorkdirError: if the file cannot be written.
@@ -60,14 +60,14 @@ def write_error(path: Path, error: BaseException) -> WorkdirError:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())[:1000]
     return WorkdirError(
         f"Cannot write {path}: {reason}. Free disk space or change the permissions, then start the same command again: "
-        "it resumes from the last checkpoint. Or give another --workdir."
+        "the run resumes from the last checkpoint. Or give another --workdir."
     )
 
 
 class Lock:
     """An exclusive lock on the directory `path`, held until `close` is called or this process ends.
 
-    The kernel releases the lock when the process ends, however it ends, so no stale lock remains.
+    The kernel releases the lock when the process ends, even by a signal, so no stale lock remains.
 
     Raises:
       InUseError: if another process holds the lock; the message names the process.
@@ -88,12 +88,10 @@ class Lock:
             self.close()
             advice = "Wait until that process ends, end it, or give another --workdir."
             if holder.startswith(_this_process()):
-                advice = (
-                    "That is this process: first close() the object that holds the directory, such as a RunDirectory."
-                )
+                advice = "The holder is this process: first close() the object with the lock, such as a RunDirectory."
             raise InUseError(f"{path} is in use by {holder}. {advice}") from error
         except OSError as error:
-            print_note(f"{path} is on a file system without locks ({error.strerror}): let only one run use it.")
+            print_note(f"{path} is on a file system without locks ({error.strerror}): only one run may use it.")
         try:
             os.ftruncate(file, 0)
             os.write(file, f"{_this_process()} since {now()}\n".encode())
@@ -110,7 +108,7 @@ def read_json(path: Path) -> dict:
     """Reads a file that holds a JSON object.
 
     Raises:
-      WorkdirError: if the file cannot be read or holds something else.
+      WorkdirError: if the file cannot be read or does not hold a JSON object.
     """
     try:
         content = json.loads(path.read_text())
@@ -124,12 +122,11 @@ def read_json(path: Path) -> dict:
 def to_jsonable(tree: Any) -> Any:
     """Converts nested dicts, lists and tuples to values that `json.dumps` accepts.
 
-    Arrays become lists, paths become strings, and NaN and infinity become None, because JSON has neither.
+    Arrays become lists, paths become strings, and NaN and infinity become None, because JSON has no such numbers.
 
     Example:
-
-    >>> to_jsonable({"loss": np.array([0.5, np.inf]), "path": Path("runs/mine")})
-    {'loss': [0.5, None], 'path': 'runs/mine'}
+      >>> to_jsonable({"loss": np.array([0.5, np.inf]), "path": Path("runs/mine")})
+      {'loss': [0.5, None], 'path': 'runs/mine'}
     """
     if isinstance(tree, dict):
         return {key: to_jsonable(value) for key, value in tree.items()}
@@ -151,8 +148,7 @@ def utc(seconds: float) -> str:
     """Formats seconds since the epoch in ISO 8601.
 
     Example:
-
-    >>> utc(0)
-    '1970-01-01T00:00:00Z'
+      >>> utc(0)
+      '1970-01-01T00:00:00Z'
     """
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))

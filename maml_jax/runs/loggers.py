@@ -1,4 +1,4 @@
-"""Copies of the metrics for TensorBoard and Weights & Biases. `metrics.jsonl` stays the complete record."""
+"""Loggers that copy metrics to TensorBoard and Weights & Biases. `metrics.jsonl` is the complete record."""
 
 import hashlib
 import importlib.util
@@ -17,30 +17,31 @@ FLUSH_SECONDS = 5.0
 
 
 class Logger(Protocol):
-    """A copy of the metrics for another tool. Any method may raise if the copy cannot be written."""
+    """Copies metrics to another tool. A method may raise any error; `RunDirectory` then removes the logger."""
 
     name: str
-    """The tool, for messages."""
+    """The name of the tool in messages."""
 
     def log(self, row: dict[str, Any]) -> None:
-        """Adds a row that was appended to `metrics.jsonl`. Rows without a `step` are left out."""
+        """Adds a row that was appended to `metrics.jsonl`. Rows without a `step` are ignored."""
 
     def restart(self) -> None:
-        """Reacts to the removal of rows from `metrics.jsonl`."""
+        """Is called after rows were removed from `metrics.jsonl`."""
 
     def close(self) -> None:
-        """Writes everything that was added."""
+        """Writes all rows that were added, and ends the logger."""
 
 
 class TensorBoardLogger:
-    """Event files for TensorBoard: a folder for each training, a scalar for each number in a row, at its `step`.
+    """Writes event files for TensorBoard. Each training has a folder, and each number of a row is a scalar at `step`.
 
-    The first `log`, and the first after `restart`, writes the folder again from all rows, so a run that resumed from an
-    earlier step has no missing and no repeated points.
+    The first `log`, and the first `log` after `restart`, writes the folder again from all rows. After a run resumed
+    from an earlier step, no point is therefore missing or repeated.
 
     Args:
       folder: the folder of the event files, whose content is replaced.
-      rows: returns all rows of `metrics.jsonl`. The texts in a row and its `seed` name the training.
+      rows: a function that returns all rows of `metrics.jsonl`. The strings and the `seed` of a row identify the
+        training.
     """
 
     name = "TensorBoard"
@@ -52,7 +53,11 @@ class TensorBoardLogger:
         self._flushed = 0.0
 
     def log(self, row: dict[str, Any]) -> None:
-        """Adds a row, which is on disk within `FLUSH_SECONDS` or at the next row after. Raises OSError."""
+        """Adds a row. Rows are written when the last write was `FLUSH_SECONDS` ago, and by `close`.
+
+        Raises:
+          OSError: if the event files cannot be written.
+        """
         if self._file is not None:
             self._add(row)
             if time.monotonic() - self._flushed > FLUSH_SECONDS:
@@ -71,11 +76,15 @@ class TensorBoardLogger:
         self._file = None
 
     def close(self) -> None:
-        """Writes the rows that are not on disk yet. Raises OSError."""
+        """Writes the rows that are not on disk yet.
+
+        Raises:
+          OSError: if the event files cannot be written.
+        """
         self._flush()
 
     def _add(self, row: dict[str, Any]) -> None:
-        # The messages of tensorboardX, not its `SummaryWriter`, whose thread hangs when the disk is full.
+        # Use the messages of tensorboardX, but not `SummaryWriter`: its thread hangs when the disk is full.
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.proto.summary_pb2 import Summary
 
@@ -101,9 +110,9 @@ class TensorBoardLogger:
 
 
 class WandBLogger:
-    """A run of Weights & Biases, which resumes when the run of this directory resumes.
+    """Logs to a run of Weights & Biases. This run resumes when the run of the directory resumes.
 
-    Rows that are logged again after a run was killed appear twice there, with the same values.
+    After a run was killed, some rows are logged twice, with equal values. Both copies appear in Weights & Biases.
 
     Args:
       project: the name of the project.
@@ -137,7 +146,7 @@ class WandBLogger:
             ) from error
 
     def log(self, row: dict[str, Any]) -> None:
-        """Adds the numbers of a row, over the steps of its training."""
+        """Logs the numbers of a row. The x-axis is the `step` of its training."""
         if "step" not in row:
             return
         labels, numbers = labels_and_numbers(row)
@@ -159,19 +168,18 @@ class WandBLogger:
 def check_wandb(project: str | None) -> None:
     """Raises ValueError if `project` is given and the package `wandb` is not installed."""
     if project is not None and importlib.util.find_spec("wandb") is None:
-        raise ValueError(f"wandb {project} needs the package wandb: pip install wandb, or leave out the option.")
+        raise ValueError(f"wandb {project} needs the package wandb: pip install wandb, or leave out --wandb.")
 
 
 def labels_and_numbers(row: Mapping[str, Any]) -> tuple[list[str], dict[str, float]]:
     """Splits a row into the labels that name its training and its metrics.
 
     Returns:
-      The texts of the row and its `seed`, and its numbers without `step` and `seed`.
+      The labels: the strings and the `seed` of the row. The metrics: the numbers of the row without `step` and `seed`.
 
     Example:
-
-    >>> labels_and_numbers({"method": "maml", "seed": 3, "step": 10, "loss": 0.5})
-    (['maml', 'seed 3'], {'loss': 0.5})
+      >>> labels_and_numbers({"method": "maml", "seed": 3, "step": 10, "loss": 0.5})
+      (['maml', 'seed 3'], {'loss': 0.5})
     """
     labels = [value for value in row.values() if isinstance(value, str)]
     labels += [f"seed {row['seed']}"] if "seed" in row else []

@@ -1,6 +1,7 @@
 """A meta-trained model in one file: parameters, learned parameters of the inner update, and a description.
 
-The file is msgpack of arrays and text. Reading builds arrays, dicts and lists, and executes no code.
+The file holds arrays and text in the msgpack format. `load` builds arrays and dicts from a file, and executes no code
+of the file.
 """
 
 import json
@@ -31,13 +32,13 @@ class Saved(NamedTuple):
 def save(
     path: str | Path, params: Params, inner_params: InnerParams = (), description: dict[str, Any] | None = None
 ) -> Path:
-    """Saves parameters to a file. An existing file is replaced in one piece.
+    """Saves parameters to a file. An existing file is replaced atomically.
 
     Args:
       path: the file; missing directories are created.
       params: any pytree of arrays, such as a linen dict, an nnx state or an equinox module.
       inner_params: learned parameters of the inner update, `MetaState.inner_params`.
-      description: values for JSON, numbers and arrays of NumPy and JAX. NaN and infinity become None.
+      description: JSON-serialisable values, and numbers and arrays of NumPy and JAX. NaN and infinity become None.
 
     Returns:
       The path of the file.
@@ -48,12 +49,11 @@ def save(
       OSError: if the file cannot be written.
 
     Example:
-
-    >>> import pathlib, tempfile
-    >>> path = save(pathlib.Path(tempfile.mkdtemp()) / "model", {"w": jnp.ones(3)}, description={"ways": 5})
-    >>> saved = load(path)
-    >>> saved.params["w"].tolist(), saved.inner_params, saved.description
-    ([1.0, 1.0, 1.0], (), {'ways': 5})
+      >>> import pathlib, tempfile
+      >>> path = save(pathlib.Path(tempfile.mkdtemp()) / "model", {"w": jnp.ones(3)}, description={"ways": 5})
+      >>> saved = load(path)
+      >>> saved.params["w"].tolist(), saved.inner_params, saved.description
+      ([1.0, 1.0, 1.0], (), {'ways': 5})
     """
     from flax import serialization
 
@@ -62,7 +62,7 @@ def save(
     try:
         text = json.dumps(to_jsonable(description or {}))
     except TypeError as error:
-        raise TypeError(f"description must hold values for JSON, but {error}.") from error
+        raise TypeError(f"description must hold only JSON-serialisable values: {error}.") from error
     content = serialization.msgpack_serialize(
         {
             "format": FORMAT,
@@ -103,8 +103,8 @@ def restore(like: Any, values: Any) -> Any:
     """Gives loaded parameters the structure of a model's parameters.
 
     Args:
-      like: a pytree with the structure and shapes of the result, such as new parameters of the model. Its numbers are
-        not used.
+      like: a pytree with the structure and shapes of the result, such as new parameters of the model. The values of
+        `like` are not used.
       values: nested dicts of arrays, `Saved.params` or `Saved.inner_params`.
 
     Returns:
@@ -114,10 +114,10 @@ def restore(like: Any, values: Any) -> Any:
       ValueError: if a leaf is missing on one side, or if shapes differ; the message names the leaf.
 
     Example:
-
-    >>> restore([jnp.zeros(2)], {"0": np.ones(2)})
-    [Array([1., 1.], dtype=float32)]
+      >>> restore([jnp.zeros(2)], {"0": np.ones(2)})
+      [Array([1., 1.], dtype=float32)]
     """
+    # Find the array of each leaf.
     paths, structure = jax.tree_util.tree_flatten_with_path(like)
     missing = object()
 
@@ -135,6 +135,7 @@ def restore(like: Any, values: Any) -> Any:
         return jnp.asarray(found)
 
     leaves = [find(path, leaf) for path, leaf in paths]
+    # Check that every array was found.
     known = {tuple(map(_name, path)) for path, _ in paths}
     for path, _ in jax.tree_util.tree_leaves_with_path(values):
         if tuple(map(_name, path)) not in known:

@@ -7,7 +7,7 @@ from maml_jax.parallel import processes
 
 
 class Progress:
-    """Shows the step, the rate and the remaining time: a bar on a terminal, otherwise lines.
+    """Shows the step, the rate and the remaining time: as a bar on a terminal, and as lines otherwise.
 
     Args:
       total: steps of the run.
@@ -33,7 +33,8 @@ class Progress:
         steps, seconds = step - self._since[0], now - self._since[1]
         rate = steps / seconds if self._updates and steps and seconds else None
         self._updates += 1
-        # The first call compiles, or in a run that resumes the second: measure the rate from the second call on.
+        # Measure the rate from the second update on. The time before the first update includes compilation. In a
+        # resumed run, the first update reports the restored step, and the time before the second includes compilation.
         if self._updates <= 2:
             self._since = (step, now)
         if not self._bar.disable:

@@ -19,10 +19,10 @@ EXTRAS = ("mujoco", "mujoco-mjx", "gymnasium")
 
 
 def provenance(devices: str | None = None) -> dict[str, Any]:
-    """Returns the command, commit, versions and hardware of this process.
+    """Returns the command, commit, versions and hardware of this process, as a dict for JSON.
 
     Args:
-      devices: a description of the devices that compute, if they are not the devices of this process.
+      devices: a description of the devices; None describes the devices of this process.
     """
     module = getattr(sys.modules["__main__"].__spec__, "name", None)
     program = ["python", "-m", module] if module else ["python", Path(sys.argv[0]).name]
@@ -49,7 +49,7 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that holds this package, with '+changes' if tracked files were changed."""
+    """The commit of the checkout that holds this package, with '+changes' if tracked files were changed, or None."""
     here = Path(__file__)
 
     def git(*args: str) -> str:
@@ -57,7 +57,7 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", here.name)  # Fails where the checkout around the package is another project.
+        git("ls-files", "--error-unmatch", here.name)  # Fails if the checkout is another project.
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return None

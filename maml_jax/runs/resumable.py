@@ -1,4 +1,4 @@
-"""Training that can be killed at any moment and resumes, with bit-equal numbers."""
+"""Training with checkpoints. A training that is killed at any moment resumes with bit-equal results."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -21,12 +21,12 @@ Rate = float | Callable[[int], Any]
 
 
 class Validate(NamedTuple):
-    """Validation during training; with several processes by process 0 alone."""
+    """Validation during training. With several processes, only process 0 validates."""
 
     every: int
     """Meta-steps between validations. The last state is validated too. Every validated state is saved."""
     metrics: Callable[[MetaState], Metrics]
-    """Computes metrics of a state, which are added to the metrics of training."""
+    """Computes the metrics of a state. They are added to the row of the training."""
 
 
 def resumable_train(
@@ -47,20 +47,22 @@ def resumable_train(
 ) -> Iterator[tuple[MetaState, Metrics]]:
     """Meta-trains like `train`, logs the metrics, saves checkpoints, and resumes from the last checkpoint of `run`.
 
-    `for state, row in resumable_train(...)` is the whole training loop. Each yielded row is logged. A checkpoint on
-    disk is at most `save_every` meta-steps (or one call, if that is longer) older than the yielded state. When the
-    training resumes, the first yielded pair is the restored state with its row, also for a training that was finished.
+    `for state, row in resumable_train(...)` is the whole training loop. Each yielded row is logged. The newest
+    checkpoint on disk is at most `save_every` meta-steps older than the yielded state, or one call older if a call
+    takes more meta-steps.
+
+    A resumed training first yields the restored state with its row. A finished training yields only this pair.
 
     Args:
-      learner, draw, data, steps, steps_per_call: as for `train`. Tasks must depend on `data` and the step alone; there
-        is then no position in the data to save.
+      learner, draw, data, steps, steps_per_call: as for `train`. Tasks must depend only on `data` and the step, so a
+        checkpoint needs no position in the data.
       state: the initial state of a new run, with the structure of the restored state.
       run: the run directory, for metrics and checkpoints. Checkpoints are in `checkpoints`, or with `labels` in a
-        directory below it.
-      save_every: meta-steps between checkpoints. A checkpoint takes about 0.1 s, mostly while the next call computes.
+        subdirectory of `checkpoints`.
+      save_every: meta-steps between checkpoints. A checkpoint takes about 0.1 s, mostly parallel to the next call.
       validate: the validation during training, if any.
       keep: the number of checkpoints to keep.
-      labels: entries of each row that tell this training from others in `run`, such as `{"seed": 0}`.
+      labels: entries to add to each row, such as `{"seed": 0}`. They identify the training among others in `run`.
       rates: inner and outer learning rates or their schedules, by name, for the message of NotFiniteError.
       profile: whether to trace the second and the third call into the directory `profile` of `run`.
 
@@ -69,37 +71,38 @@ def resumable_train(
 
     Raises:
       ValueError: at once, for an option that is not allowed.
-      WorkdirError: if all checkpoints are damaged, of another model or beyond `steps`; if a file cannot be written.
-      NotFiniteError: as `train`; the message also gives the rates. A checkpoint never holds NaN or infinity.
-      Interrupted: after SIGINT or SIGTERM, once the state is saved; a SystemExit with status 128 + the number of the
-        signal. A second signal ends the process at once.
+      WorkdirError: if all checkpoints are damaged, if the newest intact checkpoint belongs to another model or has more
+        than `steps` meta-steps, or if a file cannot be written.
+      NotFiniteError: as `train`. The message also gives the rates. A checkpoint never holds NaN or infinity, except
+        for infinity in the state of the optimizer.
+      Interrupted: after SIGINT or SIGTERM, when the state is saved. This error is a SystemExit with status 128 + the
+        number of the signal. A second signal ends the process at once.
 
     Example:
-
-    >>> import tempfile
-    >>> import jax, jax.numpy as jnp, optax
-    >>> import maml_jax
-    >>> from maml_jax.tasks import sinusoid
-    >>> def loss_fn(params, batch):
-    ...     x, y = batch
-    ...     return jnp.mean((jnp.sin(x) * params - y) ** 2), {}
-    >>> def draw(key, step):
-    ...     return sinusoid.draw_tasks(jax.random.fold_in(key, step), 2, shots=5, queries=5)
-    >>> learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.1, steps=1), optax.adam(0.01))
-    >>> folder = tempfile.mkdtemp()
-    >>> for steps in (4, 8):  # The second run resumes at step 4.
-    ...     run = RunDirectory(folder, "sine", {"steps": steps}, mutable_fields={"steps"})
-    ...     state = learner.init(jnp.ones([]))
-    ...     for state, row in resumable_train(
-    ...         learner, state, draw, jax.random.key(0), steps=steps, steps_per_call=2, run=run, save_every=4
-    ...     ):
-    ...         print(row["step"])
-    ...     run.close()
-    2
-    4
-    4
-    6
-    8
+      >>> import tempfile
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import maml_jax
+      >>> from maml_jax.tasks import sinusoid
+      >>> def loss_fn(params, batch):
+      ...     x, y = batch
+      ...     return jnp.mean((jnp.sin(x) * params - y) ** 2), {}
+      >>> def draw(key, step):
+      ...     return sinusoid.draw_tasks(jax.random.fold_in(key, step), 2, shots=5, queries=5)
+      >>> learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.1, steps=1), optax.adam(0.01))
+      >>> folder = tempfile.mkdtemp()
+      >>> for steps in (4, 8):  # The second run resumes at step 4.
+      ...     run = RunDirectory(folder, "sine", {"steps": steps}, mutable_fields={"steps"})
+      ...     state = learner.init(jnp.ones([]))
+      ...     for state, row in resumable_train(
+      ...         learner, state, draw, jax.random.key(0), steps=steps, steps_per_call=2, run=run, save_every=4
+      ...     ):
+      ...         print(row["step"])
+      ...     run.close()
+      2
+      4
+      4
+      6
+      8
     """
     intervals = {"steps": steps, "steps_per_call": steps_per_call, "save_every": save_every, "keep": keep}
     for name, value in (intervals | ({"validate.every": validate.every} if validate else {})).items():
@@ -109,10 +112,11 @@ def resumable_train(
     folder = run.path / "checkpoints" / label
 
     def calls(state: MetaState) -> Iterator[tuple[MetaState, Metrics]]:
+        """Yields the state and the row of each call."""
         with (
             signals.deferred() as stop_request,
             closing(Checkpoints(folder, keep=keep)) as checkpoints,
-            _explained(rates, checkpoints),
+            _explain_not_finite(rates, checkpoints),
         ):
             # Resume: restore the state, then remove the rows after its step, then take new steps.
             restored = checkpoints.restore(state)
@@ -145,7 +149,7 @@ def resumable_train(
                 if validate is not None and validated and processes.is_leader():
                     row = row | to_jsonable(validate.metrics(processes.local(state)))
                 # Log, after the previous checkpoint is on disk. A process that is killed between any two of these lines
-                # resumes from the newest checkpoint on disk and makes the later rows again.
+                # resumes from the newest checkpoint on disk and computes the later rows again.
                 checkpoints.wait()
                 run.log(**labels, **row)
                 num_rows += 1
@@ -160,14 +164,16 @@ def resumable_train(
                     checkpoints.save(done, state, {"row": row, "rows": num_rows})
                 checkpoints.wait()
                 if processes.is_leader():
-                    print_note(f"Stopped by {number.name}; step {done} is saved, and the same command resumes from it.")
+                    print_note(
+                        f"Stopped by {number.name}: step {done} is saved. The same command resumes from this step."
+                    )
                 raise signals.Interrupted(number)
 
     return calls(state)
 
 
 @contextmanager
-def _explained(rates: Mapping[str, Rate], checkpoints: Checkpoints) -> Iterator[None]:
+def _explain_not_finite(rates: Mapping[str, Rate], checkpoints: Checkpoints) -> Iterator[None]:
     """Adds the learning rates and the last checkpoint to the message of a NotFiniteError."""
     try:
         yield
@@ -178,7 +184,7 @@ def _explained(rates: Mapping[str, Rate], checkpoints: Checkpoints) -> Iterator[
 
 
 def check_steps(path: str | Path | None, steps: int) -> None:
-    """Checks that no training in a run directory has taken more than `steps` meta-steps, before data are read.
+    """Checks, before data are read, that no training in a run directory has taken more than `steps` meta-steps.
 
     Args:
       path: the run directory; None for a new one.
@@ -199,8 +205,8 @@ def check_steps(path: str | Path | None, steps: int) -> None:
 
 def _too_many_steps(folder: Path, done: int, steps: int) -> WorkdirError:
     return WorkdirError(
-        f"The training in {folder} has taken {done} meta-steps, more than steps, {steps}. Give steps of at least "
-        f"{done}, or another --workdir."
+        f"The training in {folder} has taken {done} meta-steps, but steps is {steps}. Give steps of at least {done}, "
+        "or another --workdir."
     )
 
 

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as requests to stop, which a training grants when its state is saved."""
+"""SIGINT and SIGTERM as requests to stop. A training stops when its state is saved."""
 
 import os
 import signal
@@ -41,12 +41,12 @@ def signal_of_any_process(stop_request: StopRequest) -> Signals | None:
 def deferred() -> Iterator[StopRequest]:
     """Defers SIGINT and SIGTERM inside the block.
 
-    The first signal is stored in the yielded `StopRequest`. The second ends the process at once, with status 128 + the
-    number of the signal. Signals that the process ignores stay ignored. Outside of the main thread nothing changes,
-    because Python lets only the main thread handle signals.
+    The first signal is stored in the yielded `StopRequest`. The second signal ends the process at once, with status
+    128 + the number of the signal. Signals that the process ignores stay ignored. In other threads than the main thread
+    the function does nothing, because Python lets only the main thread handle signals.
 
-    A separate thread waits for the signals: Python runs signal handlers between bytecodes of the main thread, which may
-    be in a compilation of minutes.
+    A separate thread waits for the signals. Python runs signal handlers only between bytecodes of the main thread, and
+    the main thread may be in a compilation that takes minutes.
     """
     stop_request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

@@ -235,7 +235,7 @@ def test_fewer_steps_than_are_done_are_told_before_anything_is_written(tmp_path)
         lambda: reinforcement.prepare(navigation.Config(**options), navigation.Config()),
         lambda: omniglot.Run(**options).resolved().check_workdir(),
     ):
-        with pytest.raises(OSError, match="maml-0 has taken 7 meta-steps, more than steps, 5"):
+        with pytest.raises(OSError, match="maml-0 has taken 7 meta-steps, but steps is 5"):
             prepare()
     assert not (tmp_path / "run.json").exists() and [*done.parent.iterdir()] == [done]
 

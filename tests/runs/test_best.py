@@ -1,4 +1,4 @@
-"""The models with the highest scores are kept, over restarts too."""
+"""The models with the highest scores are kept, also after a restart."""
 
 import jax.numpy as jnp
 import pytest
@@ -29,7 +29,7 @@ def test_the_best_models_are_kept(tmp_path):
     assert [model.params["w"].tolist() for model in models[:2]] == [[8, 8], [4, 4]]
 
 
-def test_fewer_models_and_another_description(tmp_path):
+def test_the_description_of_all_models_can_be_replaced(tmp_path):
     best = Best(tmp_path, keep=2)
     for step, score in enumerate((3.0, 1.0, 2.0), 1):
         best.add(state(step), score)
@@ -42,7 +42,7 @@ def test_fewer_models_and_another_description(tmp_path):
     assert best.models()[0].description == {"rate": 0.1, "step": 4, "score": 4.0}
 
 
-def test_wrong_numbers_and_files_are_refused(tmp_path):
+def test_a_wrong_keep_and_a_damaged_file_raise(tmp_path):
     with pytest.raises(ValueError, match="keep must be an integer of at least 1, but got 0"):
         Best(tmp_path, keep=0)
     (tmp_path / "step-0000001.msgpack").write_text("no model")

@@ -1,4 +1,4 @@
-"""Checkpoints: bit-equal when intact, reported when damaged, never of NaN or infinity."""
+"""Checkpoints are restored bit for bit, damage is reported, and NaN and infinity are not saved."""
 
 import errno
 import os
@@ -63,7 +63,7 @@ def test_an_intact_checkpoint_is_restored_bit_for_bit(two_checkpoints):
     assert restored.state.params["a/b"].dtype == jnp.bfloat16
 
 
-def test_the_newest_are_kept(tmp_path):
+def test_the_newest_checkpoints_are_kept(tmp_path):
     with closing(Checkpoints(tmp_path, keep=2)) as checkpoints:
         for step in (1, 2, 3):
             checkpoints.save(step, {"w": jnp.ones(2)})
@@ -74,8 +74,10 @@ def test_the_newest_are_kept(tmp_path):
 
 class TestDamage:
     def test_damage_to_any_file_is_reported_or_harmless(self, two_checkpoints, tmp_path, capsys):
-        """Each file of the newest checkpoint is flipped, truncated and deleted. The newest state is restored bit for
-        bit, or the damage is reported and the state before it restored."""
+        """Damages each file of the newest checkpoint: a flipped bit, a truncated file, a deleted file.
+
+        Either the newest state is restored bit for bit, or the damage is reported and the older state is restored.
+        """
         files = [path for path in sorted((two_checkpoints / "20").rglob("*")) if path.is_file()]
         assert len(files) > 8
         notes = {}
@@ -99,7 +101,7 @@ class TestDamage:
                     assert restored.step == 20 and note == ""
         reported = [note for note in notes.values() if note]
         assert len(reported) >= 12
-        # Orbax alone does not notice these.
+        # Orbax does not notice wrong arrays; the checksums do.
         assert any("params['w'] has the wrong checksum" in note for note in reported)
 
     def test_a_changed_description_is_reported(self, two_checkpoints, tmp_path, capsys):
@@ -109,7 +111,7 @@ class TestDamage:
         assert restore(tmp_path / "changed").about == {"row": 10}
         assert "its description has the wrong checksum" in capsys.readouterr().err
 
-    def test_if_all_are_damaged_an_error_is_raised_and_nothing_changes(self, two_checkpoints, tmp_path):
+    def test_if_all_checkpoints_are_damaged_restore_raises_every_time(self, two_checkpoints, tmp_path):
         path = tmp_path / "checkpoints"
         shutil.copytree(two_checkpoints, path)
         for step in ("10", "20"):
@@ -133,8 +135,8 @@ class TestLeftovers:
             (tmp_path / name / "state").mkdir(parents=True)
         assert restore(tmp_path) is None and not list(tmp_path.iterdir())
 
-    def test_also_while_a_thread_of_orbax_still_writes(self, tmp_path, monkeypatch):
-        """Orbax reports the first of its threads that fails, while others continue."""
+    def test_leftovers_are_removed_while_a_thread_of_orbax_still_writes(self, tmp_path, monkeypatch):
+        """Orbax reports the first thread that fails, while other threads continue to write."""
         leftover = tmp_path / "12.orbax-checkpoint-tmp"
         (leftover / "state").mkdir(parents=True)
         rmdir, late = os.rmdir, iter(["one", "another"])
@@ -148,7 +150,7 @@ class TestLeftovers:
         with closing(Checkpoints(tmp_path)):
             assert not leftover.exists() and next(late, None) is None
 
-    def test_removing_gives_up_after_a_while(self, tmp_path, monkeypatch):
+    def test_the_removal_raises_after_the_timeout(self, tmp_path, monkeypatch):
         (tmp_path / "12.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
         monkeypatch.setattr(checkpoint, "REMOVE_TIMEOUT", 0.1)
 

@@ -1,4 +1,4 @@
-"""Run directories: rows, results, configurations, and a disk that cannot be written."""
+"""Run directories: rows, results, configurations, and errors of the disk."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from maml_jax.runs.files import Lock, WorkdirError
 
 def test_a_run_writes_metrics_and_results(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = RunDirectory(None, "it")
+    run = RunDirectory(None, "run")
     run.log(step=1, loss=np.float32(0.5), bad=float("nan"))
     path = run.write_results({"accuracy": np.array([1.0, np.inf]), "where": tmp_path})
     assert json.loads((run.path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 0.5, "bad": None}
@@ -31,25 +31,25 @@ def test_a_run_writes_metrics_and_results(tmp_path, monkeypatch):
         "results.json",
         "run.json",
     ]
-    assert RunDirectory(None, "it").path.name == "it-2"
+    assert RunDirectory(None, "run").path.name == "run-2"
     run.close()
     with pytest.raises(FileExistsError, match="already holds a run"):
-        RunDirectory(run.path, "it")
+        RunDirectory(run.path, "run")
 
 
 class TestDefaultDirectory:
     def test_an_unfinished_run_of_the_same_configuration_is_resumed(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        first = RunDirectory(None, "it", CONFIG)
-        assert RunDirectory(None, "it", CONFIG).path.name == "it-2"  # The first is in use.
+        first = RunDirectory(None, "run", CONFIG)
+        assert RunDirectory(None, "run", CONFIG).path.name == "run-2"  # Another object holds the first directory.
         first.close()
-        again = RunDirectory(None, "it", CONFIG)
+        again = RunDirectory(None, "run", CONFIG)
         assert again.path == first.path
         again.write_results({})
         assert len(json.loads((again.path / "results.json").read_text())["made_by"]["earlier_starts"]) == 1
         again.close()
-        assert RunDirectory(None, "it", CONFIG | {"rate": 0.2}).path.name == "it-3"
-        assert RunDirectory(None, "it", CONFIG).path.name == "it-2"
+        assert RunDirectory(None, "run", CONFIG | {"rate": 0.2}).path.name == "run-3"
+        assert RunDirectory(None, "run", CONFIG).path.name == "run-2"
 
     def test_two_runs_that_start_at_the_same_time_get_different_directories(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -61,34 +61,34 @@ class TestDefaultDirectory:
             return Lock(path)
 
         monkeypatch.setattr(directory, "Lock", after_another_process)
-        run = RunDirectory(None, "it", {})
-        assert others and run.path.name == "it-2"
+        run = RunDirectory(None, "run", {})
+        assert others and run.path.name == "run-2"
         run.close()
         others[0].close()
 
 
 class TestMetrics:
     def test_a_row_that_does_not_fit_on_the_disk_is_reported_and_removed(self, tmp_path, capsys):
-        run = RunDirectory(tmp_path, "it", {})
+        run = RunDirectory(tmp_path, "run", {})
         run.log(step=1, loss=0.5)
         size = (tmp_path / "metrics.jsonl").stat().st_size
         with file_size_limit(size + 10), pytest.raises(WorkdirError, match=r"metrics.jsonl: File too large"):
             run.log(step=2, loss=0.25)
         run.close()
         assert (tmp_path / "metrics.jsonl").stat().st_size == size + 10
-        run = RunDirectory(tmp_path, "it", {})
+        run = RunDirectory(tmp_path, "run", {})
         note = 'metrics.jsonl: line 2 is truncated or damaged and is removed: b\'{"step": 2'
         assert note in capsys.readouterr().err
         run.log(step=2, loss=0.25)
         assert [row["step"] for row in run.rows()] == [1, 2]
 
     def test_a_missing_end_of_line_is_repaired(self, tmp_path):
-        run = RunDirectory(tmp_path, "it", {})
+        run = RunDirectory(tmp_path, "run", {})
         run.log(step=1, loss=0.5)
         run.close()
         intact = (tmp_path / "metrics.jsonl").read_bytes()
         (tmp_path / "metrics.jsonl").write_bytes(intact[:-1])
-        RunDirectory(tmp_path, "it", {}).close()
+        RunDirectory(tmp_path, "run", {}).close()
         assert (tmp_path / "metrics.jsonl").read_bytes() == intact
 
 
@@ -97,28 +97,28 @@ CONFIG = {"rate": 0.1, "steps": 10, "where": Path("a"), "sizes": (1, 2)}
 
 class TestConfiguration:
     def test_allowed_changes_are_reported_and_recorded(self, tmp_path, capsys):
-        RunDirectory(tmp_path, "it", CONFIG).close()
+        RunDirectory(tmp_path, "run", CONFIG).close()
         content = json.loads((tmp_path / "run.json").read_text())
         content["starts"][0]["versions"]["jax"] = "0.1"
         (tmp_path / "run.json").write_text(json.dumps(content))
         capsys.readouterr()
-        RunDirectory(tmp_path, "it", CONFIG | {"steps": 20}, mutable_fields={"steps"}).close()
+        RunDirectory(tmp_path, "run", CONFIG | {"steps": 20}, mutable_fields={"steps"}).close()
         notes = capsys.readouterr().err
         assert "steps was 10, is 20" in notes and f"jax was 0.1, is {jax.__version__}: the numbers may differ" in notes
         content = json.loads((tmp_path / "run.json").read_text())
         assert content["config"]["steps"] == 20 and content["starts"][1]["changed"] == {"steps": [10, 20]}
 
     def test_a_list_may_get_more_entries_but_lose_none(self, tmp_path):
-        RunDirectory(tmp_path, "it", {"seeds": (0, 1)}).close()
-        RunDirectory(tmp_path, "it", {"seeds": (0, 1, 2)}, appendable_fields={"seeds"}).close()
+        RunDirectory(tmp_path, "run", {"seeds": (0, 1)}).close()
+        RunDirectory(tmp_path, "run", {"seeds": (0, 1, 2)}, appendable_fields={"seeds"}).close()
         with pytest.raises(WorkdirError, match=r"seeds was \[0, 1, 2\], is \[0, 1\]"):
-            RunDirectory(tmp_path, "it", {"seeds": (0, 1)}, appendable_fields={"seeds"})
+            RunDirectory(tmp_path, "run", {"seeds": (0, 1)}, appendable_fields={"seeds"})
 
-    def test_other_changes_are_refused_and_listed(self, tmp_path):
-        RunDirectory(tmp_path, "it", CONFIG).close()
+    def test_other_changes_raise_an_error_that_lists_them(self, tmp_path):
+        RunDirectory(tmp_path, "run", CONFIG).close()
         before = (tmp_path / "run.json").read_bytes()
         other = {"rate": 0.2, "steps": 20, "sizes": (1, 3), "new": True}
-        for attempt in (RunDirectory.check, lambda path, *args, **kw: RunDirectory(path, "it", *args, **kw)):
+        for attempt in (RunDirectory.check, lambda path, *args, **kw: RunDirectory(path, "run", *args, **kw)):
             with pytest.raises(WorkdirError) as error:
                 attempt(tmp_path, other, mutable_fields={"steps"})
             assert str(error.value).splitlines()[1:-1] == [
@@ -135,15 +135,15 @@ class TestConfiguration:
             RunDirectory.check(tmp_path, CONFIG)
 
 
-def test_a_path_that_cannot_be_written_is_named(tmp_path):
+def test_the_error_names_a_path_that_cannot_be_written(tmp_path):
     file = tmp_path / "file"
     file.touch()
     for path in (file, file / "below"):
         with pytest.raises(WorkdirError, match=f"Cannot write {path}.*another --workdir"):
-            RunDirectory(path, "it", {})
+            RunDirectory(path, "run", {})
         with pytest.raises(WorkdirError, match=f"Cannot write {path}"):
             Checkpoints(path)
-    # Root can write anywhere, so root becomes another user.
+    # Root may write everywhere, so a process of root changes its user first.
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o555)
     root = os.geteuid() == 0
@@ -154,7 +154,7 @@ def test_a_path_that_cannot_be_written_is_named(tmp_path):
         os.seteuid(65534)
     try:
         with pytest.raises(WorkdirError, match=f"Cannot write {closed / '.lock'}: Permission denied"):
-            RunDirectory(closed, "it", {})
+            RunDirectory(closed, "run", {})
     finally:
         if root:
             os.seteuid(0)

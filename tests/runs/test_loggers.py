@@ -1,4 +1,4 @@
-"""Copies of the metrics: equal to `metrics.jsonl`, also when a run resumes, and no reason for a run to stop."""
+"""Loggers copy all rows of `metrics.jsonl`, also when a run resumes, and their errors do not stop a run."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ def scalars(folder):
     found = {}
     for path in sorted(folder.rglob("events.out.tfevents*")):
         content, offset = path.read_bytes(), 0
-        while offset < len(content):  # Length, its checksum, message, its checksum.
+        while offset < len(content):  # Length, checksum of the length, message, checksum of the message.
             (length,) = struct.unpack_from("<Q", content, offset)
             event = Event.FromString(content[offset + 12 : offset + 12 + length])
             offset += 12 + length + 4
@@ -48,7 +48,7 @@ def test_tensorboard_gets_the_numbers_of_each_training(tmp_path):
 
 
 def test_tensorboard_starts_again_when_a_run_resumes_from_an_earlier_step(tmp_path):
-    """The events of the killed run never reached the disk, and one row is made again."""
+    """The events of the killed run were not written, and the row of step 3 is logged again."""
     run = RunDirectory(tmp_path / "run", "test", {})
     for step in (1, 2, 3):
         run.log(step=step, loss=float(step))
@@ -62,7 +62,7 @@ def test_tensorboard_starts_again_when_a_run_resumes_from_an_earlier_step(tmp_pa
     assert scalars(run.path / "events") == {(".", "loss"): [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0)]}
 
 
-def test_a_text_cannot_lead_out_of_the_folder(tmp_path):
+def test_a_label_cannot_name_a_folder_outside_of_the_events(tmp_path):
     run = RunDirectory(tmp_path / "run", "test", {})
     run.log(data="../../elsewhere", step=1, loss=1.0)
     run.log(data="x" * 300, step=1.0, loss=2.0)
@@ -71,13 +71,13 @@ def test_a_text_cannot_lead_out_of_the_folder(tmp_path):
     assert {path.name for path in tmp_path.rglob("*") if "elsewhere" in path.name} == {"_elsewhere"}
 
 
-def test_a_folder_that_cannot_be_written_is_reported_once_and_the_run_continues(tmp_path, capsys):
+def test_an_error_of_tensorboard_is_reported_once_and_the_run_continues(tmp_path, capsys):
     run = RunDirectory(tmp_path / "run", "test", {})
     (run.path / "events").write_text("a file where the folder should be")
     for step in (1, 2):
         run.log(step=step, loss=1.0)
     run.close()
-    assert capsys.readouterr().err.count("TensorBoard shows no more of this run") == 1
+    assert capsys.readouterr().err.count("TensorBoard gets no more rows of this run") == 1
     assert [row["step"] for row in run.rows()] == [1, 2]
     (run.path / "events").unlink()
     run = RunDirectory(tmp_path / "run", "test", {})
@@ -115,14 +115,14 @@ def all_messages(path, seconds=60):
         try:
             if (found := list(messages(path))) and found[-1].HasField("exit"):
                 return found
-        except (struct.error, DecodeError):  # The last record is not complete yet.
+        except (struct.error, DecodeError):  # The last record is incomplete.
             pass
         assert time.monotonic() < deadline, f"{path} has no end."
         time.sleep(0.2)
 
 
 def records(folder):
-    """The identity, project and rows of each run of wandb."""
+    """Returns the id, project and rows of each run of wandb."""
     found = []
     for path in sorted(folder.rglob("*.wandb")):
         rows, run = [], None
@@ -139,7 +139,7 @@ def records(folder):
 @pytest.mark.filterwarnings("ignore")  # wandb leaves open files to the garbage collector.
 def test_weights_and_biases_gets_a_copy_and_resumes_with_the_run(tmp_path, offline):
     for step in (10, 20):
-        run = RunDirectory(tmp_path, "it", {"rate": 0.1}, wandb="ours")
+        run = RunDirectory(tmp_path, "run", {"rate": 0.1}, wandb="ours")
         run.log(method="maml", seed=3, step=step, loss=1 / step)
         run.close()
     (first, project, rows), (second, _, more) = records(tmp_path)
@@ -149,32 +149,32 @@ def test_weights_and_biases_gets_a_copy_and_resumes_with_the_run(tmp_path, offli
     assert [row["step"] for row in run.rows()] == [10, 20]
 
 
-def test_an_error_at_the_start_says_what_to_do(tmp_path, monkeypatch):
+def test_an_error_of_wandb_at_the_start_says_what_to_do(tmp_path, monkeypatch):
     def init(**_):
         raise wandb.errors.UsageError("api_key not configured (no-tty)")
 
     monkeypatch.setattr(wandb, "init", init)
     with pytest.raises(WorkdirError, match=r"cannot start: api_key not configured.*WANDB_MODE=offline"):
-        RunDirectory(tmp_path, "it", {}, wandb="ours")
+        RunDirectory(tmp_path, "run", {}, wandb="ours")
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_an_error_while_logging_is_reported_and_the_run_continues(tmp_path, offline, monkeypatch, capsys):
+def test_an_error_of_wandb_while_logging_is_reported_and_the_run_continues(tmp_path, offline, monkeypatch, capsys):
     def log(self, row):
         raise RuntimeError("lost")
 
     monkeypatch.setattr(loggers.WandBLogger, "log", log)
-    run = RunDirectory(tmp_path, "it", {}, wandb="ours")
+    run = RunDirectory(tmp_path, "run", {}, wandb="ours")
     for step in (1, 2):
         run.log(step=step, loss=1.0)
     run.close()
     assert [row["step"] for row in run.rows()] == [1, 2]
-    note = "Weights & Biases shows no more of this run: RuntimeError('lost')"
+    note = "Weights & Biases gets no more rows of this run: RuntimeError('lost')"
     assert capsys.readouterr().err.count(note) == 1
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_an_error_at_the_end_loses_no_results(tmp_path, offline, monkeypatch, capsys):
+def test_an_error_of_wandb_at_the_end_loses_no_results(tmp_path, offline, monkeypatch, capsys):
     closed, close = [], loggers.WandBLogger.close
 
     def failing(self):
@@ -182,18 +182,18 @@ def test_an_error_at_the_end_loses_no_results(tmp_path, offline, monkeypatch, ca
         raise BrokenPipeError("gone")
 
     monkeypatch.setattr(loggers.WandBLogger, "close", failing)
-    run = RunDirectory(tmp_path, "it", {}, wandb="ours")
+    run = RunDirectory(tmp_path, "run", {}, wandb="ours")
     run.log(step=1, loss=1.0)
     assert run.write_results({"loss": 1.0}).exists()
     run.close()
     assert (
         len(closed) == 1
-        and "Weights & Biases shows no more of this run: BrokenPipeError('gone')" in capsys.readouterr().err
+        and "Weights & Biases gets no more rows of this run: BrokenPipeError('gone')" in capsys.readouterr().err
     )
-    RunDirectory(tmp_path, "it", {}).close()
+    RunDirectory(tmp_path, "run", {}).close()
 
 
-def test_a_missing_package_is_reported_at_once(monkeypatch, capsys):
+def test_the_missing_package_wandb_is_reported_before_the_run(monkeypatch, capsys):
     monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "argv", ["sinusoid", "--wandb", "ours"])
     monkeypatch.setattr(command_line.jax.config, "update", lambda *_: None)

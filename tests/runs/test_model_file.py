@@ -14,7 +14,7 @@ import maml_jax
 from maml_jax.runs import model_file
 
 
-def test_saved_and_loaded_is_the_same(tmp_path):
+def test_a_loaded_model_equals_the_saved_model(tmp_path):
     params = {"a": {"kernel": jnp.arange(6.0).reshape(2, 3)}, "b": jnp.ones(2, jnp.bfloat16)}
     inner_params = {"a": {"kernel": [jnp.eye(2), jnp.eye(3)]}}
     path = model_file.save(tmp_path / "deep" / "model.msgpack", params, inner_params, {"ways": 5, "list": [1, 2]})
@@ -51,13 +51,13 @@ def test_parameters_of_every_library_are_restored(library, tmp_path):
     np.testing.assert_array_equal(*losses)
 
 
-def test_errors_name_the_leaf(tmp_path):
+def test_errors_name_the_leaf_and_the_argument(tmp_path):
     params = {"w": jnp.ones((2, 3)), "layers": [jnp.zeros(2)]}
     with pytest.raises(
         TypeError, match=r"inner_params must hold only arrays .* but inner_params\['model'\] is 'mine'\. Give texts in"
     ):
         maml_jax.save(tmp_path / "model", params, {"model": "mine"})
-    with pytest.raises(TypeError, match=r"description must hold values for JSON, but .*set"):
+    with pytest.raises(TypeError, match=r"description must hold only JSON-serialisable values: .*set"):
         maml_jax.save(tmp_path / "model", params, (), {"ways": {1, 2}})
     with pytest.raises(TypeError, match="description must be a dict, but got 'mine'"):
         maml_jax.save(tmp_path / "model", params, (), "mine")

@@ -1,4 +1,4 @@
-"""The profile of a training."""
+"""The profiler trace of a training."""
 
 import gzip
 import json

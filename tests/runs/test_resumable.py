@@ -1,4 +1,4 @@
-"""Training that is interrupted resumes bit for bit: after errors, kills, signals and full disks.
+"""An interrupted training resumes bit for bit, after errors, kills, signals and full disks.
 
 `MAML_JAX_KILLS=30 pytest tests/runs/test_resumable.py -k killed` kills more often than the default.
 """
@@ -45,22 +45,22 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 @pytest.fixture(scope="module", autouse=True)
 def share_compiled_programs(compiled):
-    """All tests of this file and their processes share the compiled programs."""
+    """All tests of this file and their child processes share compiled programs."""
 
 
 @pytest.fixture(scope="module")
 def environment(compiled):
-    # With the XLA_FLAGS of this process: only the same program gives the same bits.
+    # Child processes use the XLA_FLAGS of this process, because only equal programs give equal bits.
     environment = os.environ | {name.upper(): str(value) for name, value in compiled.items()}
     return environment | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
 
 
 @contextmanager
 def process(environment, *arguments):
-    """A process whose output is read line by line, and which ends with the block."""
+    """Starts a process with readable output, and kills the process at the end of the block."""
     command = [sys.executable, *map(str, arguments)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as child:
-        watchdog = threading.Timer(600, child.kill)  # Reading the output must not wait for ever.
+        watchdog = threading.Timer(600, child.kill)  # A silent process must not block the test forever.
         watchdog.start()
         try:
             yield child
@@ -75,11 +75,11 @@ def assert_equal(first, second):
 
 
 class TestResuming:
-    def test_a_run_that_is_left_at_any_step_ends_in_the_same_bits(self, tmp_path, capsys):
+    def test_a_run_that_stops_at_any_step_resumes_to_the_same_bits(self, tmp_path, capsys):
         reference, rows = train_in(open_run(tmp_path / "reference"), 26)
         assert [row["step"] for row in rows] == list(range(2, 27, 2))
         left, first_steps = tmp_path / "left", []
-        for until in (2, 6, 10, 18, None):  # Before the first checkpoint, at one, between two, and to the end.
+        for until in (2, 6, 10, 18, None):  # Before, at and between checkpoints; then to the end.
             run = open_run(left)
             state, rows = train_in(run, 26, until=until)
             run.close()
@@ -93,15 +93,15 @@ class TestResuming:
         assert rows == [row for row in run.rows() if row["step"] == 26]
         assert_equal(state, reference)
         run.close()
-        with pytest.raises(WorkdirError, match="has taken 26 meta-steps, more than steps, 10"):
+        with pytest.raises(WorkdirError, match="has taken 26 meta-steps, but steps is 10"):
             train_in(open_run(left), 10)
         before = sorted(left.rglob("*"))
-        with pytest.raises(WorkdirError, match="checkpoints has taken 26 meta-steps, more than steps, 25"):
+        with pytest.raises(WorkdirError, match="checkpoints has taken 26 meta-steps, but steps is 25"):
             check_steps(left, 25)
         check_steps(left, 26)
         assert sorted(left.rglob("*")) == before
 
-    def test_a_run_can_be_lengthened(self, tmp_path, capsys):
+    def test_a_run_can_resume_with_more_steps(self, tmp_path, capsys):
         for steps in (9, 26):
             run = open_run(tmp_path / "longer", steps)
             state, _ = train_in(run, steps)
@@ -109,7 +109,7 @@ class TestResuming:
         assert "note: steps was 9, is 26." in capsys.readouterr().err
         assert_equal(state, train_in(open_run(tmp_path / "reference"), 26)[0])
 
-    def test_trainings_that_share_a_directory_have_rows_and_checkpoints_of_their_own(self, tmp_path):
+    def test_trainings_in_one_directory_have_separate_rows_and_checkpoints(self, tmp_path):
         for until in ((12, 8), (None, None)):
             run = open_run(tmp_path)
             for name, step in zip("ab", until):
@@ -166,7 +166,7 @@ class TestValidation:
 
 
 def test_a_run_that_is_killed_at_any_moment_ends_in_the_same_bits(environment, tmp_path):
-    """SIGKILL while training and while saving, then SIGTERM and SIGINT; the same command follows each."""
+    """Sends SIGKILL while training and while saving, then SIGTERM and SIGINT. Starts the same command after each."""
     rng = random.Random(0)
     steps, reached, kills_while_saving = 100 * (KILLS + 2), 0, 0  # Enough steps for every signal to arrive in time.
     workdir = tmp_path / "killed"
@@ -185,7 +185,7 @@ def test_a_run_that_is_killed_at_any_moment_ends_in_the_same_bits(environment, t
         unfinished = list((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp"))
         kills_while_saving += bool(unfinished)
         assert "Traceback" not in errors and "damaged" not in errors
-        if number != signal.SIGKILL:  # Every step is saved.
+        if number != signal.SIGKILL:  # The last step is saved.
             assert f"step {reached} is saved" in errors and (workdir / "checkpoints" / str(reached)).is_dir()
             assert not unfinished
     print(f"{KILLS} kills, {kills_while_saving} of them while saving")
@@ -292,7 +292,7 @@ def navigation(_):
 
 def train_case(case, path, until=None):
     """Trains until step `until`, or to the end."""
-    run = RunDirectory(path, "it", {})
+    run = RunDirectory(path, "run", {})
     for state, row in resumable_train(
         *case, steps=CASE_STEPS, steps_per_call=1, run=run, save_every=2, labels={"kind": "a"}
     ):
@@ -306,7 +306,7 @@ def train_case(case, path, until=None):
 def test_few_shot_and_rl_trainings_resume_to_the_same_bits(make, request, tmp_path):
     case = make(request)
     reference = train_case(case, tmp_path / "reference")
-    for until in (3, 4, None):  # Between two checkpoints, at one, and to the end.
+    for until in (3, 4, None):  # Between two checkpoints, at a checkpoint, and to the end.
         state = train_case(case, tmp_path / "left", until)
     jax.tree.map(np.testing.assert_array_equal, state, reference)
     assert int(state.step) == CASE_STEPS

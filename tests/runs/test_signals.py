@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM are deferred, and nothing is left behind."""
+"""SIGINT and SIGTERM are deferred, and the state of the process is restored."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ import pytest
 from maml_jax.runs import signals
 
 
-def test_the_first_signal_is_stored_and_everything_is_restored():
+def test_the_first_signal_is_stored_and_the_process_state_is_restored():
     def process_state():
         descriptor = signal.set_wakeup_fd(-1)
         signal.set_wakeup_fd(descriptor)
@@ -43,14 +43,14 @@ def test_ignored_signals_stay_ignored():
         signal.signal(signal.SIGINT, handler)
 
 
-def test_other_threads_do_nothing():
+def test_signals_are_not_deferred_in_other_threads():
     requests = []
 
-    def elsewhere():
+    def defer_in_thread():
         with signals.deferred() as stop_request:
             requests.append(stop_request)
 
-    thread = threading.Thread(target=elsewhere)
+    thread = threading.Thread(target=defer_in_thread)
     thread.start()
     thread.join()
     assert requests[0].signal is None
