@@ -1,4 +1,4 @@
-"""Discounted returns and advantages of episodes, and their summary."""
+"""Discounted returns, advantages and metrics of episodes."""
 
 from typing import NamedTuple
 
@@ -12,24 +12,24 @@ from maml_jax.rl.rollout import Episodes
 
 
 class Experience(NamedTuple):
-    """Episodes of one task with their advantages. Losses treat all of its arrays as constants."""
+    """Episodes of one task with their advantages. Losses treat all arrays as constants."""
 
     episodes: Episodes
     log_prob: jax.Array
     """`[E, H]`: log probability of the actions under the policy that sampled them; 0 where the mask is 0."""
     advantage: jax.Array
-    """`[E, H]`: with mean 0 and standard deviation 1 over the time steps where the mask is 1."""
+    """`[E, H]`: advantages, with mean 0 and standard deviation 1 over the time steps where the mask is 1."""
     reward: jax.Array
-    """`[E, H]`: discounted to the start of the episode, in units of the advantages' standard deviation."""
+    """`[E, H]`: rewards, discounted to the start of the episode and divided by the deviation of the advantages."""
     baseline: jax.Array
-    """`[E, H]`: the predicted return, discounted and in the units of `reward`."""
+    """`[E, H]`: predicted returns, discounted and divided as `reward`."""
 
     def log_prob_under(self, distribution: Gaussian) -> jax.Array:
-        """Log probability of each action under another distribution, `[E, H]`; 0 where the mask is 0."""
+        """Returns the log probability of each action under another distribution, `[E, H]`; 0 where the mask is 0."""
         return self.episodes.mask * distribution.log_prob(self.episodes.action)
 
     def kl_to(self, distribution: Gaussian) -> jax.Array:
-        """KL divergence from the policy that sampled the actions to another; mean over the time steps, a scalar."""
+        """Returns the mean KL divergence from the policy that sampled the actions to `distribution`, a scalar."""
         return self.episodes.mean(self.episodes.distribution.kl_to(distribution))
 
 
@@ -45,12 +45,16 @@ class Summary(NamedTuple):
 
 
 def discounted_sums(values: jax.Array, discount: float) -> jax.Array:
-    """Sums of each value and all later ones, discounted for each time step, `[E, H] -> [E, H]`.
+    """Returns the discounted sum of each value and all later values, `[E, H] -> [E, H]`.
 
     Example:
       >>> import jax.numpy as jnp
       >>> print(discounted_sums(jnp.array([[1.0, 1.0, 1.0]]), 0.5))
       [[1.75 1.5  1.  ]]
+
+    Args:
+      values: `[E, H]`.
+      discount: the discount per time step.
     """
 
     def add(later: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -63,12 +67,15 @@ def discounted_sums(values: jax.Array, discount: float) -> jax.Array:
 def experience(episodes: Episodes, discount: float, gae_lambda: float) -> Experience:
     """Estimates advantages of episodes by generalised advantage estimation.
 
-    The baseline is fitted to the same episodes. Values after the horizon count as 0, as in the authors' code.
+    The baseline is fitted to the same episodes. The value after the horizon is 0, as in the code of Finn et al.
 
     Args:
       episodes: episodes of one task.
       discount: discount of rewards per time step, 0 to 1.
-      gae_lambda: the weight of longer returns, 0 to 1; with 1 the advantages are returns minus the baseline.
+      gae_lambda: the parameter lambda of the estimator, 0 to 1. With 1, advantages are returns minus the baseline.
+
+    Returns:
+      The episodes with normalised advantages.
 
     References:
       Schulman et al. 2016, arXiv:1506.02438, equation 16.
@@ -77,10 +84,11 @@ def experience(episodes: Episodes, discount: float, gae_lambda: float) -> Experi
     # Fit the baseline.
     value = linear_baseline(episodes.observation, discounted_sums(reward, discount), mask)
     next_value = jnp.pad(value[:, 1:], ((0, 0), (0, 1)))
-    # Sum the temporal differences, and normalise the sums over the task.
+    # Sum the temporal differences, and normalise the sums over all time steps of the task.
     advantage = discounted_sums(mask * (reward + discount * next_value - value), discount * gae_lambda)
     centred = mask * (advantage - episodes.mean(advantage))
     deviation = jnp.sqrt(episodes.mean(jnp.square(centred))) + 1e-8
+    # Scale rewards and values to the advantages, and discount them to the start of the episode.
     unit = discount ** jnp.arange(reward.shape[1], dtype=reward.dtype) / deviation
     log_prob = mask * episodes.distribution.log_prob(episodes.action)
     return Experience(episodes, log_prob, centred / deviation, unit * reward, unit * value)

@@ -9,10 +9,10 @@ RIDGE = 1e-5
 
 
 def features(observation: jax.Array) -> jax.Array:
-    """Features of the baseline, `[E, H, O] -> [E, H, 2 O + 4]`.
+    """Computes the features of the baseline, `[E, H, O] -> [E, H, 2 O + 4]`.
 
-    They are the observation clipped to [-10, 10], its squares, the time (in units of 100 steps) to the powers 1 to 3,
-    and 1.
+    The features are the observation clipped to [-10, 10], its square, the time (in units of 100 steps) to the
+    powers 1 to 3, and 1.
     """
     episodes, horizon, _ = observation.shape
     observation = jnp.clip(observation, -10, 10)
@@ -24,8 +24,8 @@ def features(observation: jax.Array) -> jax.Array:
 def linear_baseline(observation: jax.Array, returns: jax.Array, mask: jax.Array) -> jax.Array:
     """Fits returns by ridge regression and predicts them.
 
-    The columns are scaled to unit length first. Some of the half-cheetah's observations are collinear, and without the
-    scaling the float32 Cholesky factorisation fails.
+    The feature columns are first scaled to unit length. Some of the half-cheetah's observations are collinear.
+    Without the scaling, the float32 Cholesky factorisation fails.
 
     Args:
       observation: `[E, H, O]`.
@@ -38,10 +38,12 @@ def linear_baseline(observation: jax.Array, returns: jax.Array, mask: jax.Array)
     References:
       Duan et al. 2016, arXiv:1604.06778.
     """
+    # Scale the feature columns.
     design = features(observation) * mask[..., None]
     design = design.reshape(-1, design.shape[-1])
     length = jnp.sqrt(jnp.square(design).sum(0))
     design = design / jnp.where(length > 0, length, 1)
+    # Solve the normal equations of ridge regression.
     gram = design.T @ design + RIDGE * jnp.eye(design.shape[1], dtype=design.dtype)
     weights = cho_solve(cho_factor(gram), design.T @ (mask * returns).reshape(-1))
     return (design @ weights).reshape(returns.shape)

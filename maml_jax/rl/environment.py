@@ -1,7 +1,8 @@
 """Environments as pure functions, with the task as an array.
 
 Dimensions, beside those of `maml_jax.types`: `E` episodes, `H` time steps (the horizon), `O` entries of an
-observation, `A` entries of an action. The functions here take one episode; `vmap` adds episodes and tasks.
+observation, `A` entries of an action. The functions of an environment take one episode. `vmap` adds axes for
+episodes and tasks.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 State: TypeAlias = Any
-"""Any pytree of arrays that holds all that the next time step needs."""
+"""A pytree of arrays with everything that the next time step needs."""
 
 
 class Step(NamedTuple):
@@ -38,13 +39,13 @@ class Environment(NamedTuple):
     reset: Callable[[jax.Array, jax.Array], State]
     """`(key, task) -> state`: samples an initial state."""
     observe: Callable[[State, jax.Array], jax.Array]
-    """`(state, task) -> [O]`."""
+    """`(state, task) -> [O]`: the observation of a state."""
     step: Callable[[State, jax.Array, jax.Array], Step]
-    """`(state, action, task) -> Step`, for an action `[A]` within [-1, 1]."""
+    """`(state, action, task) -> Step`: takes one time step, with an action `[A]` in [-1, 1]."""
 
 
 def with_task_observation(environment: Environment) -> Environment:
-    """The same environment with the task appended to the observation, for the oracle of the paper.
+    """Returns the same environment with the task appended to the observation, for the oracle of the paper.
 
     Example:
       >>> from maml_jax.rl.envs.navigation import navigation
@@ -52,10 +53,10 @@ def with_task_observation(environment: Environment) -> Environment:
       4
 
     Args:
-      environment: any environment. Its tasks are flattened.
+      environment: any environment. Each task is flattened to a vector.
 
     Returns:
-      An environment whose `observation_size` is larger by the entries of a task.
+      An environment whose `observation_size` is larger by the number of entries of a task.
     """
     task = jax.eval_shape(lambda: environment.sample_tasks(jax.random.key(0), 1))
 

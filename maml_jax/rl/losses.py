@@ -1,14 +1,14 @@
 """Losses of the inner step: surrogates whose gradient is the policy gradient.
 
 At the parameters that sampled the episodes, the three losses have the same gradient in expectation (for 'dice' up to
-the discount to the start of the episode). Their second derivatives differ, and so do their meta-gradients:
+the discount to the start of the episode). The second derivatives and therefore the meta-gradients differ:
 
-    'logp'   log pi * A, the MAML paper's; its Hessian lacks E[A grad log pi (grad log pi)']
-    'lvc'    pi / pi_sampled * A, which has that term: low-variance curvature (Rothfuss et al. 2019, section 5)
-    'dice'   products of ratios over all earlier time steps: an unbiased Hessian (Foerster et al. 2018)
+    'logp'   log pi * A, the loss of the MAML paper. Its Hessian lacks the term E[A grad log pi (grad log pi)'].
+    'lvc'    pi / pi_sampled * A. Its Hessian has this term: low-variance curvature (Rothfuss et al. 2019, section 5).
+    'dice'   Products of ratios over all earlier time steps. Its Hessian is unbiased (Foerster et al. 2018).
 
-Ratios are relative to the policy that sampled the episodes, a constant. At that policy, every derivative equals that
-of the usual form exp(log pi - stop_gradient(log pi)).
+The denominator of a ratio is the policy that sampled the episodes, a constant. At this policy, all derivatives equal
+the derivatives of the usual form exp(log pi - stop_gradient(log pi)).
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from maml_jax.types import LossFn, Params
 InnerLossName = Literal["logp", "lvc", "dice"]
 
 Surrogate: TypeAlias = Callable[[Experience, jax.Array], jax.Array]
-"""`(experience, log_prob [E, H]) -> scalar` to be minimised. `log_prob` is 0 where the mask is 0."""
+"""`(experience, log_prob [E, H]) -> scalar loss`. `log_prob` is 0 where the mask is 0."""
 
 
 class PolicyAux(NamedTuple):
@@ -48,7 +48,7 @@ def ratio(experience: Experience, log_prob: jax.Array) -> jax.Array:
 
 
 def clipped_ratio(experience: Experience, log_prob: jax.Array, clip: float) -> jax.Array:
-    """As `ratio`, without gain from ratios outside 1 +- clip (PPO; Schulman et al. 2017, arXiv:1707.06347)."""
+    """As `ratio`, but ratios outside 1 +- clip do not lower the loss (PPO; Schulman et al. 2017, arXiv:1707.06347)."""
     ratios, advantage = jnp.exp(log_prob - experience.log_prob), experience.advantage
     pessimistic = jnp.minimum(ratios * advantage, jnp.clip(ratios, 1 - clip, 1 + clip) * advantage)
     return -experience.episodes.mean(pessimistic)
@@ -65,11 +65,11 @@ SURROGATES: dict[InnerLossName, Surrogate] = {"logp": logp, "lvc": ratio, "dice"
 
 
 def inner_loss(policy: Policy, name: InnerLossName) -> LossFn:
-    """The loss `(params, Experience) -> (scalar, PolicyAux)` of an inner step.
+    """Returns the loss `(params, Experience) -> (scalar, PolicyAux)` of an inner step.
 
     Args:
       policy: the policy.
-      name: 'logp', 'lvc' or 'dice'.
+      name: 'logp', 'lvc' or 'dice'; see `maml_jax.rl.losses`.
 
     Raises:
       ValueError: for any other name.

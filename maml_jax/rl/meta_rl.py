@@ -1,4 +1,4 @@
-"""MAML for reinforcement learning: a whole meta-iteration as one function (paper, algorithm 3)."""
+"""MAML for reinforcement learning: a meta-iteration as one function (Finn et al. 2017, algorithm 3)."""
 
 from functools import partial
 from typing import NamedTuple
@@ -24,15 +24,15 @@ from maml_jax.types import AdaptInfo, Evaluation, MetaInfo, MetaParams, MetaStat
 
 
 class TaskBatch(NamedTuple):
-    """Tasks of an environment with the random keys of their episodes; every leaf has a leading axis `T`.
+    """Tasks of an environment with PRNG keys for their episodes. Every leaf has a leading axis `T`.
 
-    One task is a `TaskBatch` without that axis.
+    A single task is a `TaskBatch` without the leading axis.
     """
 
     key: jax.Array
-    """`[T]`: a key for all episodes of each task."""
+    """`[T]`: one key for each task, from which the keys of all its episodes are derived."""
     task: jax.Array
-    """`[T, ...]`: the tasks, as the environment takes them."""
+    """`[T, ...]`: the result of `Environment.sample_tasks`."""
 
 
 def draw_task_batch(environment: Environment, key: jax.Array, tasks: int) -> TaskBatch:
@@ -43,6 +43,11 @@ def draw_task_batch(environment: Environment, key: jax.Array, tasks: int) -> Tas
       >>> from maml_jax.rl.envs.navigation import navigation
       >>> draw_task_batch(navigation(), jax.random.key(0), tasks=20).task.shape
       (20, 2)
+
+    Args:
+      environment: the family of tasks.
+      key: a PRNG key.
+      tasks: the number of tasks, `T`.
     """
     task_key, key = jax.random.split(key)
     return TaskBatch(jax.random.split(key, tasks), environment.sample_tasks(task_key, tasks))
@@ -72,7 +77,7 @@ def maml_rl(
       >>> from maml_jax.rl.outer import policy_gradient
       >>> from maml_jax.rl.policy import gaussian_mlp
       >>> environment, policy = navigation(horizon=5), gaussian_mlp(2, 2, hidden=(8,))
-      >>> outer = policy_gradient(optax.sgd(0.1))  # The paper's is `trpo(0.01)`.
+      >>> outer = policy_gradient(optax.sgd(0.1))  # The paper uses `trpo(0.01)`.
       >>> learner = maml_rl(environment, policy, maml_jax.sgd(0.1, steps=1), outer, episodes=4)
       >>> state = learner.init(policy.init(jax.random.key(0)))
       >>> task_batch = draw_task_batch(environment, jax.random.key(1), tasks=3)
@@ -83,31 +88,31 @@ def maml_rl(
     Args:
       environment: the family of tasks.
       policy: the policy, such as `gaussian_mlp(environment.observation_size, environment.action_size)`.
-      inner: how to adapt to a task, such as `maml_jax.sgd(0.1, steps=1)`. The inner loss is a mean over time steps,
+      inner: the inner learner, such as `maml_jax.sgd(0.1, steps=1)`. The inner loss is a mean over time steps,
         with advantages of standard deviation 1.
       outer: the outer step, such as `trpo(0.01)`.
       episodes: `E`, sampled for each task before each inner step and after the last step.
-      inner_loss_name: 'logp' (the paper's), 'lvc' or 'dice'; see `maml_jax.rl.losses`.
-      sampling_term: whether the meta-gradient also credits the sampling of the support episodes (E-MAML).
+      inner_loss_name: 'logp' (as in the paper), 'lvc' or 'dice'; see `maml_jax.rl.losses`.
+      sampling_term: whether the outer loss has a term for the sampling of the support episodes (E-MAML).
       discount: discount of rewards per time step, 0 to 1.
-      gae_lambda: of generalised advantage estimation, 0 to 1.
-      mesh: the devices that share the tasks, such as `task_mesh(T)`; None uses one device. On several CPU devices, XLA
-        needs one thread more than devices if an environment calls the host or observations are large. Otherwise large
-        calls wait for each other forever. Set the environment variable NPROC before JAX starts.
+      gae_lambda: the parameter lambda of generalised advantage estimation, 0 to 1.
+      mesh: the devices that share the tasks, such as `maml_jax.task_mesh(T)`; None uses one device. On several CPU
+        devices, XLA needs more threads than devices if the environment calls the host or observations are large.
+        Otherwise large calls can hang. Set the environment variable NPROC to the number of threads before JAX starts.
 
     Returns:
       A `MetaLearner` whose tasks are a `TaskBatch`. Losses are minus the mean return (paper, equation 4).
-      `step(state, task_batch)` is one meta-iteration. Its aux is a dict: 'return', 'return_before', 'length' and
-      'num_nonfinite' `[T]`, 'kl' and 'improvement' `[1]`.
-      `evaluate(state, task_batch, steps)` gives the loss of each task before and after each inner step, on new
-      episodes, with the `Summary` of the episodes as aux. Support loss and query loss are equal.
-      `adapt(state, one_task, steps)` adapts to one task. Its losses and its aux, `(Summary, Experience)`, are those
-      before and after each step, `[steps + 1, ...]`.
+      `step(state, task_batch)` is one meta-iteration. The aux is a dict: 'return', 'return_before', 'length' and
+      'num_nonfinite' are `[T]`, 'kl' and 'improvement' are `[1]`.
+      `evaluate(state, task_batch, steps)` returns the loss of each task before the first inner step and after each
+      step, on new episodes, with the `Summary` of the episodes as aux. Support loss and query loss are equal.
+      `adapt(state, one_task, steps)` adapts to one task. The losses `[steps + 1]` and the aux
+      `(Summary, Experience)`, `[steps + 1, ...]`, are those before the first step and after each step.
 
     Raises:
-      TypeError: if `inner` or `outer` is of another type.
-      ValueError: for fewer than 1 episode, a discount or `gae_lambda` outside 0 to 1, a loss name that does not exist,
-        `remat='mixflow'`, and, in `step`, for a sampling term with fewer than 2 tasks.
+      TypeError: if `inner` is not an inner learner, or if `outer` is not an outer step.
+      ValueError: for fewer than 1 episode, for a discount or `gae_lambda` outside 0 to 1, for an unknown loss name, for
+        `remat='mixflow'`, and in `step` for a sampling term with fewer than 2 tasks.
 
     References:
       Finn, Abbeel and Levine 2017, arXiv:1703.03400, algorithm 3; Stadie et al. 2018, arXiv:1803.01118 (E-MAML).
@@ -118,15 +123,15 @@ def maml_rl(
         raise TypeError(f"outer must come from trpo, policy_gradient or promp, but got {outer!r}.")
     if inner.remat == "mixflow":
         raise ValueError(
-            "remat='mixflow' has no forward-mode derivatives, which trpo needs, and no derivatives of the aux of an "
-            "inner loss, which promp and the sampling term need: use 'none' or 'full'."
+            "remat must be 'none' or 'full', but got 'mixflow'. trpo needs forward-mode derivatives, and promp and the "
+            "sampling term need derivatives of the aux of the inner loss: 'mixflow' has neither."
         )
     validation.at_least("episodes", episodes, 1)
     for name, value in (("discount", discount), ("gae_lambda", gae_lambda)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must be between 0 and 1, but got {value!r}.")
     loss_fn = inner_loss(policy, inner_loss_name)
-    over_tasks = task_axis("all", mesh)  # The host simulates all episodes in one call.
+    over_tasks = task_axis("all", mesh)  # All tasks together: the host simulates in one call.
 
     def init(params: Params) -> MetaState:
         return init_state(inner, params, outer.init, over_tasks)
@@ -141,7 +146,7 @@ def maml_rl(
         return loss_fn(params, sampled)[0], sampled
 
     def collect(meta_params: MetaParams, one_task: TaskBatch, *, steps: int) -> tuple[Params, Task]:
-        """Adapts to one task. Returns the adapted parameters, and the experience of each step and after the last."""
+        """Adapts to one task. Returns the adapted parameters, and the experience of all inner steps and after them."""
         keys = jax.random.split(one_task.key, steps + 1)
         step_batches = TaskBatch(keys[:-1], jnp.broadcast_to(one_task.task, (steps, *one_task.task.shape)))
         params, info = inner_loop(inner, sampled_loss, *meta_params, step_batches, steps=steps, batch_per_step=True)
@@ -149,7 +154,7 @@ def maml_rl(
 
     def step(state: MetaState, task_batch: TaskBatch) -> tuple[MetaState, MetaInfo]:
         if sampling_term and len(task_batch.task) < 2:
-            raise ValueError("sampling_term compares each task's return with the others': give 2 tasks or more.")
+            raise ValueError("sampling_term compares the return of a task with the other tasks: give 2 tasks or more.")
         # Sample episodes of every task, before and after adaptation.
         _, tasks = over_tasks.map(partial(collect, steps=inner.steps), state.meta_params, task_batch)
         # One outer step on these episodes.

@@ -1,4 +1,4 @@
-"""The outer objective: a function of the meta-parameters, on episodes that are already sampled."""
+"""The outer objective as a function of the meta-parameters, on episodes that were sampled before."""
 
 from typing import Any, NamedTuple
 
@@ -16,16 +16,16 @@ class Terms(NamedTuple):
     """The terms of the outer objective; scalars, means over the tasks."""
 
     loss: jax.Array
-    """Minus the mean of likelihood ratio times advantage after adaptation, with E-MAML's term if asked for."""
+    """Minus the mean of likelihood ratio times advantage after adaptation, plus the E-MAML term if there is one."""
     kl: jax.Array
-    """KL divergence from the adapted policies that sampled the query episodes to the adapted policies."""
+    """KL divergence from the policies that sampled the query episodes to the adapted policies."""
     inner_kl: jax.Array
-    """KL divergence from the policies that sampled the support episodes to the policies before each inner step, mean
-    over the steps; 0 without inner steps."""
+    """KL divergence from the policies that sampled the support episodes to the policies before each inner step: the
+    mean over the steps, 0 without inner steps."""
 
 
 class Objective(NamedTuple):
-    """The outer objective of one meta-batch (paper, algorithm 3, line 10)."""
+    """The outer objective of one meta-batch (Finn et al. 2017, arXiv:1703.03400, algorithm 3, line 10)."""
 
     policy: Policy
     inner: InnerLearner
@@ -35,7 +35,7 @@ class Objective(NamedTuple):
     """`[T, ...]`: `support` is the `Experience` of each inner step, with a second axis `S`; `query` is the `Experience`
     after the last step."""
     sampling_term: bool
-    """Whether the loss has E-MAML's term, which credits the sampling of the support episodes."""
+    """Whether the loss has the E-MAML term for the sampling of the support episodes."""
     over_tasks: TaskAxis
     """How the tasks are divided into groups and over devices."""
 
@@ -44,7 +44,7 @@ class Objective(NamedTuple):
         return inner_loop(self.inner, self.loss_fn, *meta_params, task.support, batch_per_step=True)
 
     def distributions(self, meta_params: MetaParams) -> Gaussian:
-        """The adapted policies' distributions over the actions of the query episodes, `[T, E, H, A]`."""
+        """Returns the action distributions of the adapted policies in the query episodes, `[T, E, H, A]`."""
 
         def task_distribution(meta_params: MetaParams, task: Task) -> Gaussian:
             return self.policy.apply(self.adapt(meta_params, task)[0], task.query.episodes.observation)
@@ -52,11 +52,11 @@ class Objective(NamedTuple):
         return self.over_tasks.map(task_distribution, meta_params, self.tasks)
 
     def kl(self, distributions: Gaussian) -> jax.Array:
-        """Mean KL divergence from the policies that sampled the query episodes to `distributions`, a scalar."""
+        """Returns the mean KL divergence from the policies that sampled the query episodes to `distributions`."""
         return jax.vmap(lambda task, new: task.query.kl_to(new))(self.tasks, distributions).mean()
 
     def terms(self, meta_params: MetaParams, clip: float | None = None) -> Terms:
-        """Computes the terms. With `clip`, the loss gains nothing from likelihood ratios outside 1 +- clip."""
+        """Computes the terms. With `clip`, likelihood ratios outside 1 +- clip do not lower the loss."""
 
         def task_terms(meta_params: MetaParams, task: Task) -> tuple[Terms, Any]:
             # Adapt on the support episodes.
@@ -74,10 +74,12 @@ class Objective(NamedTuple):
         return jax.tree.map(jnp.mean, terms)
 
     def sampling_credit(self) -> jax.Array:
-        """`[T]`: the query return of each task above the mean of the other tasks, in units of the loss.
+        """Returns the factors of the E-MAML term: each query return minus the mean of the other tasks, `[T]`.
 
-        E-MAML credits the support episodes of a task with its whole query return (Stadie et al. 2018, equation 10). The
-        other tasks do not depend on these episodes, so their mean is a valid baseline.
+        In E-MAML the factor of the log probability of the support episodes is the query return of the same task
+        (Stadie et al. 2018, arXiv:1803.01118, equation 10). The returns of other tasks do not depend on these episodes,
+        so their mean is a valid baseline. The factors are divided by the mean length of an episode, because the loss is
+        a mean over time steps.
         """
         query = self.tasks.query
         total = query.reward.sum(2).mean(1)

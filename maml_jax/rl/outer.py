@@ -1,6 +1,6 @@
 """Outer steps: updates of the meta-parameters from the outer objective.
 
-Here are policy gradient and ProMP; `maml_jax.rl.trust_region` has TRPO.
+This module has the policy gradient and ProMP. `maml_jax.rl.trust_region` has TRPO.
 """
 
 from collections.abc import Callable
@@ -23,11 +23,11 @@ class OuterInfo(NamedTuple):
     improvement: jax.Array
     """Decrease of the loss on the same episodes."""
     kl: jax.Array
-    """KL divergence from the adapted policies before the step to those after it."""
+    """KL divergence from the adapted policies before the step to the adapted policies after the step."""
 
 
 class Outer(NamedTuple):
-    """An outer step. Make one with `trust_region.trpo`, `policy_gradient` or `promp`."""
+    """An outer step, made by `trust_region.trpo`, `policy_gradient` or `promp`."""
 
     init: Callable[[MetaParams], Any]
     """`meta_params -> opt_state`."""
@@ -59,7 +59,7 @@ def promp(
 ) -> Outer:
     """Proximal meta-policy search (ProMP): several optimizer steps on the same episodes, with clipped ratios.
 
-    Its inner loss is 'lvc'.
+    Rothfuss et al. use ProMP with the inner loss 'lvc'.
 
     Example:
       >>> import optax
@@ -68,8 +68,8 @@ def promp(
     Args:
       optimizer: an optax transformation that includes the learning rate.
       steps: optimizer steps on each meta-batch.
-      clip: likelihood ratios outside 1 +- clip add nothing to the objective.
-      inner_kl_weight: weight of the KL divergence of the policies before each inner step.
+      clip: likelihood ratios outside 1 +- clip do not lower the loss.
+      inner_kl_weight: weight of the penalty `Terms.inner_kl`, the KL divergence of the policies before each inner step.
 
     Raises:
       TypeError: if `optimizer` is not an optax transformation.
@@ -102,6 +102,7 @@ def _descent(
             return (optax.apply_updates(meta_params, updates), opt_state), (value, optax.tree.norm(grads))
 
         (meta_params, opt_state), (values, norms) = lax.scan(step, (meta_params, opt_state), length=steps)
+        # Metrics, on the same episodes.
         after = objective.terms(meta_params)
         return meta_params, opt_state, OuterInfo(norms[0], values[0] - loss(objective, meta_params), after.kl)
 

@@ -13,6 +13,7 @@ from maml_jax.nets.layers import Dense
 from maml_jax.types import Params
 
 MIN_LOG_STD = float(np.log(1e-6))
+"""Lower bound of the logarithm of the standard deviation."""
 
 
 class Gaussian(NamedTuple):
@@ -24,12 +25,12 @@ class Gaussian(NamedTuple):
     """Logarithm of the standard deviation; broadcasts against `mean`."""
 
     def log_prob(self, action: jax.Array) -> jax.Array:
-        """Log probability of actions, `[..., A] -> [...]`."""
+        """Returns the log probability of actions, `[..., A] -> [...]`."""
         scaled = (action - self.mean) * jnp.exp(-self.log_std)
         return (-0.5 * jnp.square(scaled) - self.log_std - 0.5 * np.log(2 * np.pi)).sum(-1)
 
     def kl_to(self, other: "Gaussian") -> jax.Array:
-        """Kullback-Leibler divergence from this distribution to another, `[...]`; exactly 0 if they are equal."""
+        """Returns the KL divergence from this distribution to `other`, `[...]`; exactly 0 for equal distributions."""
         difference = other.log_std - self.log_std
         squares = jnp.square(self.mean - other.mean) * jnp.exp(-2 * other.log_std)
         return 0.5 * (squares + jnp.expm1(-2 * difference) + 2 * difference).sum(-1)
@@ -45,7 +46,7 @@ class Policy(NamedTuple):
 
 
 class GaussianMLP(nn.Module):
-    """A ReLU network for the mean, and one parameter per action entry for the logarithm of the deviation."""
+    """A ReLU network for the mean, and a parameter for the logarithm of the standard deviation of each action entry."""
 
     hidden: Sequence[int]
     actions: int
@@ -60,9 +61,9 @@ class GaussianMLP(nn.Module):
 
 
 def gaussian_mlp(observations: int, actions: int, hidden: Sequence[int] = (100, 100)) -> Policy:
-    """The policy of the MAML paper (appendix A.2): two hidden ReLU layers, and a deviation of 1 at the start.
+    """The policy of the MAML paper (appendix A.2): two hidden ReLU layers, and an initial standard deviation of 1.
 
-    The deviation is a parameter, so the inner steps adapt it, too.
+    The standard deviation is a parameter that the inner steps adapt.
 
     Example:
       >>> import jax

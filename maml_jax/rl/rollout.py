@@ -15,11 +15,11 @@ class Episodes(NamedTuple):
     """Episodes of one task. Entries where the mask is 0 are finite and have no meaning."""
 
     observation: jax.Array
-    """`[E, H, O]`: before each action."""
+    """`[E, H, O]`: the observation before each action."""
     action: jax.Array
-    """`[E, H, A]`: as sampled from the policy. The environment takes it clipped to [-1, 1]."""
+    """`[E, H, A]`: the action as sampled. The environment gets the action clipped to [-1, 1]."""
     distribution: Gaussian
-    """The policy's distribution that the action was sampled from; mean and log_std `[E, H, A]`."""
+    """The distribution that the action was sampled from; mean and log_std `[E, H, A]`."""
     reward: jax.Array
     """`[E, H]`, 0 where the mask is 0."""
     mask: jax.Array
@@ -28,7 +28,7 @@ class Episodes(NamedTuple):
     """`[E]`: 1 for episodes that ended early because an observation, action, reward or state was not finite."""
 
     def mean(self, values: jax.Array) -> jax.Array:
-        """Mean of values `[E, H]` over the time steps where the mask is 1; 0 if there are none."""
+        """Returns the mean of values `[E, H]` over the time steps where the mask is 1; 0 without such time steps."""
         return (self.mask * values).sum() / jnp.maximum(self.mask.sum(), 1)
 
 
@@ -37,8 +37,8 @@ def rollout(
 ) -> Episodes:
     """Samples `E` episodes of one task.
 
-    Rollouts are not differentiated. An observation, action, reward or state that is not finite ends its episode before
-    that time step; the other episodes continue.
+    Rollouts are not differentiated. An observation, action, reward or state that is not finite ends the episode before
+    the current time step. The other episodes continue.
 
     Example:
       >>> import jax
@@ -51,10 +51,14 @@ def rollout(
 
     Args:
       environment: the environment.
-      policy: the policy, with its parameters `params`.
-      key: the source of the initial states and of the actions.
+      policy: the policy.
+      params: the parameters of the policy.
+      key: a PRNG key for the initial states and the actions.
       task: one task of the environment.
-      episodes: `E`.
+      episodes: the number of episodes, `E`.
+
+    Returns:
+      The episodes, padded to the horizon `H`.
     """
     params = lax.stop_gradient(params)
     reset_key, noise_key = jax.random.split(key)
@@ -68,7 +72,7 @@ def rollout(
         observation = jax.vmap(environment.observe, (0, None))(state, task)
         distribution = policy.apply(params, observation)
         action = distribution.mean + jnp.exp(distribution.log_std) * noise
-        # Step every environment. Those that have no finite action get 0.
+        # Step every environment, with a zero action where the action or the observation is not finite.
         finite = jnp.isfinite(action).all(-1) & jnp.isfinite(observation).all(-1)
         clipped = jnp.where(finite[:, None], jnp.clip(action, -1, 1), 0)
         step: Step = jax.vmap(environment.step, (0, 0, None))(state, clipped, task)

@@ -15,7 +15,7 @@ from maml_jax.rl.outer import Outer, OuterInfo
 from maml_jax.types import MetaParams
 
 SQUARE_TOLERANCE = 1e-10
-"""The conjugate gradients stop at this squared norm of the residual."""
+"""Conjugate gradients stop when the squared norm of the residual is at most this value."""
 
 
 def trpo(
@@ -27,16 +27,18 @@ def trpo(
     attempts: int = 15,
     curvature_tasks: int | None = None,
 ) -> Outer:
-    """A natural-gradient step to the edge of a trust region, followed by a backtracking line search.
+    """TRPO: a natural-gradient step to the edge of a trust region, followed by a backtracking line search.
 
-    The defaults are the paper's. If the line search accepts no step, the meta-parameters do not change, and the metric
-    `kl` is 0.
+    The defaults are those of Finn et al. If the line search accepts no step, the meta-parameters do not change, and the
+    metric `kl` is 0.
 
     Example:
+      >>> from maml_jax.rl.trust_region import trpo
       >>> outer = trpo(kl_limit=0.01)
 
     Args:
-      kl_limit: the largest mean KL divergence, in nats, from the adapted policies before the step to those after it.
+      kl_limit: the largest mean KL divergence, in nats, from the adapted policies before the step to the adapted
+        policies after the step.
       conjugate_steps: iterations of conjugate gradients for the direction of the step.
       damping: added to the diagonal of the curvature matrix.
       backtracking: factor by which the step shrinks from one attempt to the next.
@@ -62,15 +64,16 @@ def trpo(
     def update(objective: Objective, meta_params: MetaParams, opt_state: Any) -> tuple[MetaParams, Any, OuterInfo]:
         # The meta-gradient.
         loss, grads = jax.value_and_grad(lambda meta_params: objective.terms(meta_params).loss)(meta_params)
-        # The natural gradient: solve for it with products of the curvature, on all or some of the tasks.
-        some = objective._replace(tasks=jax.tree.map(lambda leaf: leaf[:curvature_tasks], objective.tasks))
-        product = curvature_product(some.distributions, some.kl, meta_params)
+        # The natural gradient, by conjugate gradients with curvature products, on all or the first tasks.
+        tasks = jax.tree.map(lambda leaf: leaf[:curvature_tasks], objective.tasks)
+        curvature_objective = objective._replace(tasks=tasks)
+        product = curvature_product(curvature_objective.distributions, curvature_objective.kl, meta_params)
 
         def damped(vector: MetaParams) -> MetaParams:
             return jax.tree.map(lambda along, leaf: along + damping * leaf, product(vector), vector)
 
         direction = conjugate_gradient(damped, grads, steps=conjugate_steps, square_tolerance=SQUARE_TOLERANCE)
-        # The step length: there the quadratic approximation of the divergence reaches its limit.
+        # The step length: the quadratic approximation of the divergence then equals `kl_limit`.
         curvature = optax.tree.vdot(direction, grads)
         step = optax.tree.scale(jnp.sqrt(2 * kl_limit / (curvature + 1e-8)), direction)
         # The line search.
@@ -83,11 +86,11 @@ def trpo(
 def curvature_product(
     outputs: Callable[[MetaParams], Any], divergence: Callable[[Any], jax.Array], meta_params: MetaParams
 ) -> Callable[[MetaParams], MetaParams]:
-    """The Hessian-vector product of `divergence(outputs(.))` at parameters where the divergence is at its minimum.
+    """Returns the Hessian-vector product of `divergence(outputs(.))` at parameters where the divergence is minimal.
 
-    At the minimum the gradient of the divergence is zero, so the second derivatives of `outputs` do not matter: the
+    At the minimum the gradient of the divergence is zero, so the second derivatives of `outputs` do not matter. The
     Hessian is J'FJ, with the Jacobian J of the outputs and the Hessian F of the divergence with respect to the outputs.
-    J and its transpose are linearised once, and no third derivative of the policy is computed.
+    The function is linearised once, and no third derivative of the policy is computed.
     """
     at, jacobian = jax.linearize(outputs, meta_params)
     transposed = jax.linear_transpose(jacobian, meta_params)
@@ -104,11 +107,11 @@ def line_search(
     backtracking: float,
     attempts: int,
 ) -> tuple[MetaParams, Terms]:
-    """Tries `start - backtracking^k * step` for k = 0, 1, ... until the loss falls and the divergence is in its limit.
+    """Tries `start - backtracking^k * step` for k = 0, 1, ... until one lowers the loss within `kl_limit`.
 
     Returns:
-      The new meta-parameters and their `Terms`; those of `start` if no attempt is accepted, as when a value is not
-      finite.
+      The new meta-parameters and their `Terms`. If no attempt is accepted, for example because a value is not finite,
+      the meta-parameters are `start`, and the divergences are 0.
     """
 
     def candidate(attempt: jax.Array) -> MetaParams:

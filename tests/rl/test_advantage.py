@@ -47,12 +47,12 @@ def test_padding_changes_neither_advantages_nor_losses(x64):
     advantages = (advantages - np.mean(advantages)) / (np.std(advantages) + 1e-8)
     np.testing.assert_allclose(np.asarray(sampled.advantage)[mask > 0], advantages, atol=1e-9)
 
-    def concatenated(params):
+    def loss_without_padding(params):
         parts = [POLICY.apply(params, observation[i, :n]).log_prob(action[i, :n]) for i, n in enumerate(lengths)]
         return -(jnp.concatenate(parts) * advantages).mean()
 
-    np.testing.assert_allclose(loss, concatenated(params), rtol=1e-9)
-    for masked, expected in zip(*map(jax.tree.leaves, (gradient, compiled(jax.grad(concatenated))(params)))):
+    np.testing.assert_allclose(loss, loss_without_padding(params), rtol=1e-9)
+    for masked, expected in zip(*map(jax.tree.leaves, (gradient, compiled(jax.grad(loss_without_padding))(params)))):
         np.testing.assert_allclose(masked, expected, atol=1e-9)
     # Entries after the end of an episode change nothing.
     other = mask[..., None] * observation + (1 - mask[..., None]) * 7.0, action - (1 - mask[..., None]) * 3.0

@@ -7,8 +7,8 @@ import numpy as np
 from maml_jax.rl.baseline import RIDGE, features, linear_baseline
 
 
-def test_float32_predictions_are_those_of_ridge_regression():
-    """With collinear observations, as those of the half-cheetah."""
+def test_float32_predictions_equal_ridge_regression_in_float64():
+    """The observations are collinear, like those of the half-cheetah."""
     rng = np.random.default_rng(0)
     observation = rng.normal(size=(10, 50, 3)).astype(np.float32)
     observation = np.concatenate([observation, observation[..., :1] * 2, observation[..., 1:] - 1], -1)

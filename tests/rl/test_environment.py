@@ -1,4 +1,4 @@
-"""The oracle's environment."""
+"""The environment of the oracle, which observes the task."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -11,7 +11,7 @@ from maml_jax.rl.losses import SURROGATES, inner_loss
 
 
 def test_hessians_differ_by_the_known_terms(x64, objective_of_two_steps):
-    """'lvc' adds E[A grad log pi (grad log pi)'] to the Hessian of 'logp'; 'dice' those of all earlier steps."""
+    """'lvc' adds E[A grad log pi (grad log pi)'] to the Hessian of 'logp'. 'dice' adds the terms of earlier steps."""
     params, objective = objective_of_two_steps
     sampled = jax.tree.map(lambda leaf: leaf[0, 0], objective.tasks.support)
     flat, unravel = ravel_pytree(params)
@@ -41,6 +41,6 @@ def test_hessians_differ_by_the_known_terms(x64, objective_of_two_steps):
     np.testing.assert_allclose(hessians[2] - plain, added, atol=1e-9)
 
 
-def test_a_name_that_does_not_exist_raises():
+def test_an_unknown_name_raises():
     with pytest.raises(ValueError, match="inner_loss must be one of 'logp', 'lvc', 'dice', but got 'reinforce'"):
         inner_loss(POLICY, "reinforce")

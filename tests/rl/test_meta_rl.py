@@ -1,4 +1,4 @@
-"""A whole meta-iteration, adaptation and evaluation."""
+"""Meta-iterations, adaptation and evaluation of policies."""
 
 from functools import partial
 
@@ -55,7 +55,7 @@ def adapting():
         return learner, state, task_batch, alone
 
 
-def test_evaluate_equals_adapt_to_each_task(x64, adapting):
+def test_evaluate_gives_the_losses_of_adapt_for_each_task(x64, adapting):
     learner, state, task_batch, alone = adapting
     together = compiled(learner.evaluate)(state, task_batch)
     for loss, (_, info) in zip(together.loss, alone):
@@ -63,14 +63,14 @@ def test_evaluate_equals_adapt_to_each_task(x64, adapting):
     assert np.ptp(together.loss, axis=0).min() > 1e-3 and np.ptp(together.loss, axis=1).min() > 1e-3
 
 
-def test_each_inner_step_is_gradient_descent_on_its_own_episodes(x64, adapting):
-    """With different rates for the two steps, against the update written out."""
+def test_each_inner_step_is_gradient_descent_on_new_episodes(x64, adapting):
+    """The two steps have different rates. The reference is the update, written in plain JAX."""
     _, state, _, alone = adapting
     adapted, info = alone[0]
     sampled = info.aux[1]
 
     @compiled
-    def written_out(params, sampled, rate):
+    def plain_step(params, sampled, rate):
         policy = POLICY.apply(params, sampled.episodes.observation)
 
         def loss(params):
@@ -81,17 +81,17 @@ def test_each_inner_step_is_gradient_descent_on_its_own_episodes(x64, adapting):
 
     params = state.params
     for index, rate in enumerate((0.4, 0.1)):
-        of_step = jax.tree.map(lambda leaf, index=index: leaf[index], sampled)
-        mean, params = written_out(params, of_step, rate)
+        step_sample = jax.tree.map(lambda leaf, index=index: leaf[index], sampled)
+        mean, params = plain_step(params, step_sample, rate)
         # The episodes of a step are sampled with the parameters before that step.
         np.testing.assert_allclose(
-            of_step.episodes.mask[..., None] * mean, of_step.episodes.distribution.mean, atol=1e-12
+            step_sample.episodes.mask[..., None] * mean, step_sample.episodes.distribution.mean, atol=1e-12
         )
     for one, two in zip(*map(jax.tree.leaves, (adapted, params))):
         np.testing.assert_allclose(one, two, atol=1e-12)
     distribution = sampled.episodes.distribution
     noise = (sampled.episodes.action - distribution.mean) / jnp.exp(distribution.log_std)
-    for one, other in ((0, 1), (0, 2), (1, 2)):  # And they are new.
+    for one, other in ((0, 1), (0, 2), (1, 2)):  # The episodes of each step have new noise.
         assert np.isclose(noise[one], noise[other], atol=1e-3).mean() < 0.2
 
 
@@ -111,7 +111,7 @@ def test_arguments_that_are_not_allowed_raise():
         small_learner(trpo(), inner_loss_name="reinforce")
     with pytest.raises(ValueError, match=r"discount must be between 0 and 1, but got 1\.5"):
         small_learner(trpo(), discount=1.5)
-    with pytest.raises(ValueError, match="'mixflow' has no forward-mode derivatives"):
+    with pytest.raises(ValueError, match="remat must be 'none' or 'full', but got 'mixflow'"):
         small_learner(trpo(), inner=maml_jax.sgd(0.1, steps=1, remat="mixflow"))
     with pytest.raises(TypeError, match="inner must come from"):
         small_learner(trpo(), inner=optax.sgd(0.1))

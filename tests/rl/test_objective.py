@@ -1,4 +1,4 @@
-"""The outer objective: its meta-gradient, its division over tasks, and the sampling term."""
+"""The outer objective: the meta-gradient, groups of tasks, and the sampling term."""
 
 from functools import partial
 
@@ -32,7 +32,7 @@ def test_the_meta_gradient_equals_finite_differences_on_the_same_episodes(
             return objective.terms(optax.tree.add_scale(meta_params, distance, along)).loss
 
         losses = jax.lax.map(moved, size * jnp.array([-2.0, -1.0, 1.0, 2.0]))
-        # Differences of fourth order, as the third derivatives of 'dice' are large.
+        # Use differences of fourth order, because the third derivatives of 'dice' are large.
         differences = jnp.dot(jnp.array([1.0, -8.0, 8.0, -1.0]), losses) / (12 * size)
         orders = [objective._replace(inner=maml_jax.sgd(0.3, steps=2, order=order)) for order in (1, 2)]
         gradients = [jax.grad(lambda m, one=one: one.terms(m).loss)(meta_params) for one in orders]
@@ -44,7 +44,7 @@ def test_the_meta_gradient_equals_finite_differences_on_the_same_episodes(
 
 
 def test_groups_and_devices_of_tasks_do_not_change_derivatives(x64):
-    """Together, one by one, and over two devices, also for three tasks."""
+    """Tasks are computed together, one by one, and on two devices; the curvature product uses three of four tasks."""
     params = perturbed(POLICY)
     meta_params, inner = MetaParams(params, ()), maml_jax.sgd(0.3, steps=1)
     objective, along = collected(inner, params, tasks=4, name="lvc"), direction_like(meta_params)
@@ -68,7 +68,7 @@ def test_groups_and_devices_of_tasks_do_not_change_derivatives(x64):
 def test_the_sampling_term_is_credit_times_the_score_of_the_support_episodes(x64, objective_of_two_steps):
     params, objective = objective_of_two_steps
     flat, unravel = ravel_pytree(params)
-    # The first inner step alone: its episodes are sampled with the parameters themselves.
+    # Use only the first inner step: its episodes were sampled with the initial parameters.
     support = jax.tree.map(lambda leaf: leaf[:, :1], objective.tasks.support)
     objective = objective._replace(inner=maml_jax.sgd(0.3, steps=1), tasks=objective.tasks._replace(support=support))
 
@@ -79,12 +79,12 @@ def test_the_sampling_term_is_credit_times_the_score_of_the_support_episodes(x64
         return jax.vmap(task_log_likelihood)(jax.tree.map(lambda leaf: leaf[:, 0], support))
 
     @compiled
-    def both(flat):
+    def added_gradient_and_scores(flat):
         with_and_without = (objective._replace(sampling_term=term) for term in (True, False))
         one, other = (jax.grad(lambda f, o=o: o.terms(MetaParams(unravel(f), ())).loss)(flat) for o in with_and_without)
         return one - other, jax.jacobian(log_likelihood)(flat)
 
-    added, scores = both(flat)
+    added, scores = added_gradient_and_scores(flat)
     query = objective.tasks.query
     returns, lengths = np.asarray(query.reward.sum(2).mean(1)), np.asarray(query.episodes.mask.sum(2).mean(1))
     credit = [(returns[i] - np.delete(returns, i).mean()) / lengths[i] for i in range(3)]

@@ -1,4 +1,4 @@
-"""ProMP: it improves, and its clip bounds the gain."""
+"""ProMP lowers the loss, and the clip bounds the decrease."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""Rollouts in which values are not finite."""
+"""Rollouts with values that are not finite."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from maml_jax.rl.rollout import rollout
 
 
 def brittle(environment):
-    """An environment whose fourth state is NaN if the goal's x is above 0; other episodes end after the fifth step."""
+    """An environment with a NaN in the fourth state if the goal has x > 0. Other episodes end after five steps."""
 
     def reset(key, task):
         return environment.reset(key, task), jnp.zeros([])
@@ -63,7 +63,7 @@ def test_a_nan_state_ends_its_episode_and_is_counted():
 
 @pytest.mark.parametrize(("where", "length"), [("reset", 0), ("observe", 3)])
 def test_a_nan_observation_ends_its_episode(where, length):
-    """In one of two tasks. The other task trains on."""
+    """One of two tasks has NaN observations. The other task still trains."""
 
     def nan_if(position, task, when):
         return jnp.where((task[0] > 0) & when, jnp.nan, position)

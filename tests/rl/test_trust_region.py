@@ -28,13 +28,14 @@ def test_the_curvature_product_is_the_hessian_of_the_divergence(x64, objective_o
     np.testing.assert_allclose(product, exact, atol=1e-9 * float(jnp.abs(exact).max()))
     terms = compiled(objective.terms)
     at = terms(meta_params)
-    assert abs(at.kl) < 1e-14 and abs(at.inner_kl) < 1e-14  # At the parameters that sampled the episodes.
+    # At the parameters that sampled the episodes, the divergences are 0.
+    assert abs(at.kl) < 1e-14 and abs(at.inner_kl) < 1e-14
     moved = terms(optax.tree.add_scale(meta_params, 0.1, direction_like(meta_params)))
     assert moved.kl > 1e-4 and moved.inner_kl > 1e-4
 
 
 def test_the_line_search_takes_the_longest_step_that_improves(x64, objective_of_two_steps):
-    """Or none, if all of its attempts make the loss larger."""
+    """If all attempts raise the loss, the search takes no step."""
     params, objective = objective_of_two_steps
     meta_params = MetaParams(params, ())
 

@@ -1,1 +1,1 @@
-"""Environments: 2D navigation, MuJoCo locomotion, and adapters for MuJoCo, MJX and Gymnasium."""
+"""Environments: 2D navigation, MuJoCo locomotion and Gymnasium environments, and the engines MuJoCo and MJX."""

@@ -1,7 +1,7 @@
 """Gymnasium environments as an `Environment`.
 
-A Gymnasium environment keeps its state in Python. Every running episode therefore has its own simulator on the host,
-and the state in JAX is the number of that simulator. The simulators step one after the other.
+A Gymnasium environment keeps its state in Python. Every running episode therefore has a simulator on the host. The JAX
+state holds the number of the episode, by which the host finds the simulator. The simulators step one after the other.
 """
 
 import threading
@@ -21,11 +21,11 @@ class EpisodeState(NamedTuple):
     """The part of an episode's state that JAX holds."""
 
     ticket: Any
-    """int32: the number of the simulator."""
+    """int32: the number of the episode."""
     time: Any
     """int32: time steps taken."""
     observation: Any
-    """`[O]`."""
+    """`[O]`: the observation of the current state."""
 
 
 def from_gymnasium(
@@ -39,22 +39,36 @@ def from_gymnasium(
     """Makes an `Environment` of Gymnasium simulators.
 
     Args:
-      make: makes a `gymnasium.Env` with Box spaces. It is called once here, and once for every further episode that
-        runs at the same time.
-      set_task: `(env, task)`, sets the task of `env.unwrapped`. It is called before each reset.
-      sample_tasks: `(key, T) -> [T, ...]`, a JAX function that samples tasks.
-      horizon: `H`, time steps after which an episode ends. It also ends if the simulator returns 'terminated' or
-        'truncated'.
+      make: a function without arguments that makes a `gymnasium.Env` with Box spaces. `from_gymnasium` calls `make`
+        once. Rollouts call `make` again when more episodes run at the same time.
+      set_task: `(env.unwrapped, task) -> None`: sets the task of a simulator, before each reset.
+      sample_tasks: `(key, T) -> [T, ...]`: a JAX function that samples tasks.
+      horizon: `H`, time steps after which an episode ends. An episode also ends if the simulator returns 'terminated'
+        or 'truncated'.
       name: the name of the environment.
 
     Returns:
-      The environment. Actions within [-1, 1] are scaled to the bounds of the action space, and observations are
-      flattened. Episodes are reproducible if the simulators are, given their seeds. An exception in a simulator ends
-      the program. Float64 needs jax_enable_x64 set for all threads.
+      The environment. Actions in [-1, 1] are scaled to the bounds of the action space, and observations are flattened.
+      Episodes are reproducible if a simulator is deterministic for a given seed. An exception in a simulator ends the
+      program. For float64, set jax_enable_x64 with `jax.config.update`, which applies to all threads.
 
     Raises:
       ModuleNotFoundError: if gymnasium is not installed.
-      ValueError: for a horizon below 1, a space that is no Box, or an action space without bounds.
+      ValueError: for a horizon below 1, for a space that is not a Box, or for an action space without bounds.
+
+    Example:
+      >>> import gymnasium, jax, jax.numpy as jnp
+      >>> def set_task(pendulum, task):
+      ...     pendulum.g = float(task)
+      >>> environment = from_gymnasium(
+      ...     lambda: gymnasium.make("Pendulum-v1"),
+      ...     set_task,
+      ...     lambda key, count: jax.random.uniform(key, (count,), minval=5.0, maxval=15.0),  # Gravity in m/s^2.
+      ...     horizon=200,
+      ... )
+      >>> state = environment.reset(jax.random.key(0), jnp.array(10.0))
+      >>> environment.observe(state, jnp.array(10.0)).shape
+      (3,)
 
     References:
       Towers et al. 2024, arXiv:2407.17032 (Gymnasium).
@@ -145,10 +159,10 @@ class _Simulators:
         with self._lock:
             for row, (ticket, time) in enumerate(zip(tickets.ravel().tolist(), times.ravel().tolist())):
                 episode = self._running.get(ticket)
-                # Nothing uses the steps of an episode that has ended. NaN would show if something did.
+                # The episode has ended, so nothing uses this row. NaN reveals an error.
                 if episode is None:
                     continue
-                if episode.time != time:  # A value was not finite, and ended the episode.
+                if episode.time != time:  # JAX ended the episode, because a value was not finite.
                     self._idle.append(self._running.pop(ticket).env)
                     continue
                 low, high = self._space.low, self._space.high

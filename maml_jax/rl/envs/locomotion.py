@@ -1,7 +1,7 @@
-"""Half-cheetah and ant that run at a goal velocity or in a goal direction (paper, section 5.3).
+"""Half-cheetah and ant that run at a goal velocity or in a goal direction (Finn et al. 2017, section 5.3).
 
-The goal is the task, which the policy does not observe. Time step, frame skip of 1, observations, costs, ends of
-episodes and noise of initial states are those of the authors' code. The bodies are in `models/*.xml`.
+The task is the goal. The policy does not observe the goal. Time step, frame skip of 1, observations, costs, ends of
+episodes and noise of initial states are those of the code of Finn et al. The bodies are in `models/*.xml`.
 """
 
 from collections.abc import Callable
@@ -21,33 +21,38 @@ Goal = Literal["velocity", "direction"]
 Physics = Literal["mujoco", "mjx"]
 
 CHEETAH_OBSERVATION, ANT_OBSERVATION = 20, 125
-"""Entries of an observation, `O`."""
+"""Number of entries of an observation, `O`."""
 HEIGHTS = (0.2, 1.0)
-"""Heights of the ant's torso in m. An episode ends outside this range."""
+"""Range of the height of the ant's torso, in m. An episode ends outside this range."""
 
 
 ENGINES: dict[Physics, type[Engine] | type[MjxEngine]] = {"mujoco": Engine, "mjx": MjxEngine}
+"""Engines by the name of the physics."""
 
 
 class Body(NamedTuple):
-    """The state of an episode."""
+    """The JAX state of an episode."""
 
     state: jax.Array
     """`[nq + nv]`: positions and velocities of the engine."""
     sensors: jax.Array
-    """`[sensors]`: the engine's sensors at that state."""
+    """`[sensors]`: the sensors of the engine at this state."""
 
 
 def half_cheetah(goal: Goal, horizon: int = 200, physics: Physics = "mujoco") -> Environment:
     """Half-cheetah, a planar body with 6 motors. A task is a velocity in m/s from 0 to 2, or a direction, 1 or -1.
 
     Args:
-      goal: the kind of task.
+      goal: the kind of task, 'velocity' or 'direction'.
       horizon: `H`, time steps of an episode, each of 0.01 s.
       physics: 'mujoco' for the C engine on the host, or 'mjx' for MJX on accelerators.
 
+    Returns:
+      An environment with tasks `[]`, actions `[6]` and observations `[20]`: positions without x, velocities, and the
+      centre of mass.
+
     Raises:
-      ValueError: for a goal or physics that does not exist, and for a horizon below 1.
+      ValueError: for an unknown goal, for unknown physics, or for a horizon below 1.
       ModuleNotFoundError: if the engine is not installed.
       RuntimeError: if the versions of MJX and MuJoCo differ.
 
@@ -75,12 +80,16 @@ def ant(goal: Goal, horizon: int = 200, physics: Physics = "mujoco") -> Environm
     """Ant, a four-legged body with 8 motors. A task is a velocity in m/s from 0 to 3, or a direction, 1 or -1.
 
     Args:
-      goal: the kind of task.
+      goal: the kind of task, 'velocity' or 'direction'.
       horizon: `H`, time steps of an episode, each of 0.02 s.
       physics: 'mujoco' for the C engine on the host, or 'mjx' for MJX on accelerators.
 
+    Returns:
+      An environment with tasks `[]`, actions `[8]` and observations `[125]`: positions, velocities, contact forces, the
+      rotation matrix of the torso, and the centre of mass.
+
     Raises:
-      ValueError: for a goal or physics that does not exist, and for a horizon below 1.
+      ValueError: for an unknown goal, for unknown physics, or for a horizon below 1.
       ModuleNotFoundError: if the engine is not installed.
       RuntimeError: if the versions of MJX and MuJoCo differ.
 
@@ -155,16 +164,18 @@ def _environment(
 
 
 def planar_centre_of_mass(engine: Engine | MjxEngine) -> Callable[[jax.Array], jax.Array]:
-    """The centre of mass as a function `positions [nq] -> [3]`, in m, for bodies that move in the plane.
+    """Returns the centre of mass as a function `positions [nq] -> [3]`, in m, for a model that moves in the plane.
 
-    The root slides along x and z, and all joints rotate about y, as those of the half-cheetah. The centre is the
-    position of the root plus, for each body, a fixed vector rotated by the sum of the angles on the path to it. Reading
-    the centre from the engine would take half as long as a time step.
+    The root of the model slides along x and z, and all joints rotate about y, as in the half-cheetah. The centre is the
+    position of the root, plus a fixed vector for each body. The vector of a body is rotated by the sum of the angles on
+    the path from the root to the body. Reading the centre from the engine would take half as long as a time step.
     """
     model = engine.model
+    # The mass of each body with all bodies below it.
     weight, subtree_mass = model.body_mass / model.body_mass.sum(), model.body_mass.copy()
     for body in range(model.nbody - 1, 0, -1):
         subtree_mass[model.body_parentid[body]] += subtree_mass[body]
+    # The fixed vector of each body, and the joints on the path to the body.
     arms = weight[:, None] * model.body_ipos
     path = np.zeros((model.nbody, model.nq))
     for body in range(1, model.nbody):
@@ -185,17 +196,20 @@ def planar_centre_of_mass(engine: Engine | MjxEngine) -> Callable[[jax.Array], j
 
 
 def positions(engine: Engine, observation: jax.Array) -> jax.Array:
-    """The engine's positions `[nq]` from an observation `[O]`, for rendering."""
+    """Returns the positions of the engine, `[nq]`, from an observation `[O]`, for rendering."""
     count = engine.sizes[0]
     if observation.size == ANT_OBSERVATION:
         return observation[:count]
-    # An observation has the x of the cheetah's centre of mass, not of its root.
+    # An observation of the half-cheetah has the x of the centre of mass, but not the x of the root.
     standing = jnp.concatenate([jnp.zeros_like(observation[:1]), observation[: count - 1]])
     return standing.at[0].set(observation[-3] - planar_centre_of_mass(engine)(standing)[0])
 
 
 def contact_forces(sensors: jax.Array) -> jax.Array:
-    """Contact forces of the ant in the form of the classic engine's `cfrc_ext`.
+    """Returns the contact forces of the ant as `MjData.cfrc_ext` of the classic ant model, where each geom is a body.
+
+    Args:
+      sensors: `[sensors]`, the sensors of `models/ant.xml`.
 
     Returns:
       `[14, 6]`: torque about the centre of mass in N m, and force in N. There is one row for each geom, and a first row
@@ -208,7 +222,7 @@ def contact_forces(sensors: jax.Array) -> jax.Array:
 
 
 def rotation(quaternion: jax.Array) -> jax.Array:
-    """The rotation matrix `[3, 3]` of a quaternion `[4]` of any length."""
+    """Returns the rotation matrix `[3, 3]` of a quaternion `[4]` of any length."""
     w, x, y, z = quaternion / jnp.sqrt(jnp.square(quaternion).sum())
     return jnp.array([
         [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],

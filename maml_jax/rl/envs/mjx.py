@@ -12,23 +12,23 @@ import numpy as np
 from maml_jax.rl.envs.mujoco import EngineOutput
 
 MAX_VALUE = 1e10
-"""Largest position, velocity and acceleration. Beyond, the C engine aborts a simulation (its `mjMAXVAL`)."""
+"""Largest position, velocity and acceleration. The C engine aborts a simulation with larger values (`mjMAXVAL`)."""
 
 
 class MjxEngine:
     """A MuJoCo model in MJX. `step` and `read` are pure functions of one state.
 
-    On a CPU, MJX is far slower than the C engine. Its physics differs in one point: where a capsule that is steeper
-    than 60 degrees touches the floor, the friction pyramid of MJX is rotated about the vertical. MJX has no contact
-    sensors. Their values are computed from the forces on bodies, one body for each geom, in the form that
-    `locomotion.contact_forces` reads.
+    On a CPU, MJX is far slower than the C engine. The physics of MJX differs in one point: where a capsule that is
+    steeper than 60 degrees touches the floor, the friction pyramid of MJX is rotated about the vertical. MJX has no
+    contact sensors. This class computes the values of contact sensors from the forces on bodies, with one body for each
+    geom, in the form that `locomotion.contact_forces` reads.
 
     Args:
       path: the model's XML file, without sensors or with those of `models/ant.xml`.
 
     Raises:
       ModuleNotFoundError: if MJX is not installed.
-      RuntimeError: if the versions of MJX and MuJoCo differ, as their physics then differ.
+      RuntimeError: if the versions of MJX and MuJoCo differ, because the physics of different versions differs.
     """
 
     def __init__(self, path: Path):
@@ -50,7 +50,7 @@ class MjxEngine:
         self.start = self.model.key_qpos[0] if self.model.nkey else self.model.qpos0
         self._mjx = mjx
         model = mjx.put_model(mujoco.MjModel.from_xml_string(mjx_xml(path)))
-        self._on_host = jax.tree.map(np.asarray, (model, mjx.make_data(model)))  # Arrays of no device.
+        self._on_host = jax.tree.map(np.asarray, (model, mjx.make_data(model)))  # NumPy arrays, on no device.
 
     def step(self, state: jax.Array, control: jax.Array) -> EngineOutput:
         """Takes one time step from a state `[nq + nv]` with a control `[nu]`."""
@@ -65,7 +65,7 @@ class MjxEngine:
         return self._output(state, jnp.zeros(self.model.nu, state.dtype), jnp.array(True))
 
     def _data_at(self, state: jax.Array, control: jax.Array) -> tuple[Any, Any, jax.Array]:
-        """Model and data at a state, or at the start if a value is not finite; and whether all values are finite."""
+        """Returns model and data at a state, or at the start if a value is not finite, and whether all are finite."""
         model, data = jax.tree.map(jnp.asarray, self._on_host)
         finite = jnp.isfinite(state).all() & jnp.isfinite(control).all()
         state = jnp.where(finite, state, jnp.asarray([*self.start, *np.zeros(self.model.nv)], state.dtype))
@@ -78,7 +78,7 @@ class MjxEngine:
         if self.model.nsensordata:
             data = self._mjx.rne_postconstraint(model, self._mjx.forward(model, data))
             centre, velocity = jnp.split(data.sensordata, 2)
-            # Torques are about the centre of mass. The first row is the world's.
+            # Torques are about the centre of mass. Row 0 belongs to the world and is dropped.
             torque, force = jnp.split(data._impl.cfrc_ext[1:], 2, axis=1)
             contacts = jnp.concatenate([force, torque, jnp.broadcast_to(centre, force.shape)], 1)
             sensors = jnp.concatenate([centre, velocity, contacts.ravel()])
@@ -87,21 +87,21 @@ class MjxEngine:
 
 
 def mjx_xml(path: Path) -> str:
-    """The model's XML without contact sensors, which MJX does not have.
+    """Returns the XML of a model without contact sensors, which MJX does not have.
 
-    If there were any, every geom becomes a body, since MJX computes forces on bodies alone.
+    In a model with contact sensors, every geom becomes a body, because MJX computes contact forces only for bodies.
     """
     tree = ElementTree.parse(path)
     contacts = [(sensors, contact) for sensors in tree.iter("sensor") for contact in sensors.findall("contact")]
     for sensors, contact in contacts:
         sensors.remove(contact)
     for body in list(tree.iter("body")) if contacts else []:
-        for part in body.findall("geom")[1:]:
-            place = list(body).index(part)
-            body.remove(part)
-            apart = ElementTree.Element("body", name=part.get("name", ""))
-            apart.append(part)
-            body.insert(place, apart)
+        for geom in body.findall("geom")[1:]:
+            index = list(body).index(geom)
+            body.remove(geom)
+            geom_body = ElementTree.Element("body", name=geom.get("name", ""))
+            geom_body.append(geom)
+            body.insert(index, geom_body)
     for pair in tree.iter("pair") if contacts else ():
         pair.attrib.pop("class", None)
     return ElementTree.tostring(tree.getroot(), encoding="unicode")

@@ -15,7 +15,7 @@ from maml_jax.parallel import backend
 MODELS = Path(__file__).parent / "models"
 
 START_TIME = 1.0
-"""Simulation time before every step, in s. An earlier time after a step shows that the engine has reset itself."""
+"""Simulation time before every step, in s. The time is later after a step, unless the engine reset the simulation."""
 
 
 class EngineOutput(NamedTuple):
@@ -24,7 +24,7 @@ class EngineOutput(NamedTuple):
     state: Any
     """`[..., nq + nv]`: positions and velocities."""
     sensors: Any
-    """`[..., sensors]`: the model's sensors at that state; `[..., 0]` if it has none."""
+    """`[..., sensors]`: the sensors of the model at this state; `[..., 0]` for a model without sensors."""
 
 
 class _Worker(NamedTuple):
@@ -39,10 +39,12 @@ class _Worker(NamedTuple):
 class Engine:
     """A MuJoCo model with host memory to simulate it.
 
-    `step` and `read` are pure functions of one state. Under any nest of `vmap` they call the host once for all states
-    of a device, on the device's share of the cores. With several CPU devices in one process, XLA needs one thread more
-    than devices, or large calls can hang: set the environment variable NPROC before JAX starts. The experiments do so.
-    An engine turns the profiler `MjData.timer` off in the whole process.
+    `step` and `read` are pure functions of one state. Under nested `vmap`s they call the host once for all states of a
+    device. The devices share the CPU cores equally. With several CPU devices in one process, XLA needs more threads
+    than devices, or large calls can hang. Set the environment variable NPROC to the number of threads before JAX
+    starts. The commands in `experiments` set NPROC.
+
+    The constructor turns the profiler `MjData.timer` off in the whole process.
 
     Args:
       path: the model's XML file.
@@ -64,19 +66,20 @@ class Engine:
                 "pip install -e '.[mujoco]'."
             ) from error
         self._mujoco: Any = mujoco
-        if mujoco.get_mjcb_time() is None:  # Otherwise the user has installed a clock.
+        if mujoco.get_mjcb_time() is None:  # Keep a clock that the user has installed.
             _stop_clock(Path(mujoco.__file__).parent)
         self.model: Any = mujoco.MjModel.from_xml_path(str(path))
         self.sizes = (self.model.nq, self.model.nv, self.model.nu)
         self.start = self.model.key_qpos[0] if self.model.nkey else self.model.qpos0
-        # A step of the engine computes the sensors of the state before it. To get those of the state after it, a second
-        # model takes the cheapest possible step from there, whose outcome is dropped. The first has no sensors.
+        # A step of the engine computes the sensors of the state before the step. To read the sensors of the state after
+        # the step, a second model takes the cheapest possible step from this state. Only its sensors are kept. The
+        # sensors of the first model are turned off.
         self._reader = mujoco.MjModel.from_xml_path(str(path)) if self.model.nsensordata else None
         if self._reader is not None:
             self._reader.opt.integrator = mujoco.mjtIntegrator.mjINT_EULER
             self._reader.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_EULERDAMP
             self.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_SENSOR
-        for model in filter(None, (self.model, self._reader)):  # The model is one island: no search is needed.
+        for model in filter(None, (self.model, self._reader)):  # Each model is one island: skip the search for islands.
             model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_ISLAND
         self._workers: queue.SimpleQueue[_Worker] | None = None
         self._lock = threading.Lock()
@@ -86,11 +89,16 @@ class Engine:
         return self._call(self._step, state, control)
 
     def read(self, state: jax.Array) -> EngineOutput:
-        """Returns the same state `[nq + nv]` with its sensors, for zero control."""
+        """Returns a state `[nq + nv]` unchanged, with its sensors for zero control."""
         return self._call(self._read, state, jnp.zeros(self.model.nu, state.dtype))
 
     def pictures(self, positions: np.ndarray, height: int = 120, width: int = 160) -> np.ndarray:
-        """Renders positions `[N, nq]` from the side.
+        """Renders an image of each position, seen by the camera 'side' of the model.
+
+        Args:
+          positions: `[N, nq]`.
+          height: height of an image in pixels.
+          width: width of an image in pixels.
 
         Returns:
           Images `[N, height, width, 3]`, uint8.
@@ -137,10 +145,11 @@ class Engine:
         return self._result(state, *self._select(state, control))
 
     def _select(self, state: Any, control: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Selects the rows where state and control are finite. The engine gets no others.
+        """Selects the rows where state and control are finite. The engine simulates only these rows.
 
         Returns:
-          Rows of the engine's full state (time, positions, velocities), their controls, and which rows are selected.
+          The selected rows of the engine's full state (time, positions, velocities), the selected controls, and a mask
+          of the selected rows.
         """
         control = np.asarray(control, np.float64).reshape(-1, control.shape[-1])
         rows = np.empty((len(control), 1 + state.shape[-1]))
@@ -162,7 +171,7 @@ class Engine:
         return EngineOutput(fill(after[:, 1:]), fill(sensors))
 
     def _simulate(self, model: Any, state: np.ndarray, control: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Full states after one step, and sensors before it."""
+        """Takes one step. Returns the full states after the step, and the sensors before the step."""
         after, sensors = np.empty(state.shape), np.empty((len(state), model.nsensordata))
         if not len(state):
             return after, sensors
@@ -177,21 +186,21 @@ class Engine:
                 nstep=1,
                 state=after[:, None],
                 sensordata=sensors[:, None],
-                skip_checks=True,  # They take longer than ten steps of the half-cheetah.
+                skip_checks=True,  # The checks take longer than ten steps of the half-cheetah.
             )
         finally:
             workers.put(worker)
         return after, sensors
 
     def _all_workers(self) -> "queue.SimpleQueue[_Worker]":
-        """One worker for each device of this process, as the devices call independently. Made at the first call."""
+        """Returns a queue with a worker for each device of this process, because devices call independently."""
         with self._lock:
             if self._workers is None:
                 workers: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
                 devices = jax.local_device_count()
                 threads = max(1, backend.cores() // devices)
                 for _ in range(devices):
-                    # Without a pool the calling thread simulates.
+                    # With nthread=0 the calling thread simulates.
                     pool = self._mujoco.rollout.Rollout(nthread=threads if threads > 1 else 0)
                     workers.put(_Worker(pool, [self._mujoco.MjData(self.model) for _ in range(threads)]))
                 self._workers = workers
@@ -203,7 +212,7 @@ def _stop_clock(package: Path) -> None:
 
     The engine reads the clock dozens of times a step. Without it, a step of the half-cheetah takes 20% less time and a
     step of the ant 7% less (MuJoCo 3.17 and 4.0, one core). The package has no function to remove the clock; MuJoCo 3.8
-    has another clock, which this does not stop.
+    has another clock, which this function does not stop.
     """
     for path in package.glob("*mujoco.*"):
         if ".so" in path.suffixes or path.suffix in (".dylib", ".dll"):

@@ -1,7 +1,7 @@
-"""2D navigation: a point moves in the plane to a goal that it does not observe (paper, section 5.3).
+"""2D navigation: a point moves in the plane to a goal that it does not observe (Finn et al. 2017, section 5.3).
 
-Rewards and ends of episodes are those of the authors' code, which differs from the paper: the reward is minus the
-distance, not its square, and an episode ends when both coordinates are within 0.01 of the goal.
+Rewards and ends of episodes are those of the code of Finn et al. The code differs from the paper: the reward is minus
+the distance, not its square, and an episode ends when both coordinates are within 0.01 of the goal.
 """
 
 import jax
@@ -11,9 +11,9 @@ from maml_jax import validation
 from maml_jax.rl.environment import Environment, Step
 
 GOALS = (-0.5, 0.5)
-"""Range of either coordinate of a goal."""
+"""Range of both coordinates of a goal."""
 MAX_STEP = 0.1
-"""The longest move along either coordinate in one time step."""
+"""The longest move along a coordinate in one time step."""
 GOAL_RADIUS = 0.01
 """An episode ends when both coordinates are closer to the goal than this."""
 
@@ -27,7 +27,7 @@ def navigation(horizon: int = 100) -> Environment:
       >>> goal = jax.numpy.array([0.3, 0.0])
       >>> position = environment.reset(jax.random.key(0), goal)
       >>> step = environment.step(position, jax.numpy.array([1.0, 0.0]), goal)
-      >>> print(f"{step.reward:.2f}")  # Minus the distance that is left.
+      >>> print(f"{step.reward:.2f}")  # Minus the distance to the goal.
       -0.20
 
     Args:

@@ -1,4 +1,4 @@
-"""Half-cheetah and ant: contacts, rewards and observations against the engine, and errors."""
+"""Half-cheetah and ant: contacts, rewards and observations equal those of the engine, and errors."""
 
 import sys
 
@@ -25,9 +25,9 @@ def engines():
 
 
 def test_contact_forces_equal_those_of_the_classic_ant(x64_everywhere):
-    """In random positions, partly inside the floor, and moving."""
+    """The ant has random positions, some of them partly inside the floor, and random velocities."""
     engine, rng, felt = Engine(MODELS / "ant.xml"), np.random.default_rng(0), np.zeros(14, bool)
-    engine._reader.opt.tolerance = 0  # The shares of adjacent geoms in a force converge last.
+    engine._reader.opt.tolerance = 0  # Adjacent geoms share a force, and the shares converge slowly.
     data = mujoco.MjData(engine.model)
     for _ in range(100):
         data.qvel[:] = 5 * rng.normal(size=data.qvel.size)
@@ -73,7 +73,8 @@ def test_the_listed_contact_pairs_are_complete(name):
         part.friction, part.solref, part.solimp[:3] = friction, (0.02, 1), solimp
         if part.name in own:
             part.priority, (part.solref, part.solimp) = 1, own[part.name]
-        part.margin = 0 if floor else margin  # Today's engine adds both margins; the classic engine took the larger.
+        # MuJoCo now adds the margins of both geoms. The classic engine took the larger margin.
+        part.margin = 0 if floor else margin
     searched, found = simulated(spec.compile())
     assert touching == found and len(found) > len(spec.geoms) / 2
     np.testing.assert_array_equal(listed, searched)
@@ -114,7 +115,7 @@ def test_rewards_and_observations_follow_the_authors_code(x64_everywhere, engine
             assert same == [ends, ends] and bool(later.done) == ends  # The state does not change after the end.
 
 
-def test_tasks_and_errors(monkeypatch):
+def test_the_distribution_of_tasks_and_errors_of_arguments(monkeypatch):
     cheetah, runner = half_cheetah("velocity"), ant("direction")
     velocities = cheetah.sample_tasks(jax.random.key(0), 1000)
     assert velocities.min() < 0.02 and 1.98 < velocities.max() <= 2

@@ -1,4 +1,4 @@
-"""MJX against MuJoCo's C engine: whole environments."""
+"""Environments in MJX equal environments in MuJoCo's C engine."""
 
 import sys
 
@@ -48,7 +48,7 @@ def test_mjx_equals_the_c_engine(x64_everywhere, make):
     in_c, in_mjx = make("velocity"), make("velocity", physics="mjx")
     bodies, actions = jax.jit(random_walks, static_argnums=(0, 1, 2))(in_c, 8, 40)
     actions = actions.at[0, 0].set(jnp.nan)
-    state = bodies.state.at[1, 3].set(jnp.nan).at[2, -1].set(1e18)  # Beyond the engine's largest value.
+    state = bodies.state.at[1, 3].set(jnp.nan).at[2, -1].set(1e18)  # Larger than the largest value of the engine.
     bodies, task = bodies._replace(state=state), jnp.array(1.0)
 
     def run(environment):
@@ -64,7 +64,7 @@ def test_mjx_equals_the_c_engine(x64_everywhere, make):
         for leaf in jax.tree.leaves((step.reward, step.state)):
             assert not np.isfinite(leaf[:3]).any() and np.isfinite(leaf[3:]).all()
     comparable = np.arange(len(actions)) > 2
-    if make is ant:  # The half-cheetah moves in a plane, without other axes.
+    if make is ant:  # The half-cheetah moves in a plane, so friction has one axis.
         comparable[3:] &= ~steep_and_low(bodies.state[3:])
     assert comparable.sum() > 80
     np.testing.assert_allclose(found.state.state[comparable], expected.state.state[comparable], atol=1e-8)

@@ -1,4 +1,4 @@
-"""The MuJoCo engine behind a callback against a plain loop of the engine."""
+"""The MuJoCo engine behind a callback equals a plain loop of the engine."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ def engines():
 
 
 @pytest.mark.parametrize("name", MODEL_NAMES)
-def test_the_callback_equals_the_engines_loop_bit_for_bit(x64_everywhere, engines, name):
+def test_the_callback_equals_a_loop_of_the_engine_bit_for_bit(x64_everywhere, engines, name):
     engine, rng = engines[name], np.random.default_rng(0)
     motors = engine.sizes[2]
     state = starts(engine, rng, 6)
@@ -93,7 +93,7 @@ def test_a_failed_simulation_does_not_affect_the_others(engines, name, tmp_path,
 
 @pytest.mark.parametrize("cores_of_a_device", [1, 3])
 def test_concurrent_calls_are_independent(engines, cores_of_a_device, monkeypatch):
-    """More calls than devices, each on one thread or on several."""
+    """There are more calls than devices. Each call uses one thread or three threads."""
     monkeypatch.setattr(backend, "cores", lambda: cores_of_a_device * jax.local_device_count())
     engine, rng = Engine(MODELS / "ant.xml"), np.random.default_rng(0)
     positions, speeds, motors = engine.sizes
@@ -119,7 +119,7 @@ def test_an_error_in_the_first_call_is_raised_by_every_call(monkeypatch):
 
     engine, raised = Engine(MODELS / "half_cheetah.xml"), []
     monkeypatch.setattr(mujoco, "MjData", full)
-    for _ in range(2):  # In threads, so that a deadlock ends the test.
+    for _ in range(2):  # Call in threads, so that a deadlock does not block the test.
         thread = threading.Thread(target=call, daemon=True)
         thread.start()
         thread.join(60)
@@ -140,7 +140,7 @@ def test_a_clock_that_the_user_installed_is_kept(monkeypatch):
     tuple(map(int, mujoco.__version__.split(".")[:2])) < (3, 17), reason="The clock of MuJoCo 3.8 cannot be stopped."
 )
 def test_the_engine_reads_no_clock(engines):
-    """As its profiler shows."""
+    """The timers of the engine's profiler stay at zero."""
     model = engines["ant"].model
     data = mujoco.MjData(model)
     mujoco.mj_step(model, data, nstep=100)
@@ -149,7 +149,7 @@ def test_the_engine_reads_no_clock(engines):
 
 
 def test_pictures_show_the_positions():
-    """In a new process, as the engine chooses its OpenGL at import."""
+    """Runs in a new process, because mujoco selects the implementation of OpenGL at import."""
     code = (
         "import numpy as np; from maml_jax.rl.envs.mujoco import MODELS, Engine\n"
         "engine = Engine(MODELS / 'half_cheetah.xml'); lifted = engine.start + np.eye(9)[1]\n"
