@@ -22,7 +22,7 @@ def features(observation: jax.Array) -> jax.Array:
 
 
 def linear_baseline(observation: jax.Array, returns: jax.Array, mask: jax.Array) -> jax.Array:
-    """Fits returns by ridge regression and predicts them.
+    """Fits returns by ridge regression, and returns the predictions of the fit.
 
     The feature columns are first scaled to unit length. Some of the half-cheetah's observations are collinear.
     Without the scaling, the float32 Cholesky factorisation fails.
@@ -30,7 +30,7 @@ def linear_baseline(observation: jax.Array, returns: jax.Array, mask: jax.Array)
     Args:
       observation: `[E, H, O]`.
       returns: `[E, H]`.
-      mask: `[E, H]`: 1 for the time steps of an episode, 0 for those after its end.
+      mask: `[E, H]`: 1 for the time steps of an episode, 0 for the time steps after the end.
 
     Returns:
       The predictions `[E, H]`, 0 where the mask is 0.

@@ -48,7 +48,11 @@ def ratio(experience: Experience, log_prob: jax.Array) -> jax.Array:
 
 
 def clipped_ratio(experience: Experience, log_prob: jax.Array, clip: float) -> jax.Array:
-    """As `ratio`, but ratios outside 1 +- clip do not lower the loss (PPO; Schulman et al. 2017, arXiv:1707.06347)."""
+    """Like `ratio`, but ratios outside 1 +- clip do not lower the loss.
+
+    References:
+      Schulman et al. 2017, arXiv:1707.06347 (PPO).
+    """
     ratios, advantage = jnp.exp(log_prob - experience.log_prob), experience.advantage
     pessimistic = jnp.minimum(ratios * advantage, jnp.clip(ratios, 1 - clip, 1 + clip) * advantage)
     return -experience.episodes.mean(pessimistic)

@@ -69,7 +69,8 @@ def maml_rl(
     """Model-agnostic meta-learning of a policy.
 
     Every inner step samples new episodes with the current policy. With `no_adaptation()` the algorithm is joint
-    training on all tasks: the paper's 'pretrained' and, with `environment.with_task_observation`, its oracle.
+    training on all tasks. This is the baseline 'pretrained' of the paper, and the oracle of the paper if
+    `environment` comes from `with_task_observation`.
 
     Example:
       >>> import jax, maml_jax, optax
@@ -102,8 +103,8 @@ def maml_rl(
 
     Returns:
       A `MetaLearner` whose tasks are a `TaskBatch`. Losses are minus the mean return (paper, equation 4).
-      `step(state, task_batch)` is one meta-iteration. The aux is a dict: 'return', 'return_before', 'length' and
-      'num_nonfinite' are `[T]`, 'kl' and 'improvement' are `[1]`.
+      `step(state, task_batch)` is one meta-iteration. The aux is a dict: 'return', 'length', 'num_nonfinite' and,
+      with inner steps, 'return_before' are `[T]`; 'kl' and 'improvement' are `[1]`.
       `evaluate(state, task_batch, steps)` returns the loss of each task before the first inner step and after each
       step, on new episodes, with the `Summary` of the episodes as aux. Support loss and query loss are equal.
       `adapt(state, one_task, steps)` adapts to one task. The losses `[steps + 1]` and the aux
@@ -131,7 +132,7 @@ def maml_rl(
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must be between 0 and 1, but got {value!r}.")
     loss_fn = inner_loss(policy, inner_loss_name)
-    over_tasks = task_axis("all", mesh)  # All tasks together: the host simulates in one call.
+    over_tasks = task_axis("all", mesh)  # All tasks together: one call simulates all episodes.
 
     def init(params: Params) -> MetaState:
         return init_state(inner, params, outer.init, over_tasks)
@@ -141,12 +142,17 @@ def maml_rl(
         return lax.stop_gradient(experience(sampled, discount, gae_lambda))
 
     def sampled_loss(params: Params, one_task: TaskBatch) -> tuple[jax.Array, Experience]:
-        """The inner loss on new episodes of the current policy, with their experience as aux."""
+        """Returns the inner loss on new episodes of the current policy, and the experience as aux."""
         sampled = sample(params, one_task)
         return loss_fn(params, sampled)[0], sampled
 
     def collect(meta_params: MetaParams, one_task: TaskBatch, *, steps: int) -> tuple[Params, Task]:
-        """Adapts to one task. Returns the adapted parameters, and the experience of all inner steps and after them."""
+        """Adapts to one task.
+
+        Returns:
+          The adapted parameters, and the experience: support is the experience of each inner step, query is the
+          experience after the last step.
+        """
         keys = jax.random.split(one_task.key, steps + 1)
         step_batches = TaskBatch(keys[:-1], jnp.broadcast_to(one_task.task, (steps, *one_task.task.shape)))
         params, info = inner_loop(inner, sampled_loss, *meta_params, step_batches, steps=steps, batch_per_step=True)

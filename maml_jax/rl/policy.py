@@ -20,7 +20,7 @@ class Gaussian(NamedTuple):
     """Normal distributions over actions, with independent entries."""
 
     mean: jax.Array
-    """`[..., A]`."""
+    """`[..., A]`: the means."""
     log_std: jax.Array
     """Logarithm of the standard deviation; broadcasts against `mean`."""
 

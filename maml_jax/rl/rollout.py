@@ -23,7 +23,7 @@ class Episodes(NamedTuple):
     reward: jax.Array
     """`[E, H]`, 0 where the mask is 0."""
     mask: jax.Array
-    """`[E, H]`: 1 for the time steps of an episode, 0 for those after its end."""
+    """`[E, H]`: 1 for the time steps of an episode, 0 for the time steps after the end."""
     nonfinite: jax.Array
     """`[E]`: 1 for episodes that ended early because an observation, action, reward or state was not finite."""
 

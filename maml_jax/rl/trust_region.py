@@ -40,7 +40,7 @@ def trpo(
       kl_limit: the largest mean KL divergence, in nats, from the adapted policies before the step to the adapted
         policies after the step.
       conjugate_steps: iterations of conjugate gradients for the direction of the step.
-      damping: added to the diagonal of the curvature matrix.
+      damping: number to add to the diagonal of the curvature matrix.
       backtracking: factor by which the step shrinks from one attempt to the next.
       attempts: the largest number of step lengths that are tried.
       curvature_tasks: number of tasks whose curvature is computed; None for all tasks. The curvature takes most of the
@@ -107,7 +107,10 @@ def line_search(
     backtracking: float,
     attempts: int,
 ) -> tuple[MetaParams, Terms]:
-    """Tries `start - backtracking^k * step` for k = 0, 1, ... until one lowers the loss within `kl_limit`.
+    """Finds the longest step that lowers the loss and stays in the trust region.
+
+    Tries `start - backtracking^k * step` for k = 0, 1, ... until the loss falls and the divergence is at most
+    `kl_limit`.
 
     Returns:
       The new meta-parameters and their `Terms`. If no attempt is accepted, for example because a value is not finite,

@@ -111,7 +111,7 @@ class Checkpoints:
         Raises:
           NotFiniteError: if the state holds NaN or infinity. The message names the leaf, and nothing is written. The
             optimizer state may hold infinity.
-          WorkdirError: if this checkpoint or the one before it cannot be written.
+          WorkdirError: if this checkpoint or the previous checkpoint cannot be written.
         """
         # Check that the state is finite, in all processes.
         leaves = _named_leaves(_for_orbax(state))
@@ -169,6 +169,9 @@ class Checkpoints:
         Args:
           like: a state with the structure, shapes, types and devices of the result.
 
+        Returns:
+          The step, the state, and the values that were saved with the state.
+
         Raises:
           WorkdirError: if every checkpoint is damaged, or if the state in the checkpoint has other leaves, shapes or
             types than `like`.
@@ -216,8 +219,8 @@ class Checkpoints:
         if damaged:
             listed = "; ".join(f"step {step}: {damage}" for step, damage in damaged.items())
             raise WorkdirError(
-                f"Every checkpoint in {self.path} is damaged ({listed}). Restore one from a backup, or move the "
-                "directory away to start at step 0."
+                f"Every checkpoint in {self.path} is damaged ({listed}). Restore a checkpoint from a backup, or move "
+                "the directory away to start at step 0."
             )
         return None
 

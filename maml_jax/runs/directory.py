@@ -40,8 +40,8 @@ def _leader_only(method: Callable[..., None]) -> Callable[..., None]:
 class RunDirectory:
     """The directory of one run.
 
-    It holds `run.json` (configuration and provenance), `metrics.jsonl` with a copy for TensorBoard in `events`,
-    `results.json`, and the checkpoints of `resumable_train`.
+    The directory holds `run.json` (configuration and provenance), `metrics.jsonl` with a copy for TensorBoard in
+    `events`, `results.json`, and the checkpoints of `resumable_train`.
 
     A run with a configuration can be resumed: open its directory again with the same configuration. No other process
     can open the directory until `close` is called or this process ends.
@@ -190,7 +190,7 @@ class RunDirectory:
             self.close()
             raise
         self._metrics = self.path / "metrics.jsonl"
-        # Recorded at the start: the checkout may change before the run ends.
+        # Record the provenance at the start, because the checkout may change before the run ends.
         self._made_by = provenance(self._devices)
         self._earlier_starts = read_json(self.path / "run.json")["starts"] if changed is not None else []
         if changed is not None:
@@ -299,7 +299,7 @@ def _compare(
         return None
     old_config = read_json(path / "run.json")["config"] if (path / "run.json").exists() else None
     if config is None or old_config is None:
-        raise FileExistsError(f"{path} already holds a run. Give another --workdir, or move that run away.")
+        raise FileExistsError(f"{path} already holds a run. Give another --workdir, or move the old run away.")
     differences = _differences(old_config, config)
     appended = [
         field
@@ -310,7 +310,7 @@ def _compare(
     if refused:
         listed = "".join(f"\n  {field} was {old!r}, is {new!r}" for field, (old, new) in refused.items())
         raise WorkdirError(
-            f"{path} holds a run with another configuration:{listed}\nGive the configuration of that run, or another "
+            f"{path} holds a run with another configuration:{listed}\nGive the same configuration, or another "
             "--workdir."
         )
     return differences

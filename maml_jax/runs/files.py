@@ -17,7 +17,7 @@ from maml_jax.atomic import write_atomically
 
 
 class WorkdirError(OSError):
-    """A run directory or a file in it cannot be used. The message names the file, the reason and what to do."""
+    """A run directory or one of its files cannot be used. The message names the file, the reason and what to do."""
 
 
 class InUseError(WorkdirError):
@@ -25,7 +25,7 @@ class InUseError(WorkdirError):
 
 
 def print_note(text: str) -> None:
-    """Prints `note: TEXT` on standard error, to report what the run does without a request of the user."""
+    """Prints `note: TEXT` on standard error. Notes report decisions of the run, such as the removal of rows."""
     print(f"note: {text}", file=sys.stderr, flush=True)
 
 
@@ -86,7 +86,7 @@ class Lock:
         except BlockingIOError as error:
             holder = os.read(file, 1000).decode(errors="replace").strip() or "another process"
             self.close()
-            advice = "Wait until that process ends, end it, or give another --workdir."
+            advice = "Wait until the process ends, end the process, or give another --workdir."
             if holder.startswith(_this_process()):
                 advice = "The holder is this process: first close() the object with the lock, such as a RunDirectory."
             raise InUseError(f"{path} is in use by {holder}. {advice}") from error

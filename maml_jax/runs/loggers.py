@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from maml_jax.runs.files import WorkdirError
 
 FLUSH_SECONDS = 5.0
-"""The longest time between writes of TensorBoard's event files, in seconds."""
+"""Seconds between writes of the event files of TensorBoard."""
 
 
 class Logger(Protocol):
@@ -188,7 +188,7 @@ def labels_and_numbers(row: Mapping[str, Any]) -> tuple[list[str], dict[str, flo
 
 
 def _record(event: Any) -> bytes:
-    """Encodes a message as TensorFlow does: the length, its checksum, the message, its checksum."""
+    """Encodes a message in the format of TensorFlow: length, checksum of length, message, checksum of message."""
     from tensorboardX.record_writer import masked_crc32c
 
     message = event.SerializeToString()

@@ -22,7 +22,7 @@ class Saved(NamedTuple):
     """The content of a model file."""
 
     params: Params
-    """Nested dicts of arrays; `restore` gives them the structure of the model's parameters."""
+    """Nested dicts of arrays. `restore` gives the arrays the structure of the model's parameters."""
     inner_params: InnerParams
     """Learned parameters of the inner update, also nested dicts; `()` if none are learned."""
     description: dict[str, Any]

@@ -49,7 +49,7 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that holds this package, with '+changes' if tracked files were changed, or None."""
+    """Returns the commit of the checkout of this package, with '+changes' after changes; None without a checkout."""
     here = Path(__file__)
 
     def git(*args: str) -> str:

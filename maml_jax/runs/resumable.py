@@ -60,9 +60,9 @@ def resumable_train(
       run: the run directory, for metrics and checkpoints. Checkpoints are in `checkpoints`, or with `labels` in a
         subdirectory of `checkpoints`.
       save_every: meta-steps between checkpoints. A checkpoint takes about 0.1 s, mostly parallel to the next call.
-      validate: the validation during training, if any.
+      validate: the validation during training; None for no validation.
       keep: the number of checkpoints to keep.
-      labels: entries to add to each row, such as `{"seed": 0}`. They identify the training among others in `run`.
+      labels: entries to add to each row, such as `{"seed": 0}`. Labels identify a training in `run`.
       rates: inner and outer learning rates or their schedules, by name, for the message of NotFiniteError.
       profile: whether to trace the second and the third call into the directory `profile` of `run`.
 

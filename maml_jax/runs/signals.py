@@ -16,7 +16,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Interrupted(SystemExit):
     """A signal stopped the run after its state was saved; the same command resumes the run.
 
-    Uncaught, it ends the process with status 128 + the number of the signal: 130 after SIGINT, 143 after SIGTERM.
+    An uncaught `Interrupted` ends the process with status 128 + the number of the signal: 130 after SIGINT, 143 after
+    SIGTERM.
     """
 
     def __init__(self, number: Signals):
@@ -32,7 +33,7 @@ class StopRequest:
 
 
 def signal_of_any_process(stop_request: StopRequest) -> Signals | None:
-    """Returns the signal of the first process that received one, or None. All processes must call this function."""
+    """Returns the signal of the first process that received a signal, or None. All processes must call the function."""
     received = processes.all_gather_text(stop_request.signal.name if stop_request.signal else "")
     return next((Signals[name] for name in received if name), None)
 

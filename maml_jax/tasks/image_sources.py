@@ -240,7 +240,7 @@ def _from_csv(tree: Tree, root: str, lists: str) -> Files:
     if missing:
         raise DataError(
             f"The CSVs in {tree.where} list {total:,} files, of which {len(missing):,} are missing: "
-            f"{_shorten(missing)}. A file is searched at images/FILENAME, FILENAME, images/LABEL/FILENAME and "
+            f"{_shorten(missing)}. A file is expected at images/FILENAME, FILENAME, images/LABEL/FILENAME or "
             "LABEL/FILENAME."
         )
     for classes in found.values():

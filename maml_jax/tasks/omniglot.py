@@ -258,7 +258,7 @@ def _from_tfds(root: Path) -> Iterator[tuple[str, np.ndarray]]:
                 drawing = example["image"][..., 0] > 0
                 character = f"{part}/{name_of(example['alphabet'])}/character{example['alphabet_char_id'] + 1:02d}"
                 yield character, drawing
-    except Exception as error:  # The readers of TFDS raise RuntimeError and others.
+    except Exception as error:  # The readers of TFDS raise RuntimeError and other errors.
         raise DataError(f"TensorFlow Datasets cannot read {root}: {error}. {HOW}") from error
 
 

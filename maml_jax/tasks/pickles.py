@@ -25,7 +25,7 @@ class PickledImages(NamedTuple):
     images: np.ndarray
     """uint8 `[n, H, W, 3]`, RGB."""
     classes: dict[str, np.ndarray]
-    """From class to the indices of its images."""
+    """`{class: indices of the images of the class}`."""
 
 
 def images(file: IO[bytes], where: str) -> PickledImages:

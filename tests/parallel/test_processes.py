@@ -78,7 +78,7 @@ def test_two_processes_that_are_killed_and_stopped_end_like_one_device(reference
             reached = 0
         else:  # Both stop after the same step.
             assert statuses == [128 + signal.SIGTERM] * 2, errors
-            saved = re.search(r"Stopped by SIGTERM; step (\d+) is saved", errors[0])[1]
+            saved = re.search(r"Stopped by SIGTERM: step (\d+) is saved", errors[0])[1]
             assert (tmp_path / "checkpoints" / "float32" / saved).is_dir() and "Stopped by" not in errors[1]
             assert "has lost" not in "".join(errors)
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Advantages and losses of masked episodes against loops over their time steps."""
+"""Advantages and losses of masked episodes equal those of loops over time steps."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""The linear baseline against least squares."""
+"""The linear baseline equals a solution by least squares."""
 
 import jax
 import jax.numpy as jnp
@@ -24,5 +24,5 @@ def test_float32_predictions_equal_ridge_regression_in_float64():
     stacked = np.concatenate([design, ridge]), np.concatenate([returns[valid], np.zeros(design.shape[1])])
     expected = design @ np.linalg.lstsq(*stacked, rcond=None)[0]
     np.testing.assert_allclose(predicted[valid], expected, atol=2e-3 * returns.std())
-    free = design @ np.linalg.lstsq(design, returns[valid], rcond=None)[0]  # The ridge changes little.
+    free = design @ np.linalg.lstsq(design, returns[valid], rcond=None)[0]  # The ridge penalty changes little.
     np.testing.assert_allclose(expected, free, atol=0.06 * returns.std())

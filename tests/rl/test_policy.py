@@ -1,4 +1,4 @@
-"""Gaussian policies: densities and divergences against formulas, and errors."""
+"""Gaussian policies: densities, divergences, initial values, and errors."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jax.scipy.stats import norm
 from maml_jax.rl.policy import MIN_LOG_STD, Gaussian, gaussian_mlp
 
 
-def test_log_probability_and_divergence(x64):
+def test_log_probability_and_divergence_equal_references(x64):
     one = Gaussian(jnp.array([0.3, -0.2]), jnp.array([0.1, -0.4]))
     other = Gaussian(jnp.array([0.1, 0.5]), jnp.array([-0.3, 0.2]))
     action = jnp.array([0.7, 0.4])

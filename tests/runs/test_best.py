@@ -16,7 +16,7 @@ def test_the_best_models_are_kept(tmp_path):
     best = Best(tmp_path / "best", {"about": "a"})
     for step, score in enumerate(scores[:5], 1):
         best.add(state(step), score)
-    best = Best(tmp_path / "best", {"about": "a"})  # As after a restart, which repeats step 5.
+    best = Best(tmp_path / "best", {"about": "a"})  # A restarted run repeats step 5.
     for step, score in enumerate(scores[4:], 5):
         best.add(state(step), score)
     assert [int(path.stem[5:]) for path in best.paths()] == [8, 4, 2, 6, 3]

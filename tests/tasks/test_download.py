@@ -52,14 +52,14 @@ def test_an_intact_archive_is_fetched_once(address, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["short", "long", "changed", "missing"])
-def test_a_wrong_archive_is_refused_and_deleted(address, tmp_path, name):
+def test_a_wrong_archive_raises_and_is_deleted(address, tmp_path, name):
     url, _ = address
     with pytest.raises(DataError, match=f"{url}/{name}.zip"):
         download.fetch(archive(f"{url}/{name}.zip"), tmp_path / "target.zip")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_cannot_be_created_is_named(tmp_path):
+def test_the_error_names_a_folder_that_cannot_be_created(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"Cannot write .*file/target.zip: .*or give another folder"):
         download.fetch(archive("http://127.0.0.1:1/target.zip"), tmp_path / "file" / "target.zip")

@@ -31,7 +31,7 @@ def read(images):
 
 
 @pytest.mark.parametrize("rotations", ["random", "classes", "none"])
-def test_classes_examples_labels_and_rotations(data, rotations):
+def test_episodes_have_the_right_classes_examples_labels_and_rotations(data, rotations):
     shape = EpisodeShape(ways=5, shots=2, queries=3, rotations=rotations)
     tasks = jax.jit(draw_episodes, static_argnums=(2, 3))(jax.random.key(0), data, 40, shape)
     assert tasks.support[0].shape == (40, 10, 4, 4, 1) and tasks.query[0].shape == (40, 15, 4, 4, 1)

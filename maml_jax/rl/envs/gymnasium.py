@@ -127,7 +127,7 @@ class _Episode:
 
 
 class _Simulators:
-    """The simulators of all running episodes, by ticket. A simulator is used again after its episode has ended."""
+    """The simulators of all running episodes, by the number of the episode (ticket). Simulators are reused."""
 
     def __init__(self, make: Any, set_task: Any, first: Any, horizon: int, size: int):
         self._make, self._set_task, self._horizon, self._size = make, set_task, horizon, size

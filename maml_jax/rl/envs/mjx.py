@@ -24,7 +24,7 @@ class MjxEngine:
     geom, in the form that `locomotion.contact_forces` reads.
 
     Args:
-      path: the model's XML file, without sensors or with those of `models/ant.xml`.
+      path: the model's XML file, without sensors, or with the sensors of `models/ant.xml`.
 
     Raises:
       ModuleNotFoundError: if MJX is not installed.
@@ -61,7 +61,7 @@ class MjxEngine:
         return self._output(jnp.where(finite, after, state), control, finite)
 
     def read(self, state: jax.Array) -> EngineOutput:
-        """Returns the same state `[nq + nv]` with its sensors, for zero control."""
+        """Returns a state `[nq + nv]` unchanged, with its sensors for zero control."""
         return self._output(state, jnp.zeros(self.model.nu, state.dtype), jnp.array(True))
 
     def _data_at(self, state: jax.Array, control: jax.Array) -> tuple[Any, Any, jax.Array]:

@@ -15,7 +15,7 @@ GOALS = (-0.5, 0.5)
 MAX_STEP = 0.1
 """The longest move along a coordinate in one time step."""
 GOAL_RADIUS = 0.01
-"""An episode ends when both coordinates are closer to the goal than this."""
+"""An episode ends when both coordinates are closer to the goal than this distance."""
 
 
 def navigation(horizon: int = 100) -> Environment:

@@ -82,7 +82,7 @@ def test_the_listed_contact_pairs_are_complete(name):
 
 @pytest.mark.parametrize(("make", "goal"), [(half_cheetah, "velocity"), (half_cheetah, "direction"), (ant, "velocity"),
                                             (ant, "direction")])  # fmt: skip
-def test_rewards_and_observations_follow_the_authors_code(x64_everywhere, engines, make, goal):
+def test_rewards_and_observations_equal_those_of_finn_et_al(x64_everywhere, engines, make, goal):
     environment = make(goal)
     name = make.__name__
     task = jnp.array(-1.0 if goal == "direction" else 0.7)

@@ -8,7 +8,7 @@ import pytest
 from maml_jax.rl.envs.navigation import navigation
 
 
-def test_steps_rewards_ends_and_goals():
+def test_steps_rewards_ends_and_goals_follow_the_rules():
     environment = navigation()
     task = jnp.array([0.1, -0.2])
     state = environment.reset(jax.random.key(0), task)
