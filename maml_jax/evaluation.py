@@ -281,6 +281,7 @@ def difference(first: Results, second: Results, *, steps: tuple[int, int], sampl
             f"  {first.protocol}\nand\n  {second.protocol}"
         )
     pairs = 100 * (first.accuracy[:, steps[0]] - second.accuracy[:, steps[1]])
+    # Resample the tasks. Chunks of 100 samples limit the memory.
     random = np.random.default_rng(0)
     means = np.concatenate(
         [pairs[random.integers(0, len(pairs), (100, len(pairs)))].mean(1) for _ in range(-(-samples // 100))]

@@ -52,7 +52,7 @@ class InnerOptions(TypedDict, total=False):
     """What each inner step stores for the second-order meta-gradient: 'none' (the default), 'full' or 'mixflow'.
     'mixflow' does not differentiate through the aux of the support loss."""
     start: Start | None
-    """Computes the parameters before the first inner step from the support set, such as `heads.shared()`."""
+    """A function that computes the parameters before the first inner step, such as `heads.shared()`."""
     params_at_step: ParamsAtStep | None
     """The parameters that the loss takes at each inner step, such as `maml_plus_plus.select_step(mask)`."""
 
@@ -95,8 +95,8 @@ def sgd(
       learning_rate: the inner step size, for the loss that `maml` is given. For a loss that is N times larger, the
         same update needs a rate N times smaller (see `losses.rate_for_mean_loss`).
       steps: inner steps in meta-training, at least 1.
-      learn_rates: meta-learns rates with the initial value `learning_rate`, see `LearnRates`. With 'layer_step', later
-        inner steps than in training use the rates of the last step. None: the rate is fixed.
+      learn_rates: meta-learns rates with the initial value `learning_rate`, see `LearnRates`. With 'layer_step', inner
+        steps after the last step of training use the rates of this step. None: the rate is fixed.
       **options: `order`, `trainable`, `remat`, `start` and `params_at_step`, see `InnerOptions`.
 
     Raises:
@@ -207,7 +207,7 @@ def inner_loop(
         such as the episodes sampled before the step in reinforcement learning. `inner.start` gets all batches.
 
     Returns:
-      The adapted parameters, as `inner.params_at_step` returns them after the last step, and an `AdaptInfo`.
+      The adapted parameters (those of `inner.params_at_step` after the last step, if given), and an `AdaptInfo`.
     """
     steps = inner.steps if steps is None else steps
 

@@ -60,6 +60,7 @@ def _drawn(draw: DrawFn, data: Any, step: jax.Array) -> Task:
     """
     closed, shapes = jax.make_jaxpr(draw, return_shape=True)(data, step)
     jaxpr = closed.jaxpr
+    # Follow the data and the step through the program of `draw`.
     varying = set(jaxpr.invars)
     for equation in jaxpr.eqns:
         if any(isinstance(atom, Var) and atom in varying for atom in equation.invars):
@@ -112,17 +113,18 @@ def train(
       learner: the algorithm.
       state: the initial state: `learner.init(params)`, or the state of an earlier training.
       draw: `(data, step) -> tasks`, the meta-batch of one meta-step.
-      data: the data that `draw` samples from. An array or pytree is kept on the device. Data that the device cannot
-        hold is a function `(first_step, count) -> data of one call`, such as `tasks.host_memory.episodes_by_step`
-        returns. The function runs in a thread, one call ahead of the device. `count` is always `steps_per_call`, though
-        the last call may use fewer meta-steps.
+      data: the data that `draw` samples from, a pytree of arrays that is kept on the device. If the device cannot hold
+        the data, pass a function `(first_step, count) -> data of one call`, such as the `data` that
+        `tasks.host_memory.episodes_by_step` returns. The function runs in a thread, one call ahead of the device.
+        `count` is always `steps_per_call`; the last call may use fewer meta-steps.
       steps: total number of meta-steps, including those that `state` has taken.
       steps_per_call: meta-steps per device call. The last call may be shorter.
-      stop: called after every device call; training ends if it returns True. With several processes, all processes end
-        after the same call if `stop` returns True in any of them, up to two calls later.
+      stop: called at every device call; training ends after the current call if it returns True. With several
+        processes, all processes end after the same call if `stop` returns True in any process, up to two calls later.
 
     Yields:
-      The state, and the metrics as plain numbers: means over the call's meta-steps, and `step`, the meta-steps taken.
+      The state, and the metrics as plain numbers: means over the meta-steps of the call, and `step`, the number of
+      meta-steps that the state has taken.
 
     Raises:
       ValueError: if `steps` or `steps_per_call` is below 1; in the first call, if the tasks of `draw` depend neither on
@@ -226,7 +228,7 @@ def _not_finite(one_more, state, data, count, metrics) -> NotFiniteError:
     else:
         where, step = f"Between meta-steps {first} and {last}, but not when they were repeated one by one,", last
     if np.isfinite(metrics["loss"]):
-        hint = "The loss itself is finite: look for an infinite derivative, such as the square root has at zero"
+        hint = "The loss itself is finite: look for an infinite derivative, such as that of a square root at zero"
     else:
         hint = "A smaller inner or outer rate, or optax.clip_by_global_norm before the outer optimizer, usually helps"
     return NotFiniteError(

@@ -73,7 +73,7 @@ class MetaState(NamedTuple):
 
 
 class MetaInfo(NamedTuple):
-    """Metrics of one meta-step. The next meta-step needs none of them."""
+    """Metrics of one meta-step, for logging. They are not an input of the next meta-step."""
 
     loss: jax.Array
     """The meta-loss: the mean over the tasks of the query loss after adaptation (Finn et al. 2017, equation 1)."""
@@ -105,4 +105,4 @@ class NotFiniteError(FloatingPointError):
     def __init__(self, message: str, step: int):
         super().__init__(message)
         self.step = step
-        """Number of the meta-step that produced the value, counted from 1."""
+        """Number of the meta-step with this loss, gradient or state, counted from 1."""

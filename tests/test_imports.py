@@ -80,7 +80,7 @@ def folder(file: str) -> str:
     return file.rpartition("/")[0]
 
 
-def test_folders_import_only_what_they_may():
+def test_folders_import_only_allowed_folders():
     for file, targets in imports(ROOT).items():
         for target in targets:
             here, there = folder(file), folder(target)

@@ -267,6 +267,7 @@ def _lax_kernel_gradient(x: jax.Array, y: jax.Array, geometry: Geometry) -> jax.
 def _direct_input_gradient(y: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     # The barrier keeps XLA from merging the flip into the convolution: XLA has no fast code for the merged form.
     flipped = lax.optimization_barrier(jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
+    # Pad the dilated y so that the result has the size of the image.
     pads = []
     for size, rows, window, (before, _) in zip(geometry.image, geometry.output, geometry.window, geometry.pads):
         before = window - 1 - before

@@ -43,7 +43,7 @@ def test_the_loss_does_not_depend_on_the_numbering_of_the_classes(name):
     assert abs(loss_after(plain, renumbered) / loss_after(plain, same) - 1) > 1e-3
 
 
-def test_prototypes_start_as_a_prototypical_network():
+def test_prototypes_predict_like_a_prototypical_network():
     params, task = start_params(), jax.tree.map(lambda leaf: leaf[0], tasks(1))
     support = (task.support[0], jnp.array([0, 1, 2, 3, 0, 1]))
     initial = heads.prototypes(features)(params, support)

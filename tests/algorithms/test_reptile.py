@@ -31,7 +31,7 @@ def test_reptile_moves_towards_the_adapted_parameters():
     assert info.support_loss.shape == (3, 4)
 
 
-def test_each_inner_step_sees_one_example_of_every_class():
+def test_each_inner_step_uses_one_example_of_every_class():
     """With four classes of two examples each, the third step uses the first examples again."""
     params = start_params()
     learner = reptile(LOSS, maml_jax.sgd(0.3, steps=4), optax.sgd(1.0), batches=one_of_each_class(4))

@@ -179,7 +179,7 @@ def test_values_that_are_not_finite_are_the_only_finding(where, rate, message):
 
     batch = maml_jax.Task(*np.random.default_rng(0).standard_normal((2, 2, 4, 3)))
     if where:
-        getattr(batch, where)[1, 2, 0] = np.nan  # In the second task.
+        getattr(batch, where)[1, 2, 0] = np.nan  # One value of the second task is NaN.
     report = check_meta_gradient(loss_fn, jnp.ones(3), batch, maml_jax.sgd(rate, steps=6))
     (finding,) = report.findings
     assert not report.exact and finding.name == "finite" and message in finding.meaning

@@ -42,7 +42,7 @@ def test_accuracy_and_divergence_are_counted():
 
 
 def test_an_ensemble_averages_probabilities_not_votes():
-    """Two models that give the right class 55% lose to a model that gives the wrong class 99%."""
+    """Two models with probability 55% for the right class lose to a model with 99% for the wrong class."""
     right, wrong = np.full((2, 2, 2, 2), 0.5), np.full((2, 2, 2, 2), 0.5)
     for query in range(2):
         right[:, :, query] = [0.45, 0.45]

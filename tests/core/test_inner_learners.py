@@ -22,7 +22,7 @@ def test_exact_meta_gradient_of_learned_rates(rates, weights):
     assert_exact_meta_gradient(inner, start_params(), weights)
 
 
-def test_each_inner_step_takes_its_learned_rates():
+def test_each_inner_step_uses_its_learned_rates():
     """On the loss |p - c|^2 / 2, a step with rate r multiplies the distance by 1 - r.
 
     Later steps than in training use the rate of the last training step.

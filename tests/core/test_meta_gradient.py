@@ -363,7 +363,7 @@ def test_no_adaptation_is_joint_training():
 
 @pytest.mark.parametrize("inner_learner", [maml_jax.no_adaptation(), maml_jax.sgd(0.3, steps=1)])
 def test_the_gradient_of_shared_parameters_takes_one_product(inner_learner):
-    """With all tasks in one `vmap`, no kernel has a task axis before adaptation, and no gradient of a shared kernel."""
+    """With all tasks in one `vmap`, neither a kernel before adaptation nor its gradient has a task axis."""
     loss_fn, params = ZOO["dict"]()
     learner = maml_jax.maml(loss_fn, inner_learner, optax.sgd(1.0), task_batch_size="all")
     program = str(jax.make_jaxpr(learner.step)(learner.init(params), tasks(3)))

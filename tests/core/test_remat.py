@@ -57,7 +57,7 @@ def test_the_meta_gradient_is_the_same(remat, inner):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("library", ["linen", "nnx", "equinox"])
-def test_for_every_library(library):
+def test_the_meta_gradient_is_the_same_for_every_library(library):
     loss_fn, params = ZOO[library]()
     expected = meta_gradient(loss_fn, INNER["sgd"]("none"), params, tasks(2))
     for remat in ("full", "mixflow"):
@@ -195,7 +195,7 @@ def temporary_memory(remat, steps, order=2):
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
-def test_memory():
+def test_memory_is_as_documented():
     copies = 4 * (4 * 32 + 32 * 32 + 32 * 32 + 32 * 4)  # Bytes of the parameters, stored for every step.
     assert temporary_memory("none", 32) > 25 * temporary_memory("mixflow", 32)
     for remat in ("full", "mixflow"):
@@ -207,7 +207,7 @@ def test_memory():
 
 @pytest.mark.parametrize("build", [lambda **o: maml_jax.sgd(0.1, steps=1, **o),
                                    lambda **o: maml_jax.unrolled(optax.sgd(0.1), steps=1, **o)])  # fmt: skip
-def test_options(build):
+def test_wrong_options_raise_errors(build):
     with pytest.raises(ValueError, match="remat must be one of 'none', 'full', 'mixflow', but got 'some'"):
         build(remat="some")
     with pytest.raises(ValueError, match="remat='mixflow' is for order 2"):

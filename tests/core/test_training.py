@@ -45,7 +45,7 @@ def test_a_whole_run_traces_the_step_once():
             pass
         return len(traces)
 
-    assert traced(5) == traced(23) > 0  # Calls of 5 and a last one of 3: no second compilation.
+    assert traced(5) == traced(23) > 0  # The last call has 3 meta-steps, and is not compiled separately.
 
 
 @pytest.mark.parametrize("kind", ["NumPy's", "JAX's"])
@@ -184,7 +184,7 @@ def test_sharded_leaves_of_a_state_stay_sharded():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), end, ends[0])
 
 
-def test_improves():
+def test_training_reduces_the_loss():
     learner, state = setting()
     rows = [row for _, row in train(learner, state, lambda data, _: data, tasks(4), steps=300, steps_per_call=100)]
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
@@ -232,7 +232,7 @@ def test_stop_ends_the_training_after_the_current_call():
     assert steps == [2, 4, 6]
 
 
-def test_statistics():
+def test_intervals_and_divergence_rates():
     values = np.array([[0.0, 1.0], [1.0, 1.0], [1.0, 1.0], [0.0, 1.0]])
     mean, half_width = interval(values)
     np.testing.assert_allclose(mean, [0.5, 1.0])

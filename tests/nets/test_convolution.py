@@ -113,7 +113,7 @@ def test_groups_that_do_not_divide_the_images(monkeypatch):
 
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (1, 2)], ids=["images", "kernels", "both"])
 def test_batch_axes_of_one_operand_and_axes_in_the_middle(axes):
-    pairs = [jnp.stack([operand, -2 * operand]) for operand in drawn(SHAPES[1])]  # Two times three tasks.
+    pairs = [jnp.stack([operand, -2 * operand]) for operand in drawn(SHAPES[1])]  # Two batches of three tasks.
     pairs = [pair[0] if axis is None else jnp.moveaxis(pair, 0, axis) for pair, axis in zip(pairs, axes)]
 
     def each(one):

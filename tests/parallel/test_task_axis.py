@@ -32,7 +32,7 @@ def test_map_and_mean_do_not_depend_on_groups_and_devices(task_batch_size, devic
     np.testing.assert_array_equal(axis.map(fn, 2.0, tasks)[0], 2 * support)
 
 
-def test_map_takes_any_number_of_tasks():
+def test_map_accepts_any_number_of_tasks():
     axis = task_axis("all", task_mesh(2))
     np.testing.assert_array_equal(axis.map(lambda shared, task: shared + task, 1.0, np.arange(3.0)), [1, 2, 3])
 
