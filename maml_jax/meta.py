@@ -34,8 +34,8 @@ class MetaLearner(NamedTuple):
     `TaskBatch` in `maml_jax.rl`."""
     evaluate: Callable[..., Evaluation]
     """`evaluate(state, tasks, steps=None, *, only_last=False) -> Evaluation`: losses before adaptation and after each
-    of `steps` inner steps (None: the number of training). `only_last=True` evaluates the losses only after the last
-    step; learners of `maml_jax.rl` do not have this argument."""
+    of `steps` inner steps (None: as many steps as in training). `only_last=True` evaluates the losses only after the
+    last step; learners of `maml_jax.rl` do not have this argument."""
     adapt: Callable[..., tuple[Params, AdaptInfo]]
     """`adapt(state, batch, steps=None) -> (params, AdaptInfo)`: adapts to the support set of one new task, with the
     inner loop of training. `AdaptInfo.loss` `[steps]` holds the loss before each inner step."""

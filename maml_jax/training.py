@@ -180,6 +180,7 @@ def _train(learner, state, draw, data, steps, steps_per_call, stop):
                 state = results[0]
             if finished is None:
                 continue
+            # Handle the results of the previous call.
             before, used_data, taken, (after, metrics, stop_requested) = finished
             metrics = jax.tree.map(lambda leaf: np.asarray(leaf).tolist(), metrics)
             if not _finite(metrics):

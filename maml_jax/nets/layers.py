@@ -86,7 +86,7 @@ class Dense(nn.Module):
 
 
 class PooledConv(Conv):
-    """A convolution, the normalisation, and 2x2 max-pooling, `[B, H, W, C] -> [B, H / 2, W / 2, features]` at stride 1.
+    """A convolution, normalisation and 2x2 max-pooling, `[B, H, W, C] -> [B, H // 2, W // 2, features]` at stride 1.
 
     The layer pools before it normalises, so that fewer entries are normalised. The result is the same as in the other
     order: the normalisation is increasing in its input, and uses the moments from before pooling.
@@ -116,7 +116,7 @@ class PooledConv(Conv):
 
 
 def output_moments(x: jax.Array, kernel: jax.Array, stride: int = 1) -> Moments:
-    """Moments `[D]` of `conv(x, kernel)` over images and space, without the convolution.
+    """Computes the moments `[D]` of `conv(x, kernel)` over images and space, without computing the convolution.
 
     Every output pixel is the product of the kernel with a window of the image. The mean of the output is therefore the
     kernel times the mean of the windows. The variance is a quadratic form in the kernel, with the covariance of the
@@ -128,7 +128,7 @@ def output_moments(x: jax.Array, kernel: jax.Array, stride: int = 1) -> Moments:
       kernel: `[h, w, C, D]`.
       stride: stride of the convolution.
     """
-    # Compute in float32 or wider, with exact products: a variance can be a small difference of large numbers.
+    # Compute in float32 or wider, and with full precision: a variance can be a small difference of large numbers.
     wide = functools.reduce(jnp.promote_types, (x.dtype, kernel.dtype, jnp.float32))
     product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     x, weights = x.astype(wide), kernel.reshape(-1, kernel.shape[3]).astype(wide)

@@ -27,7 +27,7 @@ FEW_CHANNELS = 16
 
 
 def task_batch_size(params: Any) -> int | None:
-    """Number of tasks to compute together: 1 for large models on a CPU, to keep a task in cache; else None: all."""
+    """Number of tasks to compute together: 1 for large models on a CPU, to keep a task in cache; None means all."""
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     return 1 if jax.default_backend() == "cpu" and size > CACHED_PARAMS else None
 
