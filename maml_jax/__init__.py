@@ -28,11 +28,11 @@ __all__ = [
     "unrolled",
     "no_adaptation",
     "adapt",
-    # Training, and whether its meta-gradient is exact.
+    # Training, and the check of the meta-gradient.
     "train",
     "task_mesh",
     "check_meta_gradient",
-    # Models in files.
+    # Saved models.
     "save",
     "load",
     "restore",

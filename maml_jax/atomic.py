@@ -1,4 +1,4 @@
-"""Writing files in one piece."""
+"""Atomic replacement of files."""
 
 import contextlib
 import os
@@ -12,20 +12,19 @@ from typing import IO
 def write_atomically(path: Path) -> Iterator[IO[bytes]]:
     """Opens a temporary file beside `path`, which replaces `path` when the block ends without an error.
 
-    A reader sees either the old content or the new content, never a part. After an error the temporary file is deleted
-    and `path` is unchanged. Missing parent directories are created.
+    A reader sees either the old content or the new content, never a part of the new content. After an error the
+    temporary file is deleted and `path` is unchanged. Missing parent directories are created.
 
     Raises:
       OSError: if the file cannot be written.
 
     Example:
-
-    >>> import pathlib, tempfile
-    >>> folder = pathlib.Path(tempfile.mkdtemp())
-    >>> with write_atomically(folder / "numbers.txt") as file:
-    ...     _ = file.write(b"1 2 3")
-    >>> [path.name for path in folder.iterdir()]
-    ['numbers.txt']
+      >>> import pathlib, tempfile
+      >>> folder = pathlib.Path(tempfile.mkdtemp())
+      >>> with write_atomically(folder / "numbers.txt") as file:
+      ...     _ = file.write(b"1 2 3")
+      >>> [path.name for path in folder.iterdir()]
+      ['numbers.txt']
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")

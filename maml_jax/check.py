@@ -1,9 +1,9 @@
 """Checks whether the meta-gradient of a model and a loss is exact.
 
-A meta-gradient can be wrong without any error message: because of a `stop_gradient` in the loss, an operation with a
-wrong second derivative, or a compiled program that disagrees with itself. Training still runs, only worse.
-`check_meta_gradient` compares the meta-gradient with finite differences of the meta-loss, and with itself computed in
-other ways.
+A meta-gradient can be wrong without any error message. Causes are a `stop_gradient` in the loss, an operation with a
+wrong second derivative, or a compiler error. Training still runs, but learns less. `check_meta_gradient` compares the
+meta-gradient with finite differences of the meta-loss, and with the meta-gradient without compilation and without
+`vmap`.
 """
 
 import operator
@@ -30,8 +30,8 @@ from maml_jax.meta import StepWeights, task_loss
 from maml_jax.types import LossFn, MetaParams, Params, Task
 
 PERTURBATION = 1e-3
-"""Standard deviation of the random step away from the given parameters. Initial biases of zero put a ReLU exactly on
-its kink for an input of zeros, where it has no derivative."""
+"""Standard deviation of the random step away from the given parameters. Without this step, a ReLU with bias zero and an
+input of zeros is at its kink and has no derivative."""
 
 LARGE_ROUNDING = 0.05
 """Relative change of the meta-gradient in float32 above which the report suggests remedies."""
@@ -51,7 +51,7 @@ class Finding(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        """Whether the values agree. Information always passes."""
+        """Whether the values agree. Always True for a finding that is information only."""
         return bool(self.error <= self.limit) or self.limit == float("inf")
 
     def __str__(self) -> str:
@@ -75,8 +75,7 @@ class MetaGradientReport(NamedTuple):
         return all(finding.passed for finding in self.findings)
 
     def __getitem__(self, name: str) -> Finding:  # type: ignore[override]
-        """The finding of that name.
-
+        """The finding with the name `name`.
         Raises:
           KeyError: for a name that is not in the report.
         """
@@ -99,23 +98,23 @@ def check_meta_gradient(
     tolerance: float = 1e-6,
     seed: int = 0,
 ) -> MetaGradientReport:
-    """Compares the meta-gradient with finite differences, and with itself computed in other ways.
+    """Compares the meta-gradient with finite differences, and with the meta-gradient without compilation or `vmap`.
 
-    The comparisons are in float64, a small random step away from `params`. The finding 'finite' is also about `params`
-    themselves in the precision of training: float32 unless `jax_enable_x64` is set. A check takes some hundred
-    evaluations of the meta-loss, some of them not compiled. Two tasks with a small batch are enough.
+    The comparisons use float64, at parameters that are a small random step away from `params`. The finding 'finite'
+    also covers `params` themselves, in the precision of training: float32 unless `jax_enable_x64` is set. A check
+    evaluates the losses dozens of times, once without compilation. Two tasks with a small batch are enough.
 
-    The report has these findings. If 'finite' fails, it has no others; if the meta-gradient is not finite, it ends
-    with 'meta-gradient'.
+    The report has these findings. If 'finite' fails, the report has no other finding. If the meta-gradient is not
+    finite, 'meta-gradient' is the last finding.
 
     - 'finite': the losses before and after adaptation, and the meta-gradient, are finite.
     - 'loss gradient': `jax.grad` of the support loss agrees with finite differences.
     - 'value': the meta-loss is the same with and without its gradient.
     - 'meta-gradient': the jitted and vmapped meta-gradient agrees with finite differences of the meta-loss.
-    - 'jit': it is the same compiled and not compiled.
-    - 'vmap': it is the same with `vmap` over tasks and with a Python loop.
-    - 'order': how far first order is from second order. Information only.
-    - 'precision': how far float32 is from float64. Information only.
+    - 'jit': the meta-gradient is the same compiled and not compiled.
+    - 'vmap': the meta-gradient is the same with `vmap` over tasks and with a Python loop.
+    - 'order': relative difference between first-order and second-order meta-gradient. Information only.
+    - 'precision': relative difference between the meta-gradient in float32 and in float64. Information only.
 
     Example:
       >>> import jax.numpy as jnp, maml_jax
@@ -131,23 +130,23 @@ def check_meta_gradient(
 
     Args:
       loss_fn: `(params, batch) -> (scalar loss, aux)`, as for `maml`.
-      params: parameters to check at, such as the initial ones.
+      params: parameters at which the meta-gradient is checked, such as the initial parameters.
       tasks: a batch of tasks, every leaf `[T, ...]`.
       inner: the inner learner, as for `maml`.
       query_loss_fn: as for `maml`.
-      step_weights: as for `maml`; for a function of the meta-step, its weights at the first one.
+      step_weights: as for `maml`. A function is evaluated at meta-step 0.
       directions: number of random directions in the space of the meta-parameters.
       tolerance: largest relative difference that counts as agreement in float64.
-      seed: of the directions.
+      seed: seed of the random step and of the directions.
 
     Returns:
       A `MetaGradientReport`.
 
     Raises:
-      ValueError, TypeError: for arguments that `maml` would refuse, and for an inner learner without steps.
+      ValueError, TypeError: for arguments that `maml` does not allow, and for an inner learner with 0 steps.
     """
     if not isinstance(inner, InnerLearner):
-        raise TypeError(f"inner must come from maml_jax.sgd or maml_jax.unrolled, but got {inner!r}.")
+        raise TypeError(f"inner must be an InnerLearner, such as maml_jax.sgd(0.01, steps=1), but got {inner!r}.")
     validation.at_least("inner.steps", inner.steps, 1)
     weights = step_weights(jnp.zeros([], jnp.int32)) if callable(step_weights) else step_weights
     if weights is not None:
@@ -235,7 +234,10 @@ class _Problem:
 
 
 def _finite(problem: _Problem, trained: _Problem, given: Params) -> Finding:
-    """`trained` is the problem in the precision of training, `given` the parameters without the random step."""
+    """Whether the losses and the meta-gradient are finite; if not, the message says where.
+
+    `trained` is the problem in the precision of training. `given` are the parameters without the random step.
+    """
     dtype = np.dtype(np.float64 if trained is problem else np.float32)
 
     def failure() -> str:
@@ -275,9 +277,9 @@ def _finite(problem: _Problem, trained: _Problem, given: Params) -> Finding:
 
 
 def _loss_gradient(checker: GradientChecker, problem: _Problem) -> Finding:
-    """The gradient of the support loss alone, which separates a wrong first derivative from a wrong second one."""
+    """Compares the gradient of the support loss, to tell a wrong first derivative from a wrong second derivative."""
     params = problem.start.params
-    # The first task with a gradient: for some tasks a loss such as a hinge can be constant.
+    # Take the first task with a gradient other than zero: a hinge loss, for example, can be constant on some tasks.
     for task in problem.each_task():
         loss = partial(problem.support_loss, support=task.support)
         gradient = jax.grad(loss)(params)
@@ -312,9 +314,8 @@ def _value(checker: GradientChecker, problem: _Problem, value: jax.Array) -> Fin
         meaning = "The meta-loss is the same with and without its gradient."
     else:
         meaning = (
-            "Compiled together with its gradient, the meta-loss has another value than alone. The compiled programs "
-            "disagree, usually because of the derivative of a maximum reduction. For max-pooling use "
-            "maml_jax.nets.layers.max_pool."
+            "The meta-loss has a different value when it is compiled together with its gradient. The usual cause is "
+            "the derivative of a maximum reduction. For max-pooling use maml_jax.nets.layers.max_pool."
         )
     return Finding("value", error, checker.tolerance, meaning)
 
@@ -330,7 +331,8 @@ def _meta_gradient(checker: GradientChecker, problem: _Problem, gradient: Any) -
     error = checker.error(meta_loss, problem.start, gradient)
     if problem.inner.order == 1:
         meaning = (
-            "The inner learner is first order (order=1): its meta-gradient is an approximation, with this error here."
+            "The inner learner is first order (order=1), so its meta-gradient is an approximation. The error is its "
+            "difference from the finite differences."
         )
     elif error <= checker.tolerance:
         meaning = (
@@ -339,7 +341,7 @@ def _meta_gradient(checker: GradientChecker, problem: _Problem, gradient: Any) -
         )
         leaves = jax.tree_util.tree_leaves_with_path(gradient)
         if zero := leaf_names([path for path, leaf in leaves if not np.any(leaf)]):
-            meaning += f" It is zero in {zero}, which are not meta-learned."
+            meaning += f" It is zero in {zero}: these parameters are not meta-learned."
     elif not np.isfinite(norm(gradient)):
         meaning = (
             "The meta-gradient is not finite. An inner optimizer with a square root, such as Adam, needs eps_root > 0. "
@@ -375,8 +377,8 @@ def _vmap(checker: GradientChecker, problem: _Problem, gradient: Any) -> Finding
         meaning = "The meta-gradient is the same with vmap over tasks and with a Python loop over tasks."
     else:
         meaning = (
-            "The meta-gradient with vmap over tasks differs from that with a Python loop over tasks. Some operation in "
-            "the loss behaves differently under vmap."
+            "The meta-gradient with vmap over tasks differs from the meta-gradient with a Python loop over tasks. An "
+            "operation in the loss behaves differently under vmap."
         )
     return Finding("vmap", error, checker.tolerance, meaning)
 
@@ -390,7 +392,7 @@ def _order(problem: _Problem, gradient: Any) -> Finding:
     else:
         meaning = (
             "First order equals second order: the inner gradient does not depend on the parameters. Unless the loss is "
-            "linear in them, some operation in it is detached."
+            "linear in the parameters, look for stop_gradient in the loss."
         )
     return Finding("order", error, float("inf"), meaning)
 
@@ -404,7 +406,7 @@ def _precision(problem_in_float32: _Problem, gradient: Any, coarsest: np.dtype) 
         meaning += " The inner loop amplifies rounding errors: a smaller inner rate, fewer steps or float64 help."
     if coarsest != np.float64:
         meaning += (
-            f" The loss computes in {coarsest} whatever the type of its inputs. All comparisons in this report have a "
-            "tolerance for that precision."
+            f" The loss computes in {coarsest} whatever the type of its inputs. The limits of all comparisons in this "
+            "report follow this precision."
         )
     return Finding("precision", error, float("inf"), meaning)

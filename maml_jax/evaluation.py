@@ -11,17 +11,17 @@ from maml_jax.losses import Apply
 from maml_jax.types import Params, Task
 
 QueryMode = Literal["transductive", "inductive"]
-"""'transductive': the queries of a task are one batch, whose statistics a normalisation may use.
-'inductive': each query is a batch of its own."""
+"""'transductive': the queries of a task are one batch, and a normalisation may use the statistics of this batch.
+'inductive': each query is a separate batch."""
 
 
 class Protocol(NamedTuple):
-    """All that an accuracy depends on beside the parameters. Only accuracies of equal protocols compare."""
+    """Everything except the parameters that an accuracy depends on. Compare only accuracies with equal protocols."""
 
     data: str
     """Name of the data set."""
     split: str
-    """Split of its classes, such as 'test'."""
+    """Split of the classes, such as 'test'."""
     classes: int
     """Number of classes in the split."""
     split_sha256: str
@@ -31,22 +31,25 @@ class Protocol(NamedTuple):
     seed: int
     """Seed of the tasks."""
     ways: int
+    """Classes per task."""
     shots: int
+    """Support examples per class."""
     queries: int
     """Queries per class."""
     rotations: str
-    """Rotations of the classes of a task, see `episodes.Rotations`."""
+    """Rotations of the classes of a task, see `tasks.episodes.Rotations`."""
     inner_steps: int
-    """Largest number of inner steps; there is an accuracy after each, from 0 on."""
+    """Largest number of inner steps, S. There is an accuracy after each of 0 to S inner steps."""
     inner_rate: float | None
-    """Step size for the mean loss; None where rates are learned or nothing is adapted."""
+    """Inner learning rate for the mean loss; None if rates are learned or there is no adaptation."""
     normalisation: str
-    """Normalisation of the net, see `normalisation.Normalisation`."""
+    """Normalisation of the network, see `nets.normalisation.Normalisation`."""
     query_mode: QueryMode
+    """What a prediction may depend on, see `QueryMode`."""
     models: int = 1
     """Number of models whose predicted probabilities are averaged."""
     method: str = "not recorded"
-    """Algorithm."""
+    """Name of the algorithm."""
 
     def __str__(self) -> str:
         rate = "" if self.inner_rate is None else f" of {self.inner_rate:g}"
@@ -65,13 +68,13 @@ class Protocol(NamedTuple):
 
 
 class Results(NamedTuple):
-    """Accuracies and divergence of single tasks."""
+    """Accuracy and divergence of each task."""
 
     protocol: Protocol
     accuracy: np.ndarray
     """`[T, S + 1]`: fraction of correct queries of a task after 0 to S inner steps."""
     diverged: np.ndarray
-    """`[T, S + 1]` of bools: whether the support loss is above that before adaptation, or not finite."""
+    """`[T, S + 1]` of bools: whether the support loss is larger than before adaptation, or NaN."""
 
     def interval(self) -> "Interval":
         """Mean accuracy in per cent, and the half width of its 95% interval over the tasks: `[S + 1]` each."""
@@ -86,8 +89,8 @@ class Results(NamedTuple):
     def summary(self) -> dict[str, Any]:
         """Plain values for JSON, from which `from_summary` restores the results.
 
-        Correct queries and divergence of each task are lines of text, one for each number of inner steps, so that the
-        file stays small.
+        The numbers of correct queries and the divergence of the tasks are stored as text, one string for each number of
+        inner steps. This keeps the file small.
         """
         mean, half_width = self.interval()
         correct = np.rint(self.accuracy * self.protocol.ways * self.protocol.queries).astype(int)
@@ -105,53 +108,54 @@ def from_summary(summary: Mapping[str, Any]) -> Results:
     """Restores results from `Results.summary`.
 
     Raises:
-      ValueError: if the summary has no values of single tasks, or not as many tasks as its protocol.
+      ValueError: if the summary has no results of single tasks, or their number differs from the protocol.
     """
     protocol = Protocol(**summary["protocol"])
     if "correct" not in summary:
-        raise ValueError(f"These results have no values of single tasks: {protocol}")
+        raise ValueError(f"This summary has no results of single tasks: {protocol}")
     correct, diverged = [line.split() for line in summary["correct"]], list(map(list, summary["diverged"]))
     if {protocol.tasks} != (counts := {len(line) for line in (*correct, *diverged)}):
-        raise ValueError(f"The protocol says {protocol.tasks} tasks, but there are results of {sorted(counts)}.")
-    right = np.array(correct, int).T
-    return Results(protocol, right / (protocol.ways * protocol.queries), np.array(diverged).T == "1")
+        raise ValueError(f"The protocol says {protocol.tasks} tasks, but the summary has {sorted(counts)}.")
+    num_correct = np.array(correct, int).T
+    return Results(protocol, num_correct / (protocol.ways * protocol.queries), np.array(diverged).T == "1")
 
 
 Predictor = Callable[[Task], tuple[jax.Array, jax.Array]]
-"""`tasks -> (log probabilities [T, S + 1, Q, N], support losses [T, S + 1])`."""
+"""`tasks -> (log probabilities [T, S + 1, Q, N], support losses [T, S + 1])`, for Q queries per task and N classes."""
 
 
 def evaluate(predictors: Iterable[Predictor], groups: Callable[[], Iterable[Task]], protocol: Protocol) -> Results:
-    """Evaluates one model, or several whose predicted probabilities are averaged.
+    """Evaluates one model, or an ensemble that averages the predicted probabilities.
 
     Args:
-      predictors: one for each model.
-      groups: called once for each model; yields the same tasks in groups that fit into memory, such as
-        `tasks.fixed.fixed_tasks`.
+      predictors: one `Predictor` for each model.
+      groups: a function that is called once for each model. It yields the same tasks every time, in groups that fit
+        into memory, as `tasks.fixed.fixed_tasks` does.
       protocol: description of the tasks and of the adaptation.
 
     Returns:
       Results of all tasks. In an ensemble, a task has diverged if it diverged for any of the models.
 
     Raises:
-      ValueError: if the number of tasks is not that of the protocol.
+      ValueError: if the number of tasks differs from the protocol.
 
     References:
       Averaged predictions: Antoniou et al. 2019, arXiv:1810.09502, section 5.
     """
     probabilities, diverged, labels = [], [], []
     for number, predict in enumerate(predictors):
-        for place, tasks in enumerate(groups()):
+        for index, tasks in enumerate(groups()):
             log_probabilities, support_loss = map(np.asarray, predict(tasks))
-            own = np.exp(log_probabilities.astype(np.float64))
-            worse = ~(support_loss <= support_loss[:, :1])
+            group_probabilities = np.exp(log_probabilities.astype(np.float64))
+            group_diverged = ~(support_loss <= support_loss[:, :1])  # Also True for NaN.
             if number == 0:
                 labels.append(np.asarray(tasks.query[1]))
-                probabilities.append(own)
-                diverged.append(worse)
+                probabilities.append(group_probabilities)
+                diverged.append(group_diverged)
             else:
-                probabilities[place] += own
-                diverged[place] |= worse
+                probabilities[index] += group_probabilities
+                diverged[index] |= group_diverged
+    # The class with the largest sum also has the largest mean.
     classes = predicted(np.concatenate(probabilities))
     accuracy = (classes == np.concatenate(labels)[:, None]).mean(-1)
     if len(accuracy) != protocol.tasks:
@@ -160,7 +164,7 @@ def evaluate(predictors: Iterable[Predictor], groups: Callable[[], Iterable[Task
 
 
 def predicted(probabilities: np.ndarray) -> np.ndarray:
-    """The likeliest class, `[..., N] -> [...]`; -1, which is never correct, where all probabilities are NaN."""
+    """The most likely class, `[..., N] -> [...]`. If all probabilities are NaN, the class is -1, which is no label."""
     known = np.nan_to_num(probabilities, nan=-1.0)
     return np.where(known.max(-1) < 0, -1, known.argmax(-1))
 
@@ -171,13 +175,13 @@ def nearest_neighbour(features: Apply, params: Params, ways: int) -> Predictor:
     Distances are Euclidean.
 
     Args:
-      features: `(params, inputs [B, ...]) -> [B, features]`; for queries that are `QueryWithSupport` it gets their
-        context as a third argument.
+      features: `(params, inputs [B, ...]) -> [B, features]`. If the query set is a `QueryWithSupport`, `features` gets
+        its context as a third argument.
       params: parameters of `features`.
       ways: classes of a task, N.
 
     Returns:
-      A `Predictor` whose probabilities are 0 or 1, for 0 inner steps: `[T, 1, Q, N]`.
+      A `Predictor` without inner steps. Its probabilities `[T, 1, Q, N]` are 0 or 1, and its support losses are 0.
 
     References:
       Finn et al. 2017, arXiv:1703.03400, table 1.
@@ -214,7 +218,7 @@ class Interval(NamedTuple):
 def interval(values: Any) -> Interval:
     """Mean over the first axis (tasks) and 1.96 standard errors: `[T, ...] -> [...]` each.
 
-    The half width is NaN where a value is infinite, as that of a task which diverged.
+    The half width is NaN if a value is infinite, such as the loss of a task on which the inner loop diverged.
 
     Example:
       >>> from maml_jax.evaluation import interval
@@ -231,11 +235,10 @@ def divergence_rate(support_loss: Any) -> np.ndarray:
     """Fraction of tasks on which the inner loop has made the support loss larger.
 
     Args:
-      support_loss: `[T, S + 1]`, from before adaptation on, as `Evaluation.support_loss`.
+      support_loss: `[T, S + 1]`, before adaptation and after each inner step, as `Evaluation.support_loss`.
 
     Returns:
-      `[S + 1]`: after each step, the fraction of tasks whose support loss is above that before adaptation, or not
-      finite.
+      `[S + 1]`: the fraction of tasks whose support loss is larger than before adaptation, or NaN.
     """
     support_loss = np.asarray(support_loss)
     return 1 - (support_loss <= support_loss[:, :1]).mean(0)
@@ -245,26 +248,32 @@ class Difference(NamedTuple):
     """Difference of two accuracies on the same tasks, in percentage points, with its 95% interval."""
 
     mean: float
+    """Mean of the differences of the tasks."""
     low: float
+    """Lower end of the interval."""
     high: float
+    """Upper end of the interval."""
 
     def __str__(self) -> str:
         return f"{self.mean:+.2f} ({self.low:+.2f} to {self.high:+.2f})"
 
 
 def difference(first: Results, second: Results, *, steps: tuple[int, int], samples: int = 10_000) -> Difference:
-    """Accuracy of the first minus that of the second, with a paired bootstrap over the tasks.
+    """Mean accuracy of `first` minus mean accuracy of `second`, with a paired bootstrap over the tasks.
 
-    Tasks are sampled with replacement, and both results of a task stay together: a hard task lowers both
+    The bootstrap samples tasks with replacement and keeps both results of a task together. A hard task lowers both
     accuracies, so the interval is narrower than the two separate intervals suggest.
 
     Args:
       first, second: results on the same tasks.
-      steps: inner steps of the first and of the second at which they are compared.
-      samples: bootstrap samples.
+      steps: number of inner steps of `first`, and of `second`.
+      samples: number of bootstrap samples, rounded up to a multiple of 100.
+
+    Returns:
+      The difference in percentage points, with its 95% interval.
 
     Raises:
-      ValueError: if the two were not evaluated on the same tasks.
+      ValueError: if `first` and `second` were not evaluated on the same tasks.
     """
     if not first.protocol.same_tasks(second.protocol):
         raise ValueError(
@@ -272,6 +281,7 @@ def difference(first: Results, second: Results, *, steps: tuple[int, int], sampl
             f"  {first.protocol}\nand\n  {second.protocol}"
         )
     pairs = 100 * (first.accuracy[:, steps[0]] - second.accuracy[:, steps[1]])
+    # Resample the tasks. Chunks of 100 samples limit the memory.
     random = np.random.default_rng(0)
     means = np.concatenate(
         [pairs[random.integers(0, len(pairs), (100, len(pairs)))].mean(1) for _ in range(-(-samples // 100))]

@@ -1,7 +1,7 @@
 """The inner loop: a few optimizer steps from the meta-parameters on the support set of one task.
 
-`inner_loop` is the only inner loop of the library. First and second order, training and evaluation, one step or
-many, gradient descent and any other optax optimizer go through it. An `InnerLearner` holds the choices.
+`inner_loop` is the only inner loop of the library. Training and evaluation, first and second order, and all optimizers
+use this function. An `InnerLearner` holds the options.
 """
 
 import inspect
@@ -21,50 +21,51 @@ from maml_jax.autodiff.trees import Mask, combine, partition
 from maml_jax.types import AdaptInfo, Batch, InnerParams, LossFn, Params
 
 Order = Literal[1, 2]
-"""2 differentiates through the inner gradients: the exact meta-gradient. 1 treats them as constants: FOMAML."""
+"""2: exact meta-gradient, differentiated through the inner gradients. 1: inner gradients as constants (FOMAML)."""
 
 Remat = Literal["none", "full", "mixflow"]
 """What each inner step stores for the second-order meta-gradient. All three give the same meta-gradient.
 'none' stores all intermediate values. 'full' stores the parameters before the step and recomputes the rest.
-'mixflow' stores the same and differentiates the inner gradient in forward mode (MixFlow-MG, arXiv:2505.00793)."""
+'mixflow' stores these parameters too, and differentiates the inner gradient in forward mode (MixFlow-MG,
+arXiv:2505.00793)."""
 
 Start = Callable[[Params, Batch], Params]
-"""`(params, support) -> params` with the same structure and shapes, such as a head made from prototypes."""
+"""`(params, support) -> params` before the first inner step, with unchanged structure, shapes and types."""
 
 ParamsAtStep = Callable[[Params, jax.Array], Params]
-"""`(params, step) -> params` that the loss takes at that inner step, such as one of several copies."""
+"""`(params, step) -> params`: the input of the loss at inner step `step`, such as one of several copies."""
 
 LearnRates = Literal["parameter", "layer", "layer_step"]
-"""What has a learned inner rate of its own: every single 'parameter' (Meta-SGD, arXiv:1707.09835), every array of
-parameters, here called 'layer', or every array at every inner step (MAML++, arXiv:1810.09502)."""
+"""'parameter': one learned rate for every number (Meta-SGD, arXiv:1707.09835). 'layer': one for every array of
+parameters. 'layer_step': one for every array and inner step (MAML++, arXiv:1810.09502)."""
 
 
 class InnerOptions(TypedDict, total=False):
-    """The options that every inner learner takes, whatever its optimizer."""
+    """The options of all inner learners."""
 
     order: Order
     """2, the default, for the exact meta-gradient; 1 for the first-order approximation (FOMAML)."""
     trainable: Mask | None
-    """Which parameters the inner loop adapts: a pytree of bools, or a function from the parameters to one. The other
-    parameters are meta-learned and not adapted (ANIL, arXiv:1909.09157, adapts the head alone). None adapts all."""
+    """The parameters that the inner loop adapts: a pytree of bools, or a function from parameters to a pytree of bools.
+    The others are meta-learned but not adapted (ANIL, arXiv:1909.09157, adapts only the head). None adapts all."""
     remat: Remat
     """What each inner step stores for the second-order meta-gradient: 'none' (the default), 'full' or 'mixflow'.
     'mixflow' does not differentiate through the aux of the support loss."""
     start: Start | None
-    """Where a task starts from, given the parameters and its support set, such as `heads.shared()`."""
+    """A function that computes the parameters before the first inner step, such as `heads.shared()`."""
     params_at_step: ParamsAtStep | None
     """The parameters that the loss takes at each inner step, such as `maml_plus_plus.select_step(mask)`."""
 
 
 class InnerLearner(NamedTuple):
-    """How one task is learned. Make one with `sgd`, `unrolled`, `meta_curvature` or `no_adaptation`."""
+    """The inner loop of one task. Create it with `sgd`, `unrolled`, `meta_curvature` or `no_adaptation`."""
 
     optimizer: Callable[[InnerParams], optax.GradientTransformation]
-    """The optimizer of the inner loop, given its meta-learned parameters."""
+    """`inner_params -> optimizer` of the inner loop."""
     init_inner_params: Callable[[Params], InnerParams]
-    """Initial values of the optimizer's meta-learned parameters, given the adapted parameters; `()` for none."""
+    """`adapted parameters -> initial inner_params`; `()` if the optimizer has no meta-learned parameters."""
     steps: int
-    """Inner steps in meta-training. Evaluation may take another number."""
+    """Inner steps in meta-training. Evaluation may take more or fewer steps."""
     order: Order = 2
     """See `InnerOptions`, as for all fields below."""
     trainable: Mask | None = None
@@ -94,13 +95,13 @@ def sgd(
       learning_rate: the inner step size, for the loss that `maml` is given. For a loss that is N times larger, the
         same update needs a rate N times smaller (see `losses.rate_for_mean_loss`).
       steps: inner steps in meta-training, at least 1.
-      learn_rates: meta-learns the rates, starting from `learning_rate`: one for every 'parameter' (Meta-SGD), 'layer'
-        or 'layer_step' (MAML++; inner steps beyond those of training take the last step's rates).
+      learn_rates: meta-learns rates with the initial value `learning_rate`, see `LearnRates`. With 'layer_step', inner
+        steps after the last step of training use the rates of this step. None: the rate is fixed.
       **options: `order`, `trainable`, `remat`, `start` and `params_at_step`, see `InnerOptions`.
 
     Raises:
-      ValueError: for a rate that is not positive and finite, fewer than 1 step, an option that is not allowed, or
-        `remat` with order 1, which stores nothing of the inner steps.
+      ValueError: if the rate is not positive and finite, `steps` is below 1, an option has a value that is not allowed,
+        or `remat` is not 'none' with order 1.
 
     References:
       Finn, Abbeel and Levine 2017, arXiv:1703.03400, section 2.2; Li et al. 2017, arXiv:1707.09835 (Meta-SGD).
@@ -129,8 +130,8 @@ def sgd(
 def unrolled(optimizer: optax.GradientTransformation, *, steps: int, **options: Unpack[InnerOptions]) -> InnerLearner:
     """Any optax optimizer as the inner update, differentiated through its unrolled steps.
 
-    The optimizer starts with a new state for every task. Adam needs `eps_root > 0`: without it, the derivative of its
-    square root at a gradient of zero is NaN.
+    The optimizer starts with a new state for every task. Adam needs `eps_root > 0`. With `eps_root=0`, the derivative
+    of Adam's square root is NaN at a gradient of zero.
 
     Example:
       >>> import maml_jax, optax
@@ -144,7 +145,7 @@ def unrolled(optimizer: optax.GradientTransformation, *, steps: int, **options: 
 
     Raises:
       TypeError: if `optimizer` is not an optax transformation.
-      ValueError: as `sgd`.
+      ValueError: for `steps` and options, as in `sgd`.
     """
     validation.transformation("optimizer", optimizer)
     return inner_learner(lambda _: optimizer, lambda _: (), steps=steps, **options)
@@ -157,29 +158,26 @@ def inner_learner(
     steps: int,
     **options: Unpack[InnerOptions],
 ) -> InnerLearner:
-    """An `InnerLearner` whose optimizer is itself meta-learned: the general form of `sgd` and `unrolled`.
+    """An `InnerLearner` whose optimizer has meta-learned parameters: the general form of `sgd` and `unrolled`.
 
     Args:
-      optimizer: the optax transformation, given its meta-learned parameters.
-      init_inner_params: their initial values, given the adapted parameters.
-      steps: inner steps in meta-training, at least 1.
-      **options: see `InnerOptions`.
+      optimizer: `inner_params -> optax transformation`.
+      init_inner_params: `adapted parameters -> initial inner_params`.
+      steps, **options: as for `sgd`, with the same errors.
     """
     learner = InnerLearner(optimizer, init_inner_params, steps, **options)
     validation.at_least("steps", steps, 1)
     validation.one_of("order", learner.order, (1, 2))
     validation.one_of("remat", learner.remat, get_args(Remat))
     if learner.order == 1 and learner.remat != "none":
-        raise ValueError(
-            f"remat={learner.remat!r} is for order 2. Order 1 stores nothing of the inner steps: leave remat out."
-        )
+        raise ValueError(f"remat={learner.remat!r} is for order 2. Order 1 stores no intermediate values: omit remat.")
     return learner
 
 
 def no_adaptation() -> InnerLearner:
     """No inner step: meta-training becomes joint training on all tasks, the paper's 'pretrained' baseline.
 
-    Evaluation with this learner leaves the parameters as they are. To fine-tune them, evaluate with another learner.
+    Evaluation with this learner does not change the parameters. To fine-tune, evaluate with another inner learner.
     """
     return InnerLearner(lambda _: optax.set_to_zero(), lambda _: (), steps=0)
 
@@ -195,30 +193,30 @@ def inner_loop(
     probe: Callable[[Params], Any] | None = None,
     batch_per_step: bool = False,
 ) -> tuple[Params, AdaptInfo]:
-    """Adapts `params` to one task (paper, algorithms 1 and 3, lines 5-6).
+    """Adapts `params` to one task (Finn et al. 2017, algorithm 1, lines 5-6).
 
     Args:
-      inner: how to adapt.
+      inner: the optimizer, the number of steps and the options.
       loss_fn: the support loss.
       params: the parameters before adaptation.
       inner_params: learned parameters of the update, from `inner.init_inner_params`.
       batch: the support set of one task, without a task axis.
-      steps: number of inner steps, 0 or more; None takes `inner.steps`.
+      steps: number of inner steps, 0 or more; None means `inner.steps`.
       probe: a function of the parameters, called before the first step and after each step, for evaluation.
-      batch_per_step: every leaf of `batch` has a leading axis `[steps]`: each step has a batch of its own, such as the
-        episodes sampled before it in reinforcement learning. `inner.start` is given the whole of `batch`.
+      batch_per_step: whether every leaf of `batch` has a leading axis `[steps]`, with one batch for each inner step,
+        such as the episodes sampled before the step in reinforcement learning. `inner.start` gets all batches.
 
     Returns:
-      The adapted parameters, in the form that the loss takes after the last step, and an `AdaptInfo`.
+      The adapted parameters (those of `inner.params_at_step` after the last step, if given), and an `AdaptInfo`.
     """
     steps = inner.steps if steps is None else steps
 
-    # Where the task starts from, and which parameters it adapts.
+    # The parameters before the first step, split into adapted and fixed ones.
     if inner.start is not None:
         params = _started(inner.start, params, batch)
     adapted, fixed = partition(params, inner.trainable)
 
-    # The support loss, as a function of the adapted parameters and of everything else.
+    # The support loss, as a function of the adapted parameters and of its other inputs.
     def effective_params(adapted: Params, fixed: Params, step: Any) -> Params:
         params = combine(adapted, fixed)
         return params if inner.params_at_step is None else inner.params_at_step(params, step)
@@ -227,7 +225,7 @@ def inner_loop(
         fixed, batch, step = others
         return loss_fn(effective_params(adapted, fixed, step), batch)
 
-    # Its gradient. Both forms give the same derivatives; 'mixflow' stores less of the gradient's computation.
+    # The gradient of the support loss. Both forms have the same derivatives; 'mixflow' stores fewer values.
     if inner.remat == "mixflow" and inner.order == 2:
         value_and_grad = forward_over_reverse(support_loss)
     else:
@@ -243,8 +241,8 @@ def inner_loop(
         # The gradient of the support loss.
         others = (fixed, step_batch if batch_per_step else batch, step)
         (loss, aux), grads = value_and_grad(adapted, others)
-        # First order: the gradient, and all else that the optimizer is given, are constants. The update becomes a
-        # constant shift of the parameters. Learned rates still get their gradient, as the update multiplies by them.
+        # First order: all inputs of the optimizer are constants, so the update shifts the parameters by a constant.
+        # Learned rates still get a gradient, because the update multiplies by the rates.
         given = (grads, adapted, loss)
         grads, given_params, given_loss = lax.stop_gradient(given) if inner.order == 1 else given
         # The update of the parameters.
@@ -255,7 +253,7 @@ def inner_loop(
     scan_inputs = (None if inner.params_at_step is None else jnp.arange(steps), batch if batch_per_step else None)
     first_inputs = jax.tree.map(lambda leaf: leaf[0], scan_inputs) if steps else scan_inputs
 
-    # Compute what is the same in all steps once, before the first.
+    # Compute loop invariants once, before the first step.
     if steps > 1 and not jax.config.jax_disable_jit:  # type: ignore[attr-defined]
         carry = _strongly_typed(carry, jax.eval_shape(inner_step, carry, first_inputs)[0])
         inner_step = hoist(inner_step, carry, first_inputs)
@@ -263,8 +261,8 @@ def inner_loop(
         inner_step = jax.checkpoint(inner_step, prevent_cse=steps == 1)
 
     if steps == 1:
-        # Without a loop. In a loop each task would have parameters of its own from the start; here the tasks of a
-        # `vmap` still share them, and the products of all tasks with them are one product.
+        # One step needs no loop. In a loop, `vmap` would give each task a copy of the initial parameters. Without a
+        # loop the tasks share these parameters, and one matrix product serves all tasks.
         (adapted, _), metrics = inner_step(carry, first_inputs)
         loss, aux, probes = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], metrics)
     else:
@@ -283,7 +281,7 @@ def adapt(
     learning_rate: float | jax.Array,
     steps: int,
 ) -> tuple[Params, AdaptInfo]:
-    """Adapts parameters to one batch by gradient descent: one line for a new task.
+    """Adapts parameters to the support set of one new task by gradient descent.
 
     Example:
       >>> import jax.numpy as jnp, maml_jax
@@ -301,20 +299,20 @@ def adapt(
       steps: gradient steps, at least 1.
 
     Returns:
-      The adapted parameters, and an `AdaptInfo` whose `loss` `[steps + 1]` and `aux` are the loss and aux of `batch`
-      before the first step and after each step.
+      The adapted parameters, and an `AdaptInfo`. Its `loss` `[steps + 1]` and `aux` `[steps + 1, ...]` are those of
+      `batch`, before the first step and after each step.
 
     Raises:
-      ValueError, TypeError: for a rate or a number of steps that is not allowed, and for a `loss_fn` that does not
-        return `(scalar loss, aux)`.
+      ValueError: if the rate is not positive and finite, `steps` is below 1, or the loss is not a scalar.
+      TypeError: if `loss_fn` does not return `(loss, aux)`, or a parameter is not a floating-point array.
     """
-    sgd(learning_rate, steps=steps)  # Raises for a rate or a number of steps that is not allowed.
+    sgd(learning_rate, steps=steps)  # Checks the arguments.
     validation.floating_params(params)
     return _adapt(_SameFunction(validation.checked_loss(loss_fn), loss_fn), params, batch, learning_rate, steps)
 
 
 class _SameFunction:
-    """A function, equal to another if both are the same object: so that any callable can be a static argument."""
+    """Makes any callable a static argument of `jax.jit`: two instances are equal if `identity` is the same object."""
 
     def __init__(self, fn: Callable[..., Any], identity: Callable[..., Any]):
         self.fn, self.identity = fn, identity
@@ -326,7 +324,7 @@ class _SameFunction:
         return isinstance(other, _SameFunction) and self.identity is other.identity
 
 
-@partial(jax.jit, static_argnums=(0, 4))  # Compiled once for a loss function and shapes, also where no caller jits.
+@partial(jax.jit, static_argnums=(0, 4))  # Compiled once for each loss function and each set of shapes.
 def _adapt(
     loss: _SameFunction, params: Params, batch: Batch, learning_rate: Any, steps: int
 ) -> tuple[Params, AdaptInfo]:
@@ -335,14 +333,14 @@ def _adapt(
 
 
 def adapted_part(inner: InnerLearner, params: Params) -> Params:
-    """The parameters that the inner loop adapts, in the structure of `params` with None for the others."""
+    """The adapted parameters, in the structure of `params`, with None in place of the fixed parameters."""
     return partition(params, inner.trainable)[0]
 
 
 def update(
     optimizer: optax.GradientTransformation, grads: Any, opt_state: Any, params: Params, loss: jax.Array
 ) -> tuple[Any, Any]:
-    """`optimizer.update`, with the loss and the gradient by name for optimizers that take them, such as Polyak's."""
+    """Calls `optimizer.update`. An optimizer such as `optax.polyak_sgd` also gets the loss or the gradient by name."""
     takes = inspect.signature(optimizer.update).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
     by_name = {"value": loss, "grad": grads}
@@ -352,7 +350,7 @@ def update(
 
 
 def _strongly_typed(carry: Any, after: Any) -> Any:
-    """Converts the weakly typed leaves of `carry` to the types that they have after a step, as a scan requires."""
+    """Converts weakly typed leaves of `carry` to the types of `after`, the carry after a step, as a scan requires."""
 
     def strong(before: Any, after: Any) -> Any:
         return lax.convert_element_type(before, after.dtype) if jax.typeof(before).weak_type else before
@@ -361,13 +359,13 @@ def _strongly_typed(carry: Any, after: Any) -> Any:
 
 
 def _started(start: Start, params: Params, batch: Batch) -> Params:
-    """`start(params, batch)`, checked to keep the structure, shapes and types of the parameters."""
+    """Returns `start(params, batch)`. Raises ValueError if it changes the structure, shapes or types of `params`."""
     started = start(params, batch)
     forms = [jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), tree) for tree in (started, params)]
     if forms[0] != forms[1]:
         raise ValueError(
-            f"start must return parameters of the same structure, shapes and types as it is given, {forms[1]}, but "
-            f"returned {forms[0]}."
+            f"start must return parameters of the same structure, shapes and types as its input, {forms[1]}, but "
+            f"it returned {forms[0]}."
         )
     return started
 

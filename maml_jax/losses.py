@@ -1,7 +1,9 @@
 """Losses of the MAML paper's supervised tasks, for a model given as `apply(params, inputs) -> outputs`.
 
-Both losses are means over the batch. The paper's code divides the sum of the cross-entropy over N * K examples by K.
-That is N times this mean, and its inner rates are in these units: `rate_for_mean_loss` converts them.
+Both losses are means over the batch. The paper's code divides the sum of the cross-entropy over N * K examples by K,
+so its loss is N times the mean. `rate_for_mean_loss` converts the inner learning rates of the paper's code.
+
+The paper is Finn, Abbeel and Levine 2017, Model-agnostic meta-learning, arXiv:1703.03400.
 """
 
 from collections.abc import Callable
@@ -18,18 +20,18 @@ Apply = Callable[..., jax.Array]
 
 
 class QueryWithSupport(NamedTuple):
-    """A query set with the inputs of its support set, which some normalisations need."""
+    """A query set and the inputs of the support set. Some normalisations need both."""
 
     inputs: jax.Array
-    """`[B, ...]`"""
+    """`[B, ...]`: inputs of the query set."""
     targets: jax.Array
-    """`[B, ...]`"""
+    """`[B, ...]`: targets of the query set."""
     context: jax.Array
     """`[B', ...]`: inputs of the support set."""
 
 
 def query_with_support(tasks: Task) -> Task:
-    """Replaces the query `(inputs, targets)` of a task, or of a batch of tasks, by a `QueryWithSupport`."""
+    """Replaces the query set `(inputs, targets)` of a task, or of a batch of tasks, with a `QueryWithSupport`."""
     inputs, targets = tasks.query
     return tasks._replace(query=QueryWithSupport(inputs, targets, tasks.support[0]))
 
@@ -51,7 +53,7 @@ def mean_squared_error(apply: Apply) -> LossFn:
       `(params, (inputs [B, ...], targets [B, D])) -> (loss, {})`.
 
     Raises (when called):
-      ValueError: for targets of another shape than the outputs.
+      ValueError: if targets and outputs have different shapes.
 
     References:
       Finn, Abbeel and Levine 2017, Model-agnostic meta-learning, arXiv:1703.03400.
@@ -70,7 +72,7 @@ def mean_squared_error(apply: Apply) -> LossFn:
 
 
 def cross_entropy(apply: Apply) -> LossFn:
-    """Mean softmax cross-entropy (paper, equation 3, as a mean).
+    """Mean softmax cross-entropy (paper, equation 3, divided by the number of examples).
 
     Example:
       >>> import jax.numpy as jnp
@@ -84,11 +86,14 @@ def cross_entropy(apply: Apply) -> LossFn:
 
     Returns:
       `(params, (inputs [B, ...], labels [B])) -> (loss, {"accuracy": fraction of correct predictions})`. Labels are
-      integers from 0 to N - 1. Compiled programs cannot check their range: N and more give NaN, negative labels count
-      from the end.
+      integers from 0 to N - 1. Compiled programs cannot check this range: the loss is NaN for a label of N or more,
+      and a negative label counts from the last class.
 
     Raises (when called):
-      ValueError: for labels that are not integers, or not one for each row of logits.
+      ValueError: if the labels are not integers, or their number is not the number of rows of the logits.
+
+    References:
+      Finn, Abbeel and Levine 2017, Model-agnostic meta-learning, arXiv:1703.03400.
     """
 
     def loss_fn(params: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -101,7 +106,10 @@ def cross_entropy(apply: Apply) -> LossFn:
 
 
 def log_probabilities(apply: Apply) -> LossFn:
-    """`cross_entropy` with the log probabilities `[B, N]` as aux, for evaluation."""
+    """`cross_entropy` with the log probabilities `[B, N]` as aux, for evaluation.
+
+    Arguments, loss and errors are those of `cross_entropy`.
+    """
 
     def loss_fn(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         inputs, labels, *context = batch
@@ -122,10 +130,11 @@ def _mean_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def inductive(apply: Apply) -> Apply:
-    """The same model applied to each example alone, with the context if there is one.
+    """Applies a model to each example separately, for inductive evaluation.
 
-    A model that normalises by the batch at hand makes the predictions of a batch depend on each other (transductive
-    evaluation). With this function they are independent (inductive evaluation; Bronskill et al. 2020, table 1).
+    If a model normalises with the statistics of the batch, the predictions for a batch depend on each other
+    (transductive evaluation). With this function the predictions are independent (inductive evaluation; Bronskill et
+    al. 2020, table 1).
 
     Example:
       >>> import jax.numpy as jnp
@@ -136,6 +145,9 @@ def inductive(apply: Apply) -> Apply:
 
     Args:
       apply: the model, `(params, inputs [B, ...], ...) -> outputs [B, ...]`.
+
+    Returns:
+      A model with the same arguments and shapes. Each example is a batch of one; the context is passed unchanged.
 
     References:
       Bronskill et al. 2020, TaskNorm: rethinking batch normalization for meta-learning, arXiv:2003.03284.
@@ -150,8 +162,8 @@ def inductive(apply: Apply) -> Apply:
 def rate_for_mean_loss(rate: float, ways: int) -> float:
     """Converts an inner rate of the paper's code to the mean cross-entropy of this library.
 
-    The code divides the sum over N * K examples by K: its loss and gradients are N times those of the mean.
-
+    The paper's code divides the sum over N * K examples by K. Its loss and gradients are N times larger, so the same
+    update needs N times its rate here.
     Example:
       >>> rate_for_mean_loss(0.4, ways=5)
       2.0
@@ -159,5 +171,8 @@ def rate_for_mean_loss(rate: float, ways: int) -> float:
     Args:
       rate: inner rate in the paper's code.
       ways: number of classes N.
+
+    Returns:
+      The rate that gives the same update with the mean cross-entropy, `rate * ways`.
     """
     return rate * ways

@@ -1,7 +1,7 @@
 """MAML: meta-learns the parameters from which the inner loop starts (Finn et al. 2017, algorithm 1).
 
-Algorithms differ in the meta-gradient that tasks give. `meta_learner` makes the outer step, the evaluation and the
-adaptation around a meta-gradient, the same for all algorithms.
+Algorithms differ in their meta-gradient. `meta_learner` takes a meta-gradient and adds the outer step, evaluation and
+adaptation, which are the same for all algorithms.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,27 +23,27 @@ from maml_jax.types import AdaptInfo, Batch, Evaluation, LossFn, MetaInfo, MetaP
 class MetaLearner(NamedTuple):
     """A meta-learning algorithm as four pure functions.
 
-    Jit `step` where you call it, `jax.jit(learner.step, donate_argnums=0)`. `evaluate` and `adapt` compile
-    themselves, once for each shape of their arguments.
+    Compile `step` with `jax.jit(learner.step, donate_argnums=0)`. `evaluate` and `adapt` are compiled already, once
+    for each shape of their arguments.
     """
 
     init: Callable[[Params], MetaState]
     """`init(params) -> MetaState`."""
     step: Callable[[MetaState, Any], tuple[MetaState, MetaInfo]]
-    """`step(state, tasks) -> (MetaState, MetaInfo)`: one outer update on a meta-batch, a `Task` (in `rl` a
-    `TaskBatch`)."""
+    """`step(state, tasks) -> (MetaState, MetaInfo)`: one outer update on a meta-batch. `tasks` is a `Task`, or a
+    `TaskBatch` in `maml_jax.rl`."""
     evaluate: Callable[..., Evaluation]
     """`evaluate(state, tasks, steps=None, *, only_last=False) -> Evaluation`: losses before adaptation and after each
-    of `steps` inner steps (None: as many as in training). `only_last` computes those after the last step alone (not in
-    `rl`)."""
+    of `steps` inner steps (None: as many steps as in training). `only_last=True` evaluates the losses only after the
+    last step; learners of `maml_jax.rl` do not have this argument."""
     adapt: Callable[..., tuple[Params, AdaptInfo]]
-    """`adapt(state, batch, steps=None) -> (params, AdaptInfo)`: adapts to one new task as in training, with the learned
-    parameters, mask and optimizer of the inner loop. Its losses are those before each inner step, `[steps]`."""
+    """`adapt(state, batch, steps=None) -> (params, AdaptInfo)`: adapts to the support set of one new task, with the
+    inner loop of training. `AdaptInfo.loss` `[steps]` holds the loss before each inner step."""
 
 
 Gradient = Callable[[tuple[MetaParams, jax.Array], Task], tuple[Any, Any]]
-"""`((meta_params, step), tasks) -> ((loss, gradient), (aux, AdaptInfo))` of a group of tasks `[G, ...]`: loss and
-gradient summed over the group, aux and info for each task. `sum_over_tasks` makes one from a function of one task."""
+"""`((meta_params, step), tasks) -> ((loss, gradient), (aux, AdaptInfo))` for a group of tasks `[G, ...]`: loss and
+gradient summed over the group, aux and info of each task. `sum_over_tasks` converts a function of one task."""
 
 StepWeights = Sequence[float] | Callable[[jax.Array], jax.Array]
 
@@ -76,21 +76,24 @@ def maml(
 
     Args:
       loss_fn: `(params, batch) -> (scalar loss, aux)`, for one task.
-      inner: how to adapt to a task, such as `sgd(0.01, steps=1)`.
-      outer: an optax optimizer. It must not evaluate the loss itself, as the line search of `optax.lbfgs` does. It
-        updates `params`; if the inner learner has learned parameters, it updates `MetaParams(params, inner_params)`.
-      query_loss_fn: the loss of the query set, if not `loss_fn`.
-      step_weights: `S + 1` weights of the query loss before the first inner step and after each step; the meta-loss is
-        their weighted sum (the multi-step loss of MAML++). Or a function from the meta-step to the weights, such as
-        `multi_step_weights`. None: the query loss after the last step alone.
-      task_batch_size: tasks computed together; groups of tasks follow each other in a loop. 1 takes the least memory,
-        'all' has the least overhead. None takes what suits the backend and the number of parameters. Results agree up
-        to rounding.
+      inner: the inner learner, such as `sgd(0.01, steps=1)`.
+      outer: an optax optimizer that does not evaluate the loss itself (the line search of `optax.lbfgs` does). It
+        updates `params`, or `MetaParams(params, inner_params)` if the inner learner has learned parameters.
+      query_loss_fn: the loss of the query set; None means `loss_fn`.
+      step_weights: weights `[S + 1]` of the query losses before the first inner step and after each step, or a function
+        from the meta-step to these weights, such as `multi_step_weights`. The meta-loss is the weighted sum (multi-step
+        loss of MAML++). None: the meta-loss is the query loss after the last step.
+      task_batch_size: number of tasks computed together; a loop runs over groups of this size. 1 needs the least
+        memory, 'all' has the least overhead. None chooses by backend and number of parameters. The results are equal
+        up to rounding.
       mesh: the devices that share the tasks, such as `task_mesh(T)`; None uses one device.
 
     Returns:
-      A `MetaLearner`. While they are traced, its functions raise ValueError or TypeError for tasks whose leaves
-      disagree in their leading axis, and for a loss that does not return `(scalar, aux)`.
+      A `MetaLearner`.
+
+    Raises:
+      TypeError, ValueError: for arguments that are not allowed; when the functions of the learner are traced, for tasks
+        whose leaves have different leading axes, and for a loss that does not return `(scalar, aux)`.
 
     References:
       Finn, Abbeel and Levine 2017, arXiv:1703.03400; Antoniou et al. 2019, arXiv:1810.09502, section 4 (multi-step
@@ -107,13 +110,13 @@ def maml(
         weights = step_weights(step) if callable(step_weights) else step_weights
         if weights is not None and (shape := np.shape(weights)) != (inner.steps + 1,):
             raise ValueError(
-                f"step_weights must be {inner.steps + 1} weights, one before the first inner step and one after each, "
-                f"but has the shape {shape}."
+                f"step_weights must be {inner.steps + 1} weights, one before the first inner step and one after each "
+                f"inner step, but has the shape {shape}."
             )
         per_task_loss = per_task(partial(task_loss, support_loss, query_loss, inner, step_weights=weights))
 
-        # The gradient of the sum over the tasks, not the sum of their gradients: the parameters that tasks share then
-        # get their gradient in one matrix product.
+        # Differentiate the sum of the losses, and do not sum the gradients of the tasks: one matrix product then gives
+        # the gradient of parameters that the tasks share.
         def total_loss(meta_params: MetaParams) -> tuple[jax.Array, Any]:
             losses, info = per_task_loss(meta_params, tasks)
             return losses.sum(), info
@@ -133,11 +136,11 @@ def task_loss(
     *,
     step_weights: Sequence[float] | jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
-    """The meta-loss of one task: its query loss after adaptation (paper, equation 1).
+    """The meta-loss of one task: the query loss after adaptation (Finn et al. 2017, equation 1).
 
     Returns:
-      The loss, or with `step_weights` the weighted sum of the losses along the inner steps; and the pair (aux of the
-      query loss after adaptation, `AdaptInfo`).
+      `(meta-loss, (aux of the query loss after adaptation, AdaptInfo))`. With `step_weights` the meta-loss is the
+      weighted sum of the query losses along the inner steps.
     """
     if step_weights is None:
         adapted, info = inner_loop(inner, support_loss, *meta_params, task.support)
@@ -162,15 +165,15 @@ def meta_learner(
     task_batch_size: TaskBatchSize = None,
     mesh: Mesh | None = None,
 ) -> MetaLearner:
-    """The algorithm whose outer optimizer follows `gradient`, averaged over the tasks.
+    """Builds a `MetaLearner`. Its outer optimizer gets the mean of `gradient` over the tasks.
 
-    Evaluation and adaptation use the inner loop alone, so they do not depend on `gradient`.
+    Evaluation and adaptation use only the inner loop, not `gradient`.
 
     Args:
       gradient: the meta-gradient of a group of tasks.
       support_loss, query_loss, inner, outer, task_batch_size, mesh: as for `maml`.
-      learns_inner_params: whether `gradient` has a gradient for learned parameters of the inner update. If not, an
-        inner learner with such parameters raises ValueError.
+      learns_inner_params: whether `gradient` differentiates learned parameters of the inner update. If False, `init`
+        raises ValueError for an inner learner with learned parameters.
     """
     validation.transformation("outer", outer)
     over_tasks = task_axis(task_batch_size, mesh)
@@ -179,7 +182,8 @@ def meta_learner(
         state = init_state(inner, params, lambda meta_params: outer.init(_updated(meta_params)), over_tasks)
         if not learns_inner_params and jax.tree.leaves(state.inner_params):
             raise ValueError(
-                "This algorithm has no gradient for learned rates of the inner loop: give a learner without."
+                "This algorithm has no gradient for learned parameters of the inner update, such as learned rates: "
+                "use an inner learner without them."
             )
         return state
 
@@ -199,7 +203,7 @@ def meta_learner(
             validation.at_least("steps", steps, 0)
         return run_evaluate(state.meta_params, tasks, steps, only_last)
 
-    @partial(jax.jit, static_argnums=(2, 3))  # Compiled once, also where the caller does not jit.
+    @partial(jax.jit, static_argnums=(2, 3))  # Compiled here, so that the caller need not use jax.jit.
     def run_evaluate(meta_params: MetaParams, tasks: Task, steps: int | None, only_last: bool) -> Evaluation:
         def one_task(meta_params: MetaParams, task: Task) -> Evaluation:
             def probe(params: Params) -> Evaluation:
@@ -229,10 +233,10 @@ def init_state(
     """The state before the first meta-step, on all devices.
 
     Args:
-      inner: gives the initial values of the learned parameters of the inner update.
-      params: the initial parameters. They are copied, so that donating the state leaves them alone.
-      init_optimizer: from the meta-parameters to the state of the outer optimizer.
-      over_tasks: the devices.
+      inner: the inner learner, with the initial values of the learned parameters of the inner update.
+      params: the initial parameters. The state holds copies, so donating the state does not delete `params`.
+      init_optimizer: `MetaParams -> state of the outer optimizer`.
+      over_tasks: copies the state to all devices.
 
     Raises:
       TypeError, ValueError: if a parameter is not a floating-point array, or there is none.
@@ -240,13 +244,13 @@ def init_state(
     validation.floating_params(params)
     params = jax.tree.map(jnp.array, params)
     meta_params = MetaParams(params, inner.init_inner_params(adapted_part(inner, params)))
-    # An optimizer may keep the arrays that it is given. It gets copies, as one array cannot be donated twice.
+    # The optimizer gets copies: it may keep its inputs in its state, and no array can be donated twice.
     opt_state = init_optimizer(jax.tree.map(jnp.array, meta_params))
     return over_tasks.replicate(MetaState(jnp.zeros([], jnp.int32), *meta_params, opt_state))
 
 
 def _updated(meta_params: MetaParams) -> Any:
-    """The pytree that the outer optimizer updates: the parameters alone, unless more is learned."""
+    """The pytree that the outer optimizer updates: `params` alone if there are no learned inner parameters."""
     return meta_params if jax.tree.leaves(meta_params.inner_params) else meta_params.params
 
 

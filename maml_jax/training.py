@@ -21,15 +21,18 @@ DrawFn = Callable[[Any, jax.Array], Task]
 """`(data, step) -> tasks`: the meta-batch of one meta-step. A pure function that runs on the device."""
 
 Metrics = dict[str, Any]
-"""Means over the meta-steps of a call: `loss`, `grad_norm`, and the entries of the loss's aux (`aux_loss` and so on
-where a name is taken)."""
+"""Means over the meta-steps of a call: `loss`, `grad_norm` and the entries of aux. An entry of aux whose name is taken
+gets the prefix `aux_`, such as `aux_loss`."""
 
 
 def many_steps(learner: MetaLearner, draw: DrawFn) -> Callable[[MetaState, Any, jax.Array], tuple[MetaState, Metrics]]:
-    """`(state, data, count) -> (state, metrics)`: `count` meta-steps as one pure function.
+    """Returns a pure function `(state, data, count) -> (state, metrics)` that takes `count` meta-steps.
 
-    `count` may be traced: one compilation serves any number. `data` is handed to `draw`. Arrays that `draw` closes over
-    would become constants of the compiled program.
+    `count` may be traced, so one compilation serves any number of meta-steps. `draw` gets `data` as an argument. Arrays
+    that `draw` closes over become constants of the compiled program.
+
+    Raises (when traced):
+      ValueError: if the tasks of `draw` depend neither on `data` nor on the step.
     """
 
     def run(state: MetaState, data: Any, count: jax.Array) -> tuple[MetaState, Metrics]:
@@ -40,7 +43,7 @@ def many_steps(learner: MetaLearner, draw: DrawFn) -> Callable[[MetaState, Any, 
             return state, metrics if total is None else jax.tree.map(jnp.add, total, metrics)
 
         shapes = jax.eval_shape(one_step, 0, (state, None))[1]
-        # Sums in float32 at least: a sum of many bfloat16 numbers stops growing.
+        # Sum in float32 or wider: a sum of many bfloat16 numbers stops growing.
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), shapes)
         state, total = lax.fori_loop(0, count, one_step, (state, zeros))
         return state, jax.tree.map(lambda leaf: leaf / count, total)
@@ -49,24 +52,25 @@ def many_steps(learner: MetaLearner, draw: DrawFn) -> Callable[[MetaState, Any, 
 
 
 def _drawn(draw: DrawFn, data: Any, step: jax.Array) -> Task:
-    """`draw(data, step)`, checked to depend on the data or the step.
+    """Returns `draw(data, step)` after a check that the tasks depend on the data or the step.
 
     Raises:
-      ValueError: if it depends on neither. The loop is compiled once, so every meta-step would train on the tasks that
-        `draw` returned while it was traced.
+      ValueError: if the tasks depend on neither. The loop is compiled once, so every meta-step would train on the tasks
+        that `draw` returned while it was traced.
     """
     closed, shapes = jax.make_jaxpr(draw, return_shape=True)(data, step)
     jaxpr = closed.jaxpr
+    # Follow the data and the step through the program of `draw`.
     varying = set(jaxpr.invars)
     for equation in jaxpr.eqns:
         if any(isinstance(atom, Var) and atom in varying for atom in equation.invars):
             varying |= set(equation.outvars)
     if not any(isinstance(atom, Var) and atom in varying for atom in jaxpr.outvars):
         raise ValueError(
-            "draw returns the same tasks at every meta-step: they depend neither on data nor on step, because draw is "
-            "traced once and compiled. Draw from data and step, for example with jax.random.fold_in(key, step). For "
-            "batches from a Python iterator, let data be a function (first_step, count) -> batches of a call, and draw "
-            "select from it: see maml_jax.train."
+            "draw returns the same tasks at every meta-step: draw is traced only once, and the tasks depend neither on "
+            "data nor on step. Sample the tasks from data and step, for example with jax.random.fold_in(key, step). "
+            "For batches from a Python iterator, pass as data a function (first_step, count) -> batches of one call, "
+            "and select the batch of a step in draw: see maml_jax.train."
         )
     outputs = jaxpr_as_fun(closed)(*jax.tree.leaves((data, step)))
     return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
@@ -85,8 +89,8 @@ def train(
     """Meta-trains until `state.step` is `steps`; yields state and metrics after every device call.
 
     `for state, metrics in train(...)` is the whole training loop. The device computes the next call while the caller
-    handles the results of the last one. So when the caller leaves the loop, one more call may be running. States that
-    were yielded stay valid.
+    handles the results of the previous call. When the caller leaves the loop, one more call may be running. All yielded
+    states stay valid.
 
     Example:
       >>> import jax, jax.numpy as jnp, maml_jax, optax
@@ -107,22 +111,24 @@ def train(
 
     Args:
       learner: the algorithm.
-      state: where to start: `learner.init(params)`, or the state of an earlier training.
-      draw: `(data, step) -> tasks`.
-      data: what `draw` draws from, kept on the device. If the device is too small: a function `(first step, count) ->
-        data` of one call with `count` meta-steps, such as `host_memory.episodes_by_step` gives. It runs in a thread,
-        one call ahead of the device. Every call asks for the same `count`; the last call may use fewer.
-      steps: meta-steps in all, including those that `state` has taken.
+      state: the initial state: `learner.init(params)`, or the state of an earlier training.
+      draw: `(data, step) -> tasks`, the meta-batch of one meta-step.
+      data: the data that `draw` samples from, a pytree of arrays that is kept on the device. If the device cannot hold
+        the data, pass a function `(first_step, count) -> data of one call`, such as the `data` that
+        `tasks.host_memory.episodes_by_step` returns. The function runs in a thread, one call ahead of the device.
+        `count` is always `steps_per_call`; the last call may use fewer meta-steps.
+      steps: total number of meta-steps, including those that `state` has taken.
       steps_per_call: meta-steps per device call. The last call may be shorter.
-      stop: asked after every call whether to end early. If any of several processes says so, all end after the same
-        call, up to two calls later.
+      stop: called at every device call; training ends after the current call if it returns True. With several
+        processes, all processes end after the same call if `stop` returns True in any process, up to two calls later.
 
     Yields:
-      The state, and the metrics as plain numbers: means over the call's meta-steps, and `step`, the meta-steps taken.
+      The state, and the metrics as plain numbers: means over the meta-steps of the call, and `step`, the number of
+      meta-steps that the state has taken.
 
     Raises:
-      ValueError: for fewer than 1 step, at once; at the first call, for a `draw` that depends neither on `data` nor
-        on `step`.
+      ValueError: if `steps` or `steps_per_call` is below 1; in the first call, if the tasks of `draw` depend neither on
+        `data` nor on `step`.
       NotFiniteError: a FloatingPointError that names the meta-step, if a loss or gradient becomes NaN or infinite.
     """
     validation.at_least("steps", steps, 1)
@@ -130,17 +136,17 @@ def train(
     return _train(learner, state, draw, data, steps, steps_per_call, stop)
 
 
-def _is_divided(leaf: Any) -> bool:
-    """Whether an array is divided over devices, as that of a model too large for one of them."""
+def _is_sharded(leaf: Any) -> bool:
+    """Whether an array is sharded over devices, such as a parameter of a model that is too large for one device."""
     return isinstance(leaf, jax.Array) and not leaf.sharding.is_fully_replicated
 
 
 def _placed(state: MetaState) -> tuple[MetaState, Sharding]:
-    """The state on all devices of its mesh, divided leaves unchanged; and the sharding for data."""
-    divided = [leaf.sharding for leaf in jax.tree.leaves(state) if _is_divided(leaf)]
-    on_mesh = divided and isinstance(divided[0], NamedSharding)
-    sharding = NamedSharding(divided[0].mesh, PartitionSpec()) if on_mesh else jnp.asarray(state.step).sharding
-    return jax.tree.map(lambda leaf: leaf if _is_divided(leaf) else processes.put(leaf, sharding), state), sharding
+    """Returns the state on all devices of its mesh, and the sharding for data. Sharded leaves stay as they are."""
+    sharded = [leaf.sharding for leaf in jax.tree.leaves(state) if _is_sharded(leaf)]
+    on_mesh = sharded and isinstance(sharded[0], NamedSharding)
+    sharding = NamedSharding(sharded[0].mesh, PartitionSpec()) if on_mesh else jnp.asarray(state.step).sharding
+    return jax.tree.map(lambda leaf: leaf if _is_sharded(leaf) else processes.put(leaf, sharding), state), sharding
 
 
 def _train(learner, state, draw, data, steps, steps_per_call, stop):
@@ -153,8 +159,9 @@ def _train(learner, state, draw, data, steps, steps_per_call, stop):
 
     @jax.jit
     def run(state, data, count, stop_requests):
-        # Each call takes this process's stop request and returns whether any process has one. That is found after the
-        # meta-steps: XLA's CPU backend runs independent operations in any order, and processes must communicate in one.
+        # Each call takes the stop request of this process, and returns whether any process has a stop request. This
+        # result depends on the final state, because all processes must communicate in the same order, and XLA's CPU
+        # backend runs independent operations in any order.
         state, metrics = run_steps(state, data, count)
         return state, metrics, (stop_requests & (state.step > 0)).any()
 
@@ -164,7 +171,7 @@ def _train(learner, state, draw, data, steps, steps_per_call, stop):
     running = None
     with contextlib.closing(_data_of_calls(data, starts, sharding)) as data_of_calls:
         for count in [*(min(steps_per_call, steps - start) for start in starts), None]:
-            # Start a call before the results of the previous call are handed over: the device does not wait.
+            # Start a call before the results of the previous call are yielded, so that the device does not wait.
             finished = running
             if count is not None:
                 call_data = next(data_of_calls)
@@ -173,10 +180,11 @@ def _train(learner, state, draw, data, steps, steps_per_call, stop):
                 state = results[0]
             if finished is None:
                 continue
-            before, used, taken, (after, metrics, stop_requested) = finished
+            # Handle the results of the previous call.
+            before, used_data, taken, (after, metrics, stop_requested) = finished
             metrics = jax.tree.map(lambda leaf: np.asarray(leaf).tolist(), metrics)
             if not _finite(metrics):
-                raise _not_finite(one_more, before, used, taken, metrics)
+                raise _not_finite(one_more, before, used_data, taken, metrics)
             done += taken
             yield after, {"step": done, **metrics}
             if bool(stop_requested) if processes.multiple() else stop():
@@ -184,17 +192,17 @@ def _train(learner, state, draw, data, steps, steps_per_call, stop):
 
 
 def _data_of_calls(data: Any, starts: range, sharding: Any) -> Generator[Any]:
-    """The data of each call, on the devices. A function `data` runs in a thread, which ends with the iterator."""
+    """Yields the data of each call, on the devices. If `data` is a function, it runs in a thread of this generator."""
     if not callable(data):
-        data = processes.put(data, sharding)  # Once, not at every call.
+        data = processes.put(data, sharding)  # Transferred once, not in every call.
         for _ in starts:
             yield data
         return
 
     def prepare(start: int) -> Any:
-        # The same count for the last call as for the others: one compilation serves all.
-        made = data(start, starts.step)
-        return jax.tree.map(lambda leaf: leaf if _is_divided(leaf) else processes.put(leaf, sharding), made)
+        # The last call gets the same count as the other calls, so that one compilation serves all calls.
+        data_of_call = data(start, starts.step)
+        return jax.tree.map(lambda leaf: leaf if _is_sharded(leaf) else processes.put(leaf, sharding), data_of_call)
 
     with ThreadPoolExecutor(1, "data of the next call") as thread:
         ahead = thread.submit(prepare, starts[0])
@@ -210,7 +218,7 @@ def _finite(metrics: Metrics) -> bool:
 
 
 def _not_finite(one_more, state, data, count, metrics) -> NotFiniteError:
-    """Repeats the call's meta-steps one by one, to name the first whose loss or gradient is not finite."""
+    """Repeats the meta-steps of a call one by one, to find the first meta-step with a loss or gradient not finite."""
     first, last = int(state.step) + 1, int(state.step) + count
     for step in range(first, last + 1):
         state, single, _ = one_more(state, data)
@@ -221,11 +229,11 @@ def _not_finite(one_more, state, data, count, metrics) -> NotFiniteError:
     else:
         where, step = f"Between meta-steps {first} and {last}, but not when they were repeated one by one,", last
     if np.isfinite(metrics["loss"]):
-        hint = "The loss itself is finite: look for a derivative that is not, such as that of a square root at zero"
+        hint = "The loss itself is finite: look for an infinite derivative, such as that of a square root at zero"
     else:
         hint = "A smaller inner or outer rate, or optax.clip_by_global_norm before the outer optimizer, usually helps"
     return NotFiniteError(
-        f"{where} the meta-loss or its gradient stopped being finite (loss {metrics['loss']}, gradient norm "
+        f"{where} the meta-loss or its gradient became NaN or infinite (loss {metrics['loss']}, gradient norm "
         f"{metrics['grad_norm']}). {hint}.",
         step,
     )

@@ -1,4 +1,4 @@
-"""The core types: a loss, a task, the state of meta-training, and its results.
+"""The core types: losses, tasks, the state of meta-training, and metrics.
 
 Docstrings name dimensions by these letters: `T` tasks in a meta-batch, `S` inner steps, `B` examples in a batch,
 `N` ways (classes of an episode), `K` shots (support examples of a class).
@@ -19,7 +19,7 @@ Batch: TypeAlias = Any
 """Any pytree that the loss takes; usually `(inputs [B, ...], targets [B, ...])`."""
 
 Aux: TypeAlias = Any
-"""Any pytree of arrays that the loss returns beside its value, such as `{"accuracy": ...}`."""
+"""Any pytree of arrays that the loss function returns together with the loss, such as `{"accuracy": ...}`."""
 
 LossFn: TypeAlias = Callable[[Params, Batch], tuple[jax.Array, Aux]]
 """The only function that a user has to write: `(params, batch) -> (scalar loss, aux)`, for one task."""
@@ -49,13 +49,13 @@ class AdaptInfo(NamedTuple):
     loss: jax.Array
     """`[S]`: support loss before each step. `maml_jax.adapt` adds a row for the loss after the last step."""
     aux: Aux
-    """Aux of the support loss, with the same leading axis."""
+    """`[S, ...]`: aux of the support loss, with the same rows as `loss`."""
     probes: Any = None
-    """`[S + 1, ...]`: results of the probe before the first step and after each step; None without a probe."""
+    """`[S + 1, ...]`: outputs of `probe` (see `inner.inner_loop`) before the first step and after each; or None."""
 
 
 class MetaState(NamedTuple):
-    """The state of meta-training: all that the next meta-step needs, and all that a checkpoint holds."""
+    """The state of meta-training: the input of the next meta-step, and the content of a checkpoint."""
 
     step: jax.Array
     """Number of meta-steps taken, an int32 scalar."""
@@ -68,15 +68,15 @@ class MetaState(NamedTuple):
 
     @property
     def meta_params(self) -> MetaParams:
-        """Parameters and learned parameters of the inner update as one pair."""
+        """`params` and `inner_params` as one `MetaParams`."""
         return MetaParams(self.params, self.inner_params)
 
 
 class MetaInfo(NamedTuple):
-    """Metrics of one meta-step. The next meta-step needs none of them."""
+    """Metrics of one meta-step, for logging. They are not an input of the next meta-step."""
 
     loss: jax.Array
-    """The meta-loss: the query loss after adaptation, averaged over the tasks (paper, equation 1)."""
+    """The meta-loss: the mean over the tasks of the query loss after adaptation (Finn et al. 2017, equation 1)."""
     aux: Aux
     """`[T, ...]`: aux of each task's query loss after adaptation."""
     support_loss: jax.Array
@@ -88,7 +88,7 @@ class MetaInfo(NamedTuple):
 class Evaluation(NamedTuple):
     """Losses of every task before adaptation (column 0) and after each inner step.
 
-    With `only_last=True` there is one column, after the last step.
+    With `only_last=True` there is one column: the losses after the last step.
     """
 
     loss: jax.Array
@@ -96,7 +96,7 @@ class Evaluation(NamedTuple):
     aux: Aux
     """`[T, S + 1, ...]`: aux of the query loss."""
     support_loss: jax.Array
-    """`[T, S + 1]`: support loss, which the inner loop minimises. Where it grows, the inner loop diverges."""
+    """`[T, S + 1]`: support loss, which the inner loop minimises. If this loss grows, the inner loop diverges."""
 
 
 class NotFiniteError(FloatingPointError):
@@ -105,4 +105,4 @@ class NotFiniteError(FloatingPointError):
     def __init__(self, message: str, step: int):
         super().__init__(message)
         self.step = step
-        """The meta-step after which it happened, counted from 1."""
+        """Number of the meta-step with this loss, gradient or state, counted from 1."""

@@ -1,4 +1,4 @@
-"""Checks of arguments, in Python while a function is built or traced; compiled programs contain none of them.
+"""Checks of arguments. They run in Python while a function is built or traced, never in a compiled program.
 
 Every message names the argument, the allowed values and the given value.
 """
@@ -15,7 +15,7 @@ from maml_jax.types import LossFn, Params, Task
 
 
 def positive(name: str, value: Any) -> None:
-    """Raises ValueError unless `value` is a positive, finite number. Traced values pass, because they are unknown."""
+    """Raises ValueError unless `value` is a positive, finite number. A traced value has no number, so it passes."""
     if isinstance(value, jax.core.Tracer):
         return
     try:
@@ -29,13 +29,13 @@ def positive(name: str, value: Any) -> None:
 def at_least(name: str, value: Any, minimum: int) -> None:
     """Raises ValueError unless `value` is an integer of at least `minimum`."""
     if isinstance(value, jax.core.Tracer):
-        raise ValueError(f"{name} must be static, but is traced: name it in static_argnums or static_argnames of jit.")
+        raise ValueError(f"{name} must be static, but it is traced: use static_argnums or static_argnames of jax.jit.")
     if isinstance(value, bool) or not hasattr(value, "__index__") or value < minimum:
         raise ValueError(f"{name} must be an integer of at least {minimum}, but got {value!r}.")
 
 
 def seed(name: str, value: Any) -> None:
-    """Raises ValueError unless `value` is an integer from 0 to 2**32 - 1; `jax.random.key` drops the bits above."""
+    """Raises ValueError unless `value` is an integer from 0 to 2**32 - 1. `jax.random.key` ignores higher bits."""
     _within(name, value, 0, 2**32 - 1)
 
 
@@ -84,9 +84,9 @@ def transformation(name: str, value: Any) -> None:
 
 
 def inner(name: str, value: Any, kind: type) -> None:
-    """Raises TypeError unless `value` is an inner learner, of type `kind`."""
+    """Raises TypeError unless `value` is of type `kind`: `InnerLearner`, which this module may not import."""
     if not isinstance(value, kind):
-        raise TypeError(f"{name} must come from maml_jax.sgd or maml_jax.unrolled, but got {value!r}.")
+        raise TypeError(f"{name} must be an InnerLearner, such as maml_jax.sgd(0.01, steps=1), but got {value!r}.")
 
 
 def checked_loss(loss_fn: LossFn) -> LossFn:
@@ -106,7 +106,7 @@ def checked_loss(loss_fn: LossFn) -> LossFn:
         if not (isinstance(out, tuple) and len(out) == 2):
             raise TypeError(
                 f"The loss function {name} must return a pair (scalar loss, aux), but returned "
-                f"{_describe(out)}. Without aux, `return loss, {{}}`."
+                f"{_describe(out)}. If there is no aux, `return loss, {{}}`."
             )
         loss, aux = out
         if not hasattr(loss, "dtype") and not isinstance(loss, float):
@@ -116,8 +116,8 @@ def checked_loss(loss_fn: LossFn) -> LossFn:
             )
         if jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
             raise ValueError(
-                f"The loss function {name} must return a scalar floating-point loss, but its loss is "
-                f"{_describe(loss)}. Reduce it over the batch, for example with `loss.mean()`."
+                f"The loss function {name} must return a scalar floating-point loss, but the returned loss is "
+                f"{_describe(loss)}. Reduce the loss over the batch, for example with `loss.mean()`."
             )
         return loss, jax.tree.map(jnp.asarray, aux)
 
@@ -136,12 +136,12 @@ def floating_params(params: Params) -> None:
         raise ValueError("params must hold at least one array, but holds none.")
     for path, leaf in leaves:
         if isinstance(leaf, float) and not hasattr(leaf, "dtype"):
-            raise TypeError(f"params{jax.tree_util.keystr(path)} is a Python number: give jnp.asarray({leaf!r}).")
+            raise TypeError(f"params{jax.tree_util.keystr(path)} is a Python number: use jnp.asarray({leaf!r}).")
         if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(
                 f"params{jax.tree_util.keystr(path)} must be a floating-point array, but is {_describe(leaf)}. "
-                "Separate other leaves, for example with nnx.split(model, nnx.Param, ...) or eqx.partition(model, "
-                "eqx.is_inexact_array), and close over them in the loss."
+                "Split leaves of other types off, for example with nnx.split(model, nnx.Param, ...) or "
+                "eqx.partition(model, eqx.is_inexact_array), and close over these leaves in the loss."
             )
 
 
@@ -161,7 +161,7 @@ def num_tasks(tasks: Task) -> int:
 
 
 def leading_axis_size(tasks: Any) -> int:
-    """Returns the size of the leading axis that all leaves share, as `num_tasks`, for any pytree."""
+    """Returns the size of the leading axis that all leaves of a pytree share. Raises ValueError like `num_tasks`."""
     leaves = [(f"tasks{jax.tree_util.keystr(p)}", x) for p, x in jax.tree_util.tree_leaves_with_path(tasks)]
     if not leaves:
         raise ValueError("tasks must hold at least one array, but holds none.")
@@ -169,7 +169,7 @@ def leading_axis_size(tasks: Any) -> int:
         if jnp.ndim(leaf) == 0:
             raise ValueError(
                 f"{path} is a scalar, but every leaf of a batch of tasks needs a leading axis over tasks. "
-                "Repeat the value for each task, or close over it in the loss."
+                "Repeat the value for each task, or close over the value in the loss."
             )
     (first, reference), *others = leaves
     size = jnp.shape(reference)[0]

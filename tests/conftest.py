@@ -1,4 +1,4 @@
-"""Fixtures: float64, real data, and two host devices so that tests of several devices run everywhere."""
+"""Fixtures for all tests: float64, real data, and two CPU devices for the tests of several devices."""
 
 import gc
 import os
@@ -7,10 +7,10 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-# Most of the time goes into compiling programs that run once: not worth what LLVM does to make them faster. XLA's own
-# passes stay as users have them; XLA_FLAGS=--xla_backend_optimization_level=3 brings back the rest.
-# Up to jaxlib .10 the emitters of fusions take three times as long to compile as what they replaced; later ones have no
-# such flag, and would end at it.
+# Most of the test time is compilation of programs that run once. LLVM's optimisations would take longer than they save,
+# so they are off. XLA's own passes are as for users. XLA_FLAGS=--xla_backend_optimization_level=3 turns all
+# optimisations on. In jaxlib 0.10 the fusion emitters take three times as long to compile as the older emitters. Later
+# versions do not have the flag that turns them off, and abort at an unknown flag.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0 "
     "--xla_llvm_disable_expensive_passes=true "
@@ -32,7 +32,8 @@ def x64():
 
 @pytest.fixture
 def x64_everywhere():
-    """Float64 in all threads, as engines on the host are called from any; `jax.enable_x64` is for its own thread."""
+    """Runs the test in float64 in all threads. JAX calls simulators on the host from other threads, which
+    `jax.enable_x64` does not reach."""
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
@@ -43,7 +44,7 @@ def shared_data() -> Path:
     """The folder of real data: `MAML_JAX_DATA`, or `shared/data` beside the checkout."""
     path = Path(os.environ.get("MAML_JAX_DATA") or Path(__file__).parents[2] / "shared" / "data")
     if not path.is_dir():
-        reason = f"No data for tests in {path}; set MAML_JAX_DATA to a folder with omniglot/ and tfds/ in it."
+        reason = f"{path} does not exist: set MAML_JAX_DATA to a folder that contains omniglot/ and tfds/."
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)
@@ -58,14 +59,15 @@ def omniglot_cache(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def interruptible():
-    """Ctrl-C as on a terminal: what a shell starts in the background ignores it, and so would its children."""
+    """Makes SIGINT raise KeyboardInterrupt, as on a terminal. Background jobs of a shell, and their children, ignore
+    SIGINT."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """What is compiled is kept for the other tests of a file, and for processes that are told these options."""
+    """Keeps compiled programs for the other tests of a file, and for processes that get the yielded options."""
     options = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -78,4 +80,4 @@ def compiled(tmp_path_factory):
         if values is options:
             yield options
             time.sleep(0.1)
-            gc.collect()  # What orbax left behind, while it may.
+            gc.collect()  # Collect the coroutines of orbax here, where warnings about them fail no test.

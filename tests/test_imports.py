@@ -1,4 +1,4 @@
-"""What an import brings along, and which file may import which."""
+"""Tests of imports: the modules that an import loads, and the folders that a folder may import."""
 
 import ast
 import subprocess
@@ -25,8 +25,8 @@ HEAVY = (
 ROOT = Path(maml_jax.__file__).parent
 
 
-def test_import_is_light_and_touches_no_device():
-    # With a platform that does not exist, the first touch of a device fails.
+def test_import_loads_no_heavy_module_and_uses_no_device():
+    # With a platform that does not exist, the first use of a device fails.
     code = (
         "import os, sys; os.environ['JAX_PLATFORMS'] = 'nonexistent'; import maml_jax, maml_jax.losses, "
         "maml_jax.tasks.sinusoid, maml_jax.tasks.episodes, maml_jax.tasks.omniglot, maml_jax.tasks.images, "
@@ -37,16 +37,16 @@ def test_import_is_light_and_touches_no_device():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
-    touch = "import os; os.environ['JAX_PLATFORMS'] = 'nonexistent'; import jax; jax.devices()"
-    assert subprocess.run([sys.executable, "-c", touch], capture_output=True).returncode != 0
+    uses_device = "import os; os.environ['JAX_PLATFORMS'] = 'nonexistent'; import jax; jax.devices()"
+    assert subprocess.run([sys.executable, "-c", uses_device], capture_output=True).returncode != 0
 
 
-def test_models_and_plots_bring_no_tensorflow():
+def test_models_and_plots_do_not_import_tensorflow():
     code = "import sys, maml_jax.nets.models, experiments.shared.plots; print('tensorflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
-MAY_IMPORT = {  # A folder, and which others may be imported in it; "" is the top, where the method is.
+MAY_IMPORT = {  # For each folder of maml_jax, the folders and files that it may import. "" is the top folder.
     "autodiff": {"types"},
     "parallel": {"types", "validation"},
     "": {"autodiff", "parallel"},
@@ -60,7 +60,7 @@ MAY_IMPORT = {  # A folder, and which others may be imported in it; "" is the to
 
 
 def imports(package: Path) -> dict[str, set[str]]:
-    """The files of a package, and which of its files each imports: `inner`, `nets/layers`."""
+    """For each file of a package, such as `nets/layers`, the files of the package that it imports."""
     files = {path.relative_to(package).with_suffix("").as_posix(): path for path in package.rglob("*.py")}
     found = {}
     for name, path in files.items():
@@ -80,7 +80,7 @@ def folder(file: str) -> str:
     return file.rpartition("/")[0]
 
 
-def test_folders_import_only_what_they_may():
+def test_folders_import_only_allowed_folders():
     for file, targets in imports(ROOT).items():
         for target in targets:
             here, there = folder(file), folder(target)
@@ -89,12 +89,12 @@ def test_folders_import_only_what_they_may():
 
 
 @pytest.mark.parametrize("package", [ROOT, ROOT.parent / "experiments"], ids=lambda path: path.name)
-def test_no_file_imports_itself_by_way_of_others(package):
+def test_imports_have_no_cycles(package):
     TopologicalSorter(imports(package)).prepare()  # Raises CycleError.
 
 
-def test_the_core_can_be_read_in_one_sitting():
-    """The method, `maml`, with all that it imports."""
+def test_the_core_is_short():
+    """`meta.py`, with all files of the library that it imports directly or indirectly, has fewer than 1,700 lines."""
     graph, core, found = imports(ROOT), {"meta"}, {"meta"}
     while found:
         found = set().union(*(graph[file] for file in found)) - core

@@ -1,8 +1,8 @@
 """Initial heads for few-shot classifiers, independent of the numbering of the classes.
 
-A learned head has one column for each label, although labels are assigned to classes at random in each task. The
-accuracy of a classifier then varies with the numbering (Ye and Chao 2022). Both functions here return a `start=` for
-an inner learner.
+A learned head has one column for each label, but each task assigns labels to classes at random. The accuracy of a
+classifier therefore varies with the numbering (Ye and Chao 2022). Each function of this module returns a function for
+the option `start` of an inner learner.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from maml_jax.types import Batch, Params
 
 
 def shared(name: str = "head") -> Start:
-    """All classes start from one vector, the mean of the columns of the head (UNICORN-MAML).
+    """Initialises the columns of all classes to one vector, the mean of the learned columns (UNICORN-MAML).
 
     Example:
       >>> import jax.numpy as jnp, maml_jax
@@ -47,10 +47,10 @@ def shared(name: str = "head") -> Start:
 
 
 def prototypes(features: Callable[..., jax.Array], name: str = "head") -> Start:
-    """Each class starts from its prototype, the mean of its support features (Proto-MAML).
+    """Initialises the column of each class from its prototype, the mean of its support features (Proto-MAML).
 
     Before the first inner step the predictions are those of a prototypical network: the logits are the negative
-    squared distances to the prototypes, up to a constant. A class without support examples starts from zero.
+    squared distances to the prototypes, up to a constant. The prototype of a class without support examples is zero.
 
     Example:
       >>> import jax.numpy as jnp, maml_jax
@@ -94,7 +94,7 @@ def _head(params: Params, name: str) -> Params:
         )
     if name not in params:
         raise ValueError(
-            f"The parameters have no head {name!r}, only {', '.join(map(repr, params))}. Give the name of the last "
-            "layer with name=."
+            f"The parameters have no head {name!r}, only {', '.join(map(repr, params))}. Pass the name of the last "
+            "layer as name."
         )
     return params[name]

@@ -1,4 +1,4 @@
-"""iMAML: the meta-gradient at the minimum of a regularised inner problem, without the path to it."""
+"""iMAML: the meta-gradient at the minimum of a regularised inner problem, without derivatives of the inner steps."""
 
 from typing import Any
 
@@ -50,20 +50,20 @@ def imaml(
 
     Args:
       loss_fn: `(params, batch) -> (scalar loss, aux)`, of one task.
-      inner: the inner learner, such as `sgd(0.1, steps=16)`, without the proximal term. `order` and `remat` have no
-        effect.
+      inner: the inner learner, such as `sgd(0.1, steps=16)`. `imaml` adds the proximal term. `order` and `remat` have
+        no effect.
       outer: the outer optimizer, any optax transformation.
       proximal_weight: weight of the proximal term, lambda in the paper.
-      cg_steps: iterations of conjugate gradients for each task; the paper takes 5.
+      cg_steps: iterations of conjugate gradients for each task; 5 in the paper.
       query_loss_fn, task_batch_size, mesh: as for `maml`.
 
     Returns:
       A `MetaLearner`. Its inner loop has the proximal term in evaluation and adaptation too.
 
     Raises:
-      TypeError, ValueError: as `maml`; for a `proximal_weight` that is not positive, for fewer than 1 iteration, and
-        for an inner learner with a `start` or a `params_at_step`.
-      ValueError (by `init`): for an inner learner with learned parameters: they have no implicit gradient.
+      TypeError, ValueError: as `maml`; if `proximal_weight` is not positive and finite, if `cg_steps` is below 1, and
+        for an inner learner with `start` or `params_at_step`.
+      ValueError (by `init`): for an inner learner with learned parameters. iMAML has no gradient for them.
 
     References:
       Rajeswaran et al. 2019, Meta-learning with implicit gradients, arXiv:1909.04630.
@@ -72,7 +72,7 @@ def imaml(
     validation.at_least("cg_steps", cg_steps, 1)
     if inner.start is not None or inner.params_at_step is not None:
         raise ValueError(
-            "imaml takes an inner learner without start and params_at_step: it has no gradient through them."
+            "imaml takes an inner learner without start and params_at_step: its meta-gradient does not include them."
         )
     inner = with_proximal_term(inner, proximal_weight)
     support_loss = validation.checked_loss(loss_fn)
@@ -91,7 +91,7 @@ def imaml(
             return jax.grad(lambda params: support_loss(params, task.support)[0])(combine(adapted, fixed))
 
         def hessian_product(direction: Params) -> tuple[Params, Params]:
-            """The rows of the adapted parameters and those of the fixed ones, times a direction in the adapted."""
+            """Products of the second derivatives, adapted-adapted and fixed-adapted, with a direction."""
             return partition(jax.jvp(support_grads, (adapted,), (direction,))[1], inner.trainable)
 
         # Solve (I + Hessian / proximal_weight) x = query gradient, for the adapted parameters.
@@ -100,7 +100,8 @@ def imaml(
 
         solution = conjugate_gradient(system, adapted_grads, steps=cg_steps)
 
-        # The fixed parameters move the minimum too: add the mixed second derivatives times the solution.
+        # The minimum also depends on the fixed parameters: subtract the mixed second derivatives times the solution,
+        # divided by proximal_weight.
         if fixed_grads is not None:
             fixed_grads = optax.tree.add_scale(fixed_grads, -1 / proximal_weight, hessian_product(solution)[1])
         return (loss, MetaParams(combine(solution, fixed_grads), inner_params)), (aux, info)
@@ -120,7 +121,7 @@ def imaml(
 def with_proximal_term(inner: InnerLearner, proximal_weight: float) -> InnerLearner:
     """An inner learner that also minimises `proximal_weight / 2` times the squared distance from the start.
 
-    The support loss in `AdaptInfo` is reported without the proximal term (Rajeswaran et al. 2019, equation 3).
+    The support loss in `AdaptInfo` does not include the proximal term (Rajeswaran et al. 2019, equation 3).
 
     Example:
       >>> import jax.numpy as jnp, maml_jax
@@ -135,18 +136,21 @@ def with_proximal_term(inner: InnerLearner, proximal_weight: float) -> InnerLear
       inner: the inner learner to extend.
       proximal_weight: weight of the proximal term, lambda in the paper.
 
+    Returns:
+      An `InnerLearner`. The state of its optimizer also holds the initial parameters.
+
     Raises:
-      ValueError: for a weight that is not positive and finite.
+      ValueError: if `proximal_weight` is not positive and finite.
 
     References:
       Rajeswaran et al. 2019, Meta-learning with implicit gradients, arXiv:1909.04630.
     """
     validation.positive("proximal_weight", proximal_weight)
 
-    # The state of this transformation is the initial parameters.
-    def update(grads: Params, start: Params, params: Params | None = None) -> tuple[Params, Params]:
-        grads = jax.tree.map(lambda g, at, begun: g + proximal_weight * (at - begun), grads, params, start)
-        return grads, start
+    # Add the gradient of the proximal term. The state of this transformation is the initial parameters.
+    def update(grads: Params, initial: Params, params: Params | None = None) -> tuple[Params, Params]:
+        grads = jax.tree.map(lambda g, p, p0: g + proximal_weight * (p - p0), grads, params, initial)
+        return grads, initial
 
     proximal_term = optax.GradientTransformation(lambda params: params, update)
     return inner._replace(optimizer=lambda inner_params: optax.chain(proximal_term, inner.optimizer(inner_params)))

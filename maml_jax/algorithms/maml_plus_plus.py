@@ -1,11 +1,11 @@
 """MAML++: MAML with five changes that make its training stable (Antoniou et al. 2019).
 
-1. Learned rates: one for each array of parameters and each inner step (`per_step_sgd`).
-2. Parameters per inner step, usually those of the normalisation (`replicate_per_step`, `select_step`).
-3. Multi-step loss: the query loss after every inner step counts at first, and only the last in the end
-   (`multi_step_weights`).
-4. Derivative-order annealing: first order at first, second order afterwards (`switch_learner`).
-5. An outer rate that falls along a cosine.
+1. Learned rates: one rate for each array of parameters and each inner step (`per_step_sgd`).
+2. Parameters per inner step, usually the parameters of normalisations (`replicate_per_step`, `select_step`).
+3. Multi-step loss: a weighted sum of the query losses after every inner step. The weights move to the last inner step
+   during training (`multi_step_weights`).
+4. Derivative-order annealing: early meta-steps are first order, later meta-steps second order (`switch_learner`).
+5. Cosine schedule: the outer learning rate decreases along a cosine.
 
 The running statistics of MAML++ are in `running_statistics`.
 """
@@ -44,8 +44,8 @@ def maml_plus_plus(
 ) -> MetaLearner:
     """MAML++ as one function (Antoniou et al. 2019, section 4).
 
-    `init(params)` takes the parameters of the model. The state holds `steps + 1` copies of those that `per_step`
-    selects, `[S + 1, ...]`, and in `inner_params` the learned rates, `[S]` for each adapted array.
+    `init(params)` takes the parameters of the model. In `params`, the state holds `S + 1` copies `[S + 1, ...]` of each
+    array that `per_step` selects. In `inner_params`, it holds the learned rates, `[S]` for each adapted array.
 
     Example:
       >>> import jax, jax.numpy as jnp, maml_jax
@@ -68,26 +68,27 @@ def maml_plus_plus(
 
     Args:
       loss_fn: `(params, batch) -> (scalar loss, aux)`, of one task.
-      learning_rate: initial value of the learned rates, in units of the loss.
-      steps: inner steps in training, S. At test the steps after the last take the rates of the last.
-      meta_steps: length of the training, over which the three schedules run.
-      outer: the outer optimizer, any optax transformation. None: Adam with a rate that falls from 1e-3 to 1e-5
+      learning_rate: initial value of the learned rates, for the loss that `loss_fn` returns.
+      steps: inner steps in training, S. If evaluation takes more steps, they use the rates of step S.
+      meta_steps: number of meta-steps in training, which sets the length of the three schedules.
+      outer: the outer optimizer, any optax transformation. None: Adam with a rate that decreases from 1e-3 to 1e-5
         along a cosine over `meta_steps`.
       order: 2 anneals the order of the derivative from 1 to 2; 1 trains with first order throughout.
       trainable: mask of the parameters that the inner loop adapts, as for `sgd`. None: all.
-      per_step: mask of the parameters that each inner step has its own copy of, such as `models.norms_only`: a pytree
-        of bools, or a function from the parameters to one. None: none.
-      multi_step_until: meta-step from which on only the query loss after the last inner step counts, at least 1.
+      per_step: mask of the parameters with one copy per inner step, such as `models.norms_only`: a pytree of bools, or
+        a function from the parameters to a pytree of bools. None: no such parameters.
+      multi_step_until: first meta-step in which only the query loss after the last inner step counts, at least 1.
         None: a tenth of `meta_steps`.
-      first_order_until: meta-steps that are taken with first order, at least 1. None: half of `meta_steps`.
-      remat: what is kept of the inner steps for the second-order meta-gradient, as for `sgd`.
+      first_order_until: number of meta-steps with first order, at least 1. None: half of `meta_steps`.
+      remat: what each inner step stores for the second-order meta-gradient, as for `sgd`.
       query_loss_fn, task_batch_size, mesh: as for `maml`.
 
     Returns:
       A `MetaLearner`.
 
     Raises:
-      TypeError, ValueError: as `sgd` and `maml`, and for a number of meta-steps below 1.
+      TypeError, ValueError: as `sgd` and `maml`, and if `meta_steps`, `multi_step_until` or `first_order_until` is
+        below 1.
 
     References:
       Antoniou, Edwards and Storkey 2019, How to train your MAML, arXiv:1810.09502.
@@ -139,11 +140,14 @@ def per_step_sgd(
     per_step: Mask | None = None,
     remat: Remat = "none",
 ) -> InnerLearner:
-    """The inner learner of MAML++: a learned rate for each array and step, and parameters per step.
+    """The inner learner of MAML++: one learned rate for each array and step, and copies of parameters for each step.
 
     Args:
       learning_rate, steps, order, trainable, remat: as for `sgd`.
-      per_step: mask of the parameters that `replicate_per_step` has replicated; None: none.
+      per_step: mask of the parameters that `replicate_per_step` has replicated; None: no such parameters.
+
+    Raises:
+      TypeError, ValueError: as `sgd`.
     """
     return sgd(
         learning_rate,
@@ -157,9 +161,9 @@ def per_step_sgd(
 
 
 def replicate_per_step(params: Params, per_step: Mask, steps: int) -> Params:
-    """Replaces each array that `per_step` selects by `steps + 1` equal copies, `[...] -> [steps + 1, ...]`.
+    """Replaces each array that `per_step` selects with `steps + 1` equal copies, `[...] -> [steps + 1, ...]`.
 
-    Copy i is for the loss after i inner steps.
+    The loss after i inner steps uses copy i.
 
     Raises:
       ValueError: for fewer than 1 step, and for a mask that does not fit the parameters.
@@ -170,9 +174,9 @@ def replicate_per_step(params: Params, per_step: Mask, steps: int) -> Params:
 
 
 def select_step(per_step: Mask) -> ParamsAtStep:
-    """For `params_at_step=` of an inner learner: selects the copy of the inner step, `[S + 1, ...] -> [...]`.
+    """Returns a function that selects the copies of an inner step, `[S + 1, ...] -> [...]`.
 
-    Steps after S take the last copy.
+    The function is for the option `params_at_step` of an inner learner. Steps after S use the last copy.
     """
 
     def params_at_step(params: Params, step: jax.Array) -> Params:
@@ -185,7 +189,7 @@ def select_step(per_step: Mask) -> ParamsAtStep:
 
 
 def multi_step_weights(steps: int, until: int) -> Callable[[jax.Array], jax.Array]:
-    """Annealed weights of the multi-step loss: at first equal after every inner step, in the end only the last.
+    """Annealed weights of the multi-step loss: first equal for all inner steps, finally 1 for the last inner step.
 
     Example:
       >>> weights = multi_step_weights(steps=2, until=100)
@@ -194,15 +198,18 @@ def multi_step_weights(steps: int, until: int) -> Callable[[jax.Array], jax.Arra
 
     Args:
       steps: inner steps, S.
-      until: meta-step from which on only the query loss after the last inner step counts. Until then the weights
-        of the other steps fall linearly from 1 / S to 0.
+      until: first meta-step in which only the query loss after the last inner step counts. Before, the weights of the
+        other steps decrease linearly from 1 / S to 0.
 
     Returns:
-      A function from the meta-step to weights `[S + 1]` whose sum is 1, for `step_weights=` of `maml`. They are in
-      JAX's default floating-point type.
+      A function from the meta-step to weights `[S + 1]` with sum 1, for the argument `step_weights` of `maml`. The
+      weights have JAX's default floating-point type.
 
     Raises:
-      ValueError: for `steps` or `until` below 1.
+      ValueError: if `steps` or `until` is below 1.
+
+    References:
+      Antoniou, Edwards and Storkey 2019, How to train your MAML, arXiv:1810.09502, section 4.
     """
     validation.at_least("steps", steps, 1)
     validation.at_least("until", until, 1)
@@ -215,13 +222,13 @@ def multi_step_weights(steps: int, until: int) -> Callable[[jax.Array], jax.Arra
 
 
 def switch_learner(first: MetaLearner, then: MetaLearner, *, after: int) -> MetaLearner:
-    """A learner that takes its first `after` meta-steps with `first` and all others with `then`.
+    """A learner whose first `after` meta-steps are steps of `first`, and whose later meta-steps are steps of `then`.
 
-    Both need the same parameters, learned inner parameters and outer optimizer. `init`, `evaluate` and `adapt` are
-    those of `then`.
+    Both learners need the same parameters, learned inner parameters and outer optimizer. `init`, `evaluate` and `adapt`
+    are the functions of `then`.
 
     Raises:
-      ValueError: for `after` below 1.
+      ValueError: if `after` is below 1.
     """
     validation.at_least("after", after, 1)
 

@@ -15,9 +15,10 @@ from maml_jax.types import InnerParams, Params
 def meta_curvature(learning_rate: float | jax.Array, *, steps: int, **options: Unpack[InnerOptions]) -> InnerLearner:
     """An inner learner that multiplies the inner gradient by meta-learned matrices (Park and Oliva 2019, section 3).
 
-    Each axis of a parameter has one square matrix. A convolution kernel `[height, width, in, out]` has three: one for
-    its `height * width` places together, one for its inputs, one for its outputs. A dense kernel `[in, out]` has two,
-    a vector one, a scalar none. The matrices start as identities: meta-training starts from gradient descent.
+    Each axis of a parameter has one square matrix. A convolution kernel `[height, width, in, out]` has three matrices:
+    one for all `height * width` positions, one for the input channels, one for the output channels. A dense kernel
+    `[in, out]` has two matrices, a vector has one, a scalar has none. Initially the matrices are identities, so
+    meta-training starts from gradient descent.
 
     Example:
       >>> import jax, jax.numpy as jnp, maml_jax, optax
@@ -29,15 +30,15 @@ def meta_curvature(learning_rate: float | jax.Array, *, steps: int, **options: U
       [(3, 3), (2, 2)]
 
     Args:
-      learning_rate: step size, in units of the loss. The rate itself is not learned.
+      learning_rate: step size, for the loss that `maml` is given. The rate is not learned.
       steps: inner steps in training, S.
-      options: see `InnerOptions`.
+      **options: see `InnerOptions`.
 
     Returns:
       An `InnerLearner` for `maml`. `inner_params` holds a list of matrices for each adapted parameter.
 
     Raises:
-      ValueError: for a rate that is not positive and finite, and as `sgd`.
+      ValueError: as `sgd`.
 
     References:
       Park and Oliva 2019, Meta-curvature, arXiv:1902.03356.
@@ -61,7 +62,7 @@ def meta_curvature(learning_rate: float | jax.Array, *, steps: int, **options: U
 
 
 def _matrix_sizes(leaf: jax.Array) -> tuple[int, ...]:
-    """Sizes of the axes with a matrix: the spatial axes of a convolution kernel count as one."""
+    """Sizes of the matrices. The spatial axes of a convolution kernel are merged into one axis."""
     if leaf.ndim <= 2:
         return leaf.shape
     *space, inputs, outputs = leaf.shape

@@ -15,7 +15,7 @@ from maml_jax.parallel.task_axis import TaskBatchSize, sum_over_tasks
 from maml_jax.types import Batch, LossFn, MetaParams, Task
 
 Batches = Callable[[Batch, int], Batch]
-"""`(support, steps) -> batches`: one batch for each inner step in training, every leaf `[steps, ...]`."""
+"""`(support, steps) -> batches`: selects one batch for each inner step in training. Every leaf is `[steps, ...]`."""
 
 
 def reptile(
@@ -49,17 +49,17 @@ def reptile(
       loss_fn: `(params, batch) -> (scalar loss, aux)`, of one task.
       inner: the inner learner, such as `sgd(0.1, steps=5)`. Parameters that it does not adapt (`trainable`) are not
         meta-learned either. `order` and `remat` have no effect.
-      outer: the outer optimizer. It is given no loss, as the meta-gradient is not the derivative of one.
-      batches: the batch of each inner step in training, such as `one_of_each_class(N)`. None: the whole support set.
-        Reptile gains from steps on different examples (section 5.1).
+      outer: the outer optimizer. It does not get the loss, because the meta-gradient is not the derivative of a loss.
+      batches: selects the batch of each inner step in training, such as `one_of_each_class(N)`. None: every step uses
+        the whole support set. Different examples in each step improve Reptile (section 5.1).
       query_loss_fn, task_batch_size, mesh: as for `maml`.
 
     Returns:
       A `MetaLearner`. `MetaInfo.grad_norm` is the distance to the mean of the adapted parameters.
 
     Raises:
-      TypeError, ValueError: as `maml`, and for an inner learner with a `start` or a `params_at_step`.
-      ValueError (by `init`): for an inner learner with learned parameters: Reptile has no gradient of them.
+      TypeError, ValueError: as `maml`, and for an inner learner with `start` or `params_at_step`.
+      ValueError (by `init`): for an inner learner with learned parameters. Reptile has no gradient for them.
 
     References:
       Nichol, Achiam and Schulman 2018, On first-order meta-learning algorithms, arXiv:1803.02999.
@@ -67,8 +67,8 @@ def reptile(
     validation.inner("inner", inner, InnerLearner)
     if inner.start is not None or inner.params_at_step is not None:
         raise ValueError(
-            "reptile takes an inner learner without start and params_at_step: it moves the parameters towards the "
-            "adapted parameters."
+            "reptile takes an inner learner without start and params_at_step: its meta-gradient compares the initial "
+            "parameters with the adapted parameters."
         )
     validation.transformation("outer", outer)
     support_loss = validation.checked_loss(loss_fn)
@@ -88,7 +88,8 @@ def reptile(
         direction = jax.tree.map(jnp.subtract, params, adapted)
         return (loss, MetaParams(direction, inner_params)), (aux, info)
 
-    # Without extra arguments of `update`, the outer optimizer is not given a loss that does not fit its gradient.
+    # This `update` takes no extra arguments, so the outer optimizer does not get the query loss, whose gradient the
+    # meta-gradient is not.
     outer_without_loss = optax.GradientTransformation(
         outer.init, lambda grads, state, params=None: outer.update(grads, state, params)
     )
@@ -105,8 +106,7 @@ def reptile(
 
 
 def one_of_each_class(ways: int) -> Batches:
-    """For `batches=` of `reptile`: inner step i sees the i-th example of every class, and starts over after the last.
-
+    """Batches for `reptile`: inner step i uses the i-th example of every class, and after the K-th the first again.
     Example:
       >>> import jax.numpy as jnp
       >>> support = jnp.array([0, 1, 10, 11])  # Two classes of two examples.
@@ -114,8 +114,11 @@ def one_of_each_class(ways: int) -> Batches:
       [[0, 10], [1, 11], [0, 10]]
 
     Args:
-      ways: number of classes N. The support set `[N * K, ...]` has the K examples of a class in a row, as the episodes
-        of `tasks.episodes` do.
+      ways: number of classes N. In the support set `[N * K, ...]`, the K examples of a class must follow each other, as
+        in the episodes of `tasks.episodes`.
+
+    Returns:
+      A function for the argument `batches` of `reptile`.
     """
 
     def batches(support: Batch, steps: int) -> Batch:

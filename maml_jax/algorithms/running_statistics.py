@@ -1,7 +1,7 @@
 """Running statistics of the normalisation for each inner step, for inductive evaluation.
 
-MAML++ (Antoniou et al. 2019, section 4) averages statistics during training, separately for each inner step. Here they
-are gathered after training, with the final parameters, from tasks of the training classes.
+MAML++ (Antoniou et al. 2019, section 4) averages statistics during training, separately for each inner step. This
+module averages them after training, with the final parameters, over tasks of the training classes.
 """
 
 from typing import Any
@@ -24,22 +24,23 @@ def gather(
     *,
     steps: int,
 ) -> Params:
-    """Parameters for the same net with the normalisation 'running'.
+    """Returns parameters for the same network with normalisation 'running' in place of 'batch'.
 
-    Evaluate them with `params_at_step=select_step(models.norms_only)`, from `maml_plus_plus`.
+    To evaluate these parameters, give the inner learner the option `params_at_step=select_step(models.norms_only)`
+    (see `maml_plus_plus.select_step`).
 
     Args:
-      net: the trained net, with the normalisation 'batch'.
-      inner: the inner learner.
+      net: the trained network, with normalisation 'batch'.
+      inner: the inner learner of training.
       loss_fn: the support loss.
       params: meta-trained parameters.
       inner_params: meta-trained parameters of the inner update.
-      tasks: tasks of the training classes, `[T, ...]`, with as many queries as at test.
+      tasks: tasks of the training classes, `[T, ...]`, with as many queries as in evaluation.
       steps: inner steps, S.
 
     Returns:
-      `params`, in which each normalisation has `mean` and `variance` `[S + 1, C]`, the moments of the batch of queries
-      after 0 to S inner steps averaged over the tasks, and `offset` `[S + 1, C]`.
+      `params` with `mean`, `variance` and `offset` `[S + 1, C]` in each normalisation. Mean and variance are moments of
+      the batch of queries after 0 to S inner steps, averaged over the tasks.
 
     References:
       Antoniou, Edwards and Storkey 2019, How to train your MAML, arXiv:1810.09502.
@@ -74,7 +75,7 @@ def gather(
 
 
 def _offset_per_step(offset: jax.Array, steps: int) -> jax.Array:
-    """`[S + 1, C]` from one offset `[C]`, or from one per training step, of which the last is repeated."""
+    """`[S + 1, C]` from one offset `[C]`, or from one offset per training step. The last offset is repeated."""
     if offset.ndim == 1:
         return jnp.broadcast_to(offset, (steps + 1, *offset.shape))
     return offset[jnp.minimum(jnp.arange(steps + 1), len(offset) - 1)]

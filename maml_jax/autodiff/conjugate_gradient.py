@@ -1,4 +1,4 @@
-"""Conjugate gradients on pytrees, for linear systems that are known only by their products with a vector."""
+"""Conjugate gradients on pytrees, for linear systems whose matrix is given by its product with a vector."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,8 @@ from jax import lax
 def conjugate_gradient(product: Callable[[Any], Any], target: Any, *, steps: int, square_tolerance: float = 0.0) -> Any:
     """Solves `product(x) = target` from x = 0, for a symmetric positive-definite matrix.
 
-    `jax.scipy.sparse.linalg.cg` evaluates one product more, for the residual of x = 0, which is `target`.
+    `jax.scipy.sparse.linalg.cg` evaluates one more product, for the initial residual. At x = 0 this residual is
+    `target`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -21,10 +22,10 @@ def conjugate_gradient(product: Callable[[Any], Any], target: Any, *, steps: int
       [1. 2.]
 
     Args:
-      product: the product of the matrix with a pytree of the structure of `target`.
-      target: any pytree of floating-point arrays.
-      steps: the largest number of iterations, with one product each.
-      square_tolerance: stops once the squared norm of the residual is at most this.
+      product: the product of the matrix with a vector, a pytree like `target`.
+      target: the right-hand side, any pytree of floating-point arrays.
+      steps: the largest number of iterations. Each iteration evaluates one product.
+      square_tolerance: the iteration stops once the squared norm of the residual is at most this value.
 
     Returns:
       `x`, a pytree like `target`. The residual is orthogonal to `x`: the quadratic form `x' product(x)` equals

@@ -20,16 +20,18 @@ def coarsest_type(jaxpr: Any) -> np.dtype:
 
 
 def gradient_checker(tolerance: float, coarsest: np.dtype, directions: int, seed: int) -> "GradientChecker":
-    """A checker for functions that compute in the given precision.
+    """Returns a checker for functions that compute in the precision of the type `coarsest`.
 
-    The best step of central differences is near the cube root of the precision. Longer steps suffer from curvature and
-    from kinks, such as a ReLU that switches within the step; shorter ones from rounding. The checker tries several.
+    The best step length of central differences is near the cube root of the precision. Longer steps have errors from
+    curvature and from kinks, such as a ReLU that switches within the step. Shorter steps have rounding errors. The
+    checker tries several step lengths.
 
     Args:
-      tolerance: of the relative difference in float64. Other types have at least the fourth root of their precision.
+      tolerance: largest relative difference that counts as agreement in float64. For other types the tolerance is at
+        least the fourth root of their precision.
       coarsest: floating-point type of the lowest precision in the function.
       directions: number of random directions.
-      seed: of the directions.
+      seed: seed of the directions.
     """
     precision = float(jnp.finfo(coarsest).eps)
     best = precision ** (1 / 3)
@@ -44,20 +46,20 @@ class GradientChecker(NamedTuple):
     tolerance: float
     """Largest relative difference that counts as agreement."""
     steps: tuple[float, ...]
-    """Step lengths of the central differences. The one with the smallest error counts."""
+    """Step lengths of the central differences. The smallest error over the step lengths counts."""
     directions: int
     """Number of random directions."""
     seed: int
     """Seed of the directions."""
 
     def error(self, fn: Callable[[Any], jax.Array], at: Any, gradient: Any) -> float:
-        """The largest relative error of `gradient` over the directions; NaN if it is not finite."""
+        """The largest relative error of `gradient` over the directions; NaN if `gradient` is not finite."""
         random = np.random.default_rng(self.seed)
         errors = [self._error_along(fn, at, gradient, random_direction(random, at)) for _ in range(self.directions)]
         return float(np.max(errors))
 
     def failing_leaves(self, fn: Callable[[Any], jax.Array], at: Any, gradient: Any) -> str:
-        """Names the leaves in which `gradient` is wrong; empty if there are none."""
+        """Returns the names of the leaves in which `gradient` is wrong, or an empty string."""
         failing = []
         for index, (path, _) in enumerate(jax.tree_util.tree_leaves_with_path(at)):
             direction = random_direction(np.random.default_rng(self.seed), at, only=index)
@@ -66,7 +68,7 @@ class GradientChecker(NamedTuple):
         return leaf_names(failing)
 
     def _error_along(self, fn: Callable[[Any], jax.Array], at: Any, gradient: Any, direction: Any) -> float:
-        claimed = dot(gradient, direction)
+        expected_slope = dot(gradient, direction)
         size = sum(leaf.size for leaf in jax.tree.leaves(at))
         # Along a direction nearly orthogonal to the gradient, errors are relative to the typical slope.
         typical = norm(gradient) / size**0.5
@@ -78,16 +80,16 @@ class GradientChecker(NamedTuple):
             ahead = fn(jax.tree.map(move, at, direction))
             behind = fn(jax.tree.map(lambda x, d: move(x, -d), at, direction))
             slope = float(ahead - behind) / (2 * step)
-            scale = max(abs(slope), abs(claimed), typical)
-            return 0.0 if scale == 0 else abs(slope - claimed) / scale
+            scale = max(abs(slope), abs(expected_slope), typical)
+            return 0.0 if scale == 0 else abs(slope - expected_slope) / scale
 
         errors = np.array([error(step) for step in self.steps])
-        # A long step may leave the domain of the loss. If all do, or the gradient is not finite, the error is NaN.
+        # A long step may leave the domain of the loss. If all steps leave the domain, the error is NaN.
         return float(np.nan if np.isnan(errors).all() else np.nanmin(errors))
 
 
 def cast(tree: Any, dtype: Any) -> Any:
-    """Casts floating-point leaves to NumPy arrays of `dtype`, and wider integers to int32; keeps other leaves."""
+    """Casts floating-point leaves to NumPy arrays of `dtype`, and integers wider than `dtype` to int32."""
 
     def cast_leaf(leaf: Any) -> Any:
         kind = jnp.result_type(leaf)
@@ -105,11 +107,11 @@ def leaf_names(paths: list[Any]) -> str:
     return f"{', '.join(names[:6])}{' and others' if len(names) > 6 else ''}"
 
 
-# In NumPy from here on: compiling these small sums with JAX would take longer than the check.
+# The functions below use NumPy: compiling these small sums with JAX would take longer than the check.
 
 
 def random_direction(random: np.random.Generator, like: Any, only: int | None = None) -> Any:
-    """A random direction of norm 1 in the space of a pytree, or of its leaf of index `only`."""
+    """A random direction of norm 1 in the space of a pytree. With `only`, just the leaf of that index is not zero."""
     leaves, structure = jax.tree.flatten(like)
     drawn = [random.standard_normal(leaf.shape) for leaf in leaves]
     if only is not None:
@@ -129,6 +131,6 @@ def norm(tree: Any) -> float:
 
 
 def relative_difference(a: Any, b: Any) -> float:
-    """Norm of the difference of two pytrees over the norm of `b`; 0 if both are 0, infinite if only `b` is."""
+    """Norm of `a - b`, divided by the norm of `b`. 0 if both norms are 0, infinite if only the norm of `b` is 0."""
     difference, size = norm(jax.tree.map(lambda x, y: np.asarray(x) - np.asarray(y), a, b)), norm(b)
     return 0.0 if difference == 0 else difference / size if size else float("inf")

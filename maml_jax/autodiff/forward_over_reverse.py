@@ -1,9 +1,9 @@
-"""The gradient of a loss, whose own derivative is taken in forward mode and stores no intermediate values.
+"""The gradient of a loss, differentiated in forward mode without stored intermediate values.
 
-Reverse mode over a gradient stores everything that the gradient computed. The second-order meta-gradient needs only
-the product of the Hessian with one vector. As the Hessian is symmetric, this product is also the derivative of the
-gradient along the vector, which forward mode computes together with the gradient, from the parameters alone
-(MixFlow-MG, Kemaev et al. 2025, arXiv:2505.00793).
+Reverse mode over a gradient stores all intermediate values of the gradient. The second-order meta-gradient needs only
+the product of the Hessian with one vector. The Hessian is symmetric, so this product is also the derivative of the
+gradient along the vector. Forward mode computes this derivative together with the gradient, and stores only the
+parameters (MixFlow-MG, Kemaev et al. 2025, arXiv:2505.00793).
 """
 
 from collections.abc import Callable
@@ -25,10 +25,10 @@ ValueAndGrad = Callable[[Params, Any], tuple[tuple[jax.Array, Any], Params]]
 
 
 def forward_over_reverse(loss_fn: LossWithInputs) -> ValueAndGrad:
-    """`jax.value_and_grad(loss_fn, has_aux=True)`, with a reverse-mode derivative that stores its inputs alone.
+    """`jax.value_and_grad(loss_fn, has_aux=True)`, with a reverse-mode derivative that stores only the inputs.
 
     The derivative is exact in `params`, in the floating-point leaves of the inputs, and in values that the loss closes
-    over. It treats aux as constant. Forward-mode derivatives of the result are not defined.
+    over. The derivative of aux is zero. Forward-mode derivatives of the result are not defined.
 
     Example:
       >>> import jax
@@ -44,7 +44,7 @@ def forward_over_reverse(loss_fn: LossWithInputs) -> ValueAndGrad:
     """
 
     def value_and_grad(params: Params, inputs: Any) -> tuple[tuple[jax.Array, Any], Params]:
-        # Values that the loss closes over become inputs too: they may depend on what is differentiated.
+        # Values that the loss closes over become inputs too: an outer derivative may depend on them.
         closed, shapes = jax.make_jaxpr(loss_fn, return_shape=True)(params, inputs)
 
         def loss(params: Params, all_inputs: Any) -> tuple[jax.Array, Any]:
@@ -75,8 +75,8 @@ def _backward(loss: LossWithInputs, residuals: Any, cotangent: Any) -> Any:
     def gradients(params: Params) -> Any:
         return jax.grad(lambda params, floating: loss(params, join(floating, others))[0], (0, 1))(params, floating)
 
-    # The cotangent of the gradient is a direction in the parameters. Its product with the (mixed) second derivatives
-    # is the derivative of the gradients along this direction.
+    # The cotangent of the gradient is a direction in parameter space. The product of the (mixed) second derivatives
+    # with this direction is the derivative of the gradients along the direction.
     first, second = jax.jvp(gradients, (params,), (direction,))
     return jax.tree.map(lambda gradient, along: loss_cotangent * gradient + along, first, second)
 

@@ -1,7 +1,7 @@
-"""Loop-invariant code motion: computes before a loop what is the same in all its steps.
+"""Loop-invariant code motion: moves operations out of a loop if their results are the same in all steps.
 
 Examples are the features of a body that the inner loop does not adapt (ANIL), and the moments of the inputs. A JAX loop
-recomputes them in each step, and XLA moves no costly operation out of a loop.
+recomputes such invariants in each step, and XLA does not move costly operations out of a loop.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,11 +12,11 @@ from jax.core import eval_jaxpr
 from jax.extend.core import Literal
 
 EXPANDING = {"broadcast_in_dim", "iota", "reshape", "squeeze", "transpose", "convert_element_type", "copy"}
-"""Primitives that stay in the loop: cheap to recompute, and their results are often larger than their inputs."""
+"""Primitives that stay in the loop. They are cheap to recompute, and often have larger results than inputs."""
 
 
 def hoist(step: Callable[..., Any], *args: Any) -> Callable[..., Any]:
-    """Computes now all that `step` computes from closed-over values alone.
+    """Evaluates the operations of `step` that depend only on closed-over values, and returns a function for the rest.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -46,7 +46,7 @@ def hoist(step: Callable[..., Any], *args: Any) -> Callable[..., Any]:
             varying.update(equation.outvars)
             in_loop.add(place)
 
-    # 2. Find the invariant variables that the loop needs. Those of expanding primitives are recomputed in the loop.
+    # 2. Find the invariant variables that the loop needs. The loop recomputes the results of expanding primitives.
     needed: dict[Any, None] = {}  # An ordered set.
     pending = [*_variables(program.outvars), *(v for place in in_loop for v in _variables(program.eqns[place].invars))]
     while pending:
@@ -60,7 +60,7 @@ def hoist(step: Callable[..., Any], *args: Any) -> Callable[..., Any]:
             in_loop.add(definition)
             pending += _variables(program.eqns[definition].invars)
 
-    # 3. Equations that these variables depend on move before the loop.
+    # 3. Move the equations that these variables depend on in front of the loop.
     before: set[int] = set()
     pending = [*needed]
     while pending:
@@ -69,7 +69,7 @@ def hoist(step: Callable[..., Any], *args: Any) -> Callable[..., Any]:
             before.add(definition)
             pending += _variables(program.eqns[definition].invars)
 
-    # 4. Evaluate the program before the loop, and return the program of a step.
+    # 4. Evaluate the moved equations, and return a function that evaluates the equations of the loop.
     before_equations, loop_equations = ([program.eqns[place] for place in sorted(s)] for s in (before, in_loop))
     before_loop = program.replace(constvars=[], invars=program.constvars, outvars=[*needed], eqns=before_equations)
     loop = program.replace(constvars=[], invars=[*program.invars, *needed], eqns=loop_equations)

@@ -8,11 +8,11 @@ import numpy as np
 from maml_jax.types import Params
 
 Mask = Any
-"""A pytree of bools with the structure of the parameters, a prefix of one, or a function from parameters to either."""
+"""A pytree of bools with the structure of the parameters, a prefix of it, or a function from parameters to a mask."""
 
 
 def divide(tree: Any, mask: Any) -> tuple[Any, Any]:
-    """Splits leaves by a pytree of bools of the same structure: those where it is True, and the others."""
+    """Splits a pytree into the leaves where `mask` is True and the other leaves. `mask` has the same structure."""
     return (
         jax.tree.map(lambda keep, leaf: leaf if keep else None, mask, tree),
         jax.tree.map(lambda keep, leaf: None if keep else leaf, mask, tree),
@@ -25,11 +25,11 @@ def join(first: Any, second: Any) -> Any:
 
 
 def partition(params: Params, mask: Mask | None) -> tuple[Params, Params]:
-    """Splits parameters into adapted and fixed; each half keeps the structure, with None at the leaves of the other.
+    """Splits parameters into adapted and fixed ones, each with None at the leaves of the other. No mask: all adapted.
 
     Raises:
       TypeError: for a mask of anything but bools.
-      ValueError: for a mask that does not fit the parameters, or that selects none.
+      ValueError: for a mask that does not fit the parameters, or that selects no parameter.
     """
     if mask is None:
         return params, None
@@ -43,8 +43,8 @@ def mask_tree(name: str, mask: Mask, params: Params) -> Any:
     """A mask as a pytree of bools with the structure of the parameters.
 
     Args:
-      name: of the argument, for messages.
-      mask: a pytree of bools, a prefix of one, or a function from the parameters to either.
+      name: name of the argument, for error messages.
+      mask: a pytree of bools, a prefix of it, or a function from the parameters to a mask.
       params: the parameters.
 
     Raises:
@@ -64,8 +64,8 @@ def mask_tree(name: str, mask: Mask, params: Params) -> Any:
     for path, leaf in jax.tree_util.tree_leaves_with_path(mask):
         if not (isinstance(leaf, bool) or (np.shape(leaf) == () and getattr(leaf, "dtype", None) == np.bool_)):
             raise TypeError(
-                f"{name} must hold True or False for each array of parameters, but at "
-                f"{jax.tree_util.keystr(path) or 'the array itself'} it has {leaf!r}."
+                f"{name} must hold True or False for each array of parameters, but the value at "
+                f"{jax.tree_util.keystr(path) or 'the root'} is {leaf!r}."
             )
     return mask
 

@@ -7,12 +7,13 @@ and an output pixel, and so do its two derivatives:
     input_gradient(y, kernel) -> x      sums over output pixels
     kernel_gradient(x, y) -> kernel     sums over image and output pixels
 
-Every derivative of these three, of any order and in forward or reverse mode, is made of these three again. Here each
-is a JAX primitive with several implementations. In meta-learning the gradients are most of the work and every task has
-its own kernels. XLA's derivatives of its own convolution can then be a hundred times slower than the arithmetic needs.
+Every derivative of these operations, of any order and in forward or reverse mode, consists of the same three
+operations. In this module each operation is a JAX primitive with several implementations. In meta-learning the
+gradients are most of the work, and every task has different kernels. The derivatives of XLA's convolution can then take
+a hundred times longer than their arithmetic requires.
 
 Dimensions: `B` images of `H x W` with `C` channels, kernels of `h x w`, outputs of `H' x W'` with `D` features. The
-operands of the primitives have a leading axis `G` of different kernels, which `vmap` over tasks fills.
+operands of the primitives have a leading axis `G`, one entry per kernel. `vmap` over tasks extends this axis.
 """
 
 import functools
@@ -38,7 +39,7 @@ def conv(
 ) -> jax.Array:
     """Two-dimensional convolution with 'SAME' padding and no bias, differentiable at any order.
 
-    A `jax.shard_map` around it needs `check_vma=False`, as `maml` sets it for a mesh.
+    Inside `jax.shard_map`, this function needs `check_vma=False`. `maml` sets this option if it has a mesh.
 
     Example:
       >>> import jax.numpy as jnp
@@ -50,9 +51,9 @@ def conv(
     Args:
       x: images `[B, H, W, C]`.
       kernel: `[h, w, C, D]`.
-      stride: in both directions. 'SAME' pads as TensorFlow and XLA do: the output has `ceil(H / stride)` rows, and odd
-        padding is larger at the end.
-      implementation: None chooses by backend and shapes.
+      stride: distance between windows, in both directions. 'SAME' pads as in TensorFlow and XLA: the output has
+        `ceil(H / stride)` rows, and odd padding is larger at the end.
+      implementation: a name in `IMPLEMENTATIONS`; None chooses by backend and shapes.
 
     Returns:
       `[B, ceil(H / stride), ceil(W / stride), D]`.
@@ -70,18 +71,21 @@ def conv(
     validation.at_least("stride", stride, 1)
     dtype = jnp.promote_types(x.dtype, kernel.dtype)
     geometry = Geometry((x.shape[1], x.shape[2]), (kernel.shape[0], kernel.shape[1]), stride)
-    # A leading axis of one kernel, which vmap extends.
+    # Add the axis G with one kernel. vmap extends this axis.
     x, kernel = x.astype(dtype)[None], kernel.astype(dtype)[None]
     return conv_p.bind(x, kernel, geometry=geometry, implementation=implementation)[0]
 
 
 def windows(x: jax.Array, window: tuple[int, ...], stride: int = 1) -> jax.Array:
-    """The window of each output pixel of a convolution, `[B, H, W, C] -> [B, H', W', h * w * C]`, padded with zeros.
+    """Extracts the window of each output pixel of a convolution.
 
     Args:
       x: images `[B, H, W, C]`.
       window: rows and columns of the kernel, `(h, w)`.
-      stride: as in `conv`.
+      stride: as for `conv`.
+
+    Returns:
+      `[B, H', W', h * w * C]`. Pixels outside the image are zero.
     """
     return _windows(x, Geometry((x.shape[1], x.shape[2]), (window[0], window[1]), stride))
 
@@ -90,12 +94,15 @@ class Geometry(NamedTuple):
     """Sizes that the three operations share."""
 
     image: tuple[int, int]
+    """Rows and columns of `x`."""
     window: tuple[int, int]
+    """Rows and columns of the kernel."""
     stride: int
+    """Distance between windows, in both directions."""
     kernels: int = 1
     """Size of the axis `G`, over which an implementation is mapped."""
     window_batch_size: int = 0
-    """Entries of windows that may be computed together, over all kernels. One image is the least."""
+    """Largest number of window entries to compute at once, over all kernels. A group has at least one image."""
 
     @property
     def output(self) -> tuple[int, int]:
@@ -116,8 +123,8 @@ class Implementation(NamedTuple):
     kernel_gradient: Callable[[jax.Array, jax.Array, Geometry], jax.Array]
 
 
-# --- Implementation by matrix products with the windows of the images as rows. Images are processed in groups whose
-# windows fit the caches of a CPU core, or the memory of an accelerator.
+# --- Implementation with matrix products. The rows of one operand are the windows of the images. A loop runs over
+# groups of images whose windows fit into the caches of a CPU core, or into the memory of an accelerator.
 
 
 def _in_groups(fn: Callable[..., jax.Array], geometry: Geometry, channels: int, x: jax.Array) -> jax.Array:
@@ -142,7 +149,7 @@ def image_groups(images: int, geometry: Geometry, channels: int) -> tuple[int, i
 
 
 def _split_into_groups(x: jax.Array, count: int, groups: int) -> jax.Array:
-    """`[B, ...] -> [groups, count, ...]`, padded with zeros, which all three operations map to zeros."""
+    """`[B, ...] -> [groups, count, ...]`, padded with zeros. All three operations map zeros to zeros."""
     padded = jnp.pad(x, ((0, count * groups - len(x)), *((0, 0),) * (x.ndim - 1)))
     return padded.reshape(groups, count, *x.shape[1:])
 
@@ -170,10 +177,10 @@ def _patches_conv(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Ar
 
 
 def _from_windows(windows: jax.Array, geometry: Geometry) -> jax.Array:
-    """The transpose of `_windows`: adds every entry to its pixel, `[B, H', W', h * w * C] -> [B, H, W, C]`.
+    """The transpose of `_windows`: sums the window entries of each pixel, `[B, H', W', h * w * C] -> [B, H, W, C]`.
 
-    Pixels with the same position modulo the stride form an image without gaps. Each of these images is summed
-    separately, and then they are interlaced.
+    Pixels with the same position modulo the stride form a smaller image without gaps. The entries are summed for each
+    smaller image, and the smaller images are interlaced.
     """
     (height, width), (rows, columns), stride = geometry.window, geometry.output, geometry.stride
     windows = windows.reshape(*windows.shape[:3], height, width, -1)
@@ -225,18 +232,18 @@ def _product_with_windows(x: jax.Array, y: jax.Array, geometry: Geometry, transp
     """The gradient of the kernel as `[D, h * w * C]`."""
     windows = _windows(x, geometry)
     windows, y = windows.reshape(-1, windows.shape[3]), y.reshape(-1, y.shape[3])
-    # XLA's CPU backend is slow for a product that sums over the rows of both operands. So one operand is transposed,
-    # behind a barrier that keeps XLA from undoing it. With few channels the transpose costs more than it saves.
+    # XLA's CPU backend is slow for a product that sums over the rows of both operands. Transpose one operand, with a
+    # barrier so that XLA does not undo the transpose. With few channels the transpose costs more than it saves.
     if not transpose or windows.shape[1] < y.shape[1]:
         return (windows.T @ y).T
     if geometry.kernels > 1:
         return (lax.optimization_barrier(windows.T) @ y).T
-    # One kernel: transpose y, the smaller operand. The product is then transposed too, behind a second barrier. For
-    # several kernels XLA's CPU compiler would choose a layout here that it has no code for, and abort the process.
+    # One kernel: transpose y, the smaller operand. The product is already transposed; a second barrier keeps it so. For
+    # several kernels, XLA's CPU compiler would choose a layout that it does not implement, and abort the process.
     return lax.optimization_barrier(lax.optimization_barrier(y.T) @ windows)
 
 
-# --- Implementation by XLA's convolution and the derivatives that JAX has for it.
+# --- Implementation with XLA's convolution, and its derivatives in JAX.
 
 
 def _lax_conv(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
@@ -254,12 +261,13 @@ def _lax_kernel_gradient(x: jax.Array, y: jax.Array, geometry: Geometry) -> jax.
     return jax.linear_transpose(lambda kernel: _lax_conv(x, kernel, geometry), kernel)(y)[0]
 
 
-# --- The input gradient by XLA's forward convolution, fast on a CPU for stride 1 and enough channels.
+# --- The input gradient as a forward convolution of XLA, which is fast on a CPU for stride 1 and enough channels.
 
 
 def _direct_input_gradient(y: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
-    # The barrier keeps XLA from folding the flip into a convolution that it has no fast code for.
+    # The barrier keeps XLA from merging the flip into the convolution: XLA has no fast code for the merged form.
     flipped = lax.optimization_barrier(jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
+    # Pad the dilated y so that the result has the size of the image.
     pads = []
     for size, rows, window, (before, _) in zip(geometry.image, geometry.output, geometry.window, geometry.pads):
         before = window - 1 - before
@@ -288,7 +296,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 
 
 class _Merge(NamedTuple):
-    """The axes that a batch axis of one operand alone is merged into: one of that operand, one of the result."""
+    """Axes of the operand and of the result that a batch axis is merged into, if only this operand has a batch axis."""
 
     operand: int
     result: int
@@ -299,7 +307,7 @@ def _primitive(name: str, first: _Merge, second: _Merge) -> Primitive:
 
     Args:
       name: a field of `Implementation`.
-      first, second: the axes for a batch axis that the first or the second operand has alone.
+      first, second: the axes to merge a batch axis into, if only the first or only the second operand has one.
     """
     primitive = Primitive(f"maml_jax_{name}")
 
@@ -324,7 +332,7 @@ def _primitive(name: str, first: _Merge, second: _Merge) -> Primitive:
             count = len(operands[0])
             out = primitive.bind(*(operand.reshape(-1, *operand.shape[2:]) for operand in operands), **params)
             return out.reshape(count, -1, *out.shape[1:]), 0
-        # One operand is batched: merge the batch axis into another axis of it, and split that axis of the result.
+        # One operand is batched: merge the batch axis into an axis of this operand, and split an axis of the result.
         batched = axes.index(None) ^ 1
         merge = (first, second)[batched]
         operand = jnp.moveaxis(operands[batched], axes[batched], merge.operand)
@@ -344,14 +352,14 @@ def _primitive(name: str, first: _Merge, second: _Merge) -> Primitive:
     return primitive
 
 
-# Axes: x [G, B, H, W, C], kernel [G, h, w, C, D], y [G, B, H', W', D]. A batch axis of images alone is merged into B,
-# one of kernels alone into C or D.
+# Axes: x [G, B, H, W, C], kernel [G, h, w, C, D], y [G, B, H', W', D]. If only images are batched, the batch axis is
+# merged into B. If only kernels are batched, the batch axis is merged into C or D.
 conv_p = _primitive("conv", first=_Merge(1, 1), second=_Merge(4, 4))
 input_gradient_p = _primitive("input_gradient", first=_Merge(1, 1), second=_Merge(3, 4))
 kernel_gradient_p = _primitive("kernel_gradient", first=_Merge(4, 3), second=_Merge(4, 4))
 
 
-# The derivatives: for each operation, its transposes in the first and in the second operand.
+# The derivatives: the transposes of each operation with respect to its first and its second operand.
 ad.defbilinear(
     conv_p,
     lambda y, x, kernel, **params: input_gradient_p.bind(y, kernel, **params),

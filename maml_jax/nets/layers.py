@@ -22,22 +22,24 @@ POOL_WINNER = "maml_jax_winner"
 class Conv(nn.Module):
     """A convolution without bias, `[B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), features]`.
 
-    Use it in place of `nn.Conv` in meta-trained networks. It has no bias because a following normalisation would
-    subtract it.
+    Use this layer in place of `nn.Conv` in meta-trained networks. It has no bias: a normalisation after the layer would
+    subtract the bias.
 
     Call arguments:
       x: images `[B, H, W, C]`.
       norm: a `Norm` that is applied to the output; None: no normalisation.
       support: number of examples at the start of the batch that are the support set; None: all of them.
 
-    For `Norm("batch")` and few input channels (`backend.normalises_kernel`), the layer normalises its kernel in place
-    of the far larger output, whose moments follow from those of the input (`output_moments`).
+    For `Norm("batch")` and few input channels (`backend.normalises_kernel`), the layer normalises its kernel, which is
+    far smaller than its output. `output_moments` computes the moments of the output from the input.
     """
 
     features: int
     size: int = 3
+    """Rows and columns of the kernel."""
     stride: int = 1
     implementation: ImplementationName | None = None
+    """As for `conv`."""
     kernel_init: Any = nn.initializers.xavier_uniform()
 
     @nn.compact
@@ -46,6 +48,7 @@ class Conv(nn.Module):
         if norm is None:
             return self.convolve(x, kernel)
         if norm.kind == "batch" and backend.normalises_kernel(math.prod(kernel.shape[:3]), self.features):
+            # The normalised output is a convolution with a scaled kernel, plus a shift.
             mean, scale, offset = norm.affine(output_moments(x, kernel, self.stride))
             kernel, shift = (leaf.astype(kernel.dtype) for leaf in (kernel * scale, offset - mean * scale))
             return self.convolve(x, kernel) + shift
@@ -67,7 +70,8 @@ class Conv(nn.Module):
 class Dense(nn.Module):
     """A fully connected layer, `[..., C] -> [..., features]`, with the parameters of `nn.Dense`.
 
-    It is computed as `conv` on images of one pixel, whose derivatives are fast with one kernel for each task.
+    The layer computes `conv` on images of one pixel, because the derivatives of `conv` are fast with one kernel per
+    task.
     """
 
     features: int
@@ -82,10 +86,10 @@ class Dense(nn.Module):
 
 
 class PooledConv(Conv):
-    """A convolution, the normalisation, and 2x2 max-pooling, `[B, H, W, C] -> [B, H / 2, W / 2, features]` at stride 1.
+    """A convolution, normalisation and 2x2 max-pooling, `[B, H, W, C] -> [B, H // 2, W // 2, features]` at stride 1.
 
-    Pooling comes before the normalisation, which leaves fewer entries to normalise. The result is the same, because a
-    normalisation is increasing in its input and the moments are those before pooling.
+    The layer pools before it normalises, so that fewer entries are normalised. The result is the same as in the other
+    order: the normalisation is increasing in its input, and uses the moments from before pooling.
     """
 
     def convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -103,40 +107,42 @@ class PooledConv(Conv):
         """Applies `fn` to all images together, or to one image at a time."""
         if not backend.maps_over_images(x.shape[:3], x.shape[3], self.features):
             return fn(x)
-        # The convolution is far larger than the pooled result. Computed, and for the gradient recomputed, one image at
-        # a time, it stays in the caches. Only the positions of the maxima are stored: they are small, and for some
-        # normalisations all that the gradient needs.
+        # The output of the convolution is far larger than the pooled result. Computed one image at a time, it stays in
+        # the caches. The gradient recomputes it in the same way. Only the positions of the maxima are stored. They are
+        # small, and for some normalisations the gradient needs nothing else.
         policy = jax.checkpoint_policies.save_only_these_names(POOL_WINNER)
         results = jax.lax.map(jax.checkpoint(lambda image: fn(image[None]), prevent_cse=False, policy=policy), x)
         return jax.tree.map(lambda leaf: leaf[:, 0], results)
 
 
 def output_moments(x: jax.Array, kernel: jax.Array, stride: int = 1) -> Moments:
-    """Moments `[D]` of `conv(x, kernel)` over images and space, without the convolution.
+    """Computes the moments `[D]` of `conv(x, kernel)` over images and space, without computing the convolution.
 
-    Every output pixel is the product of the kernel with a window of the image. The mean of the output is the mean of
-    the windows times the kernel, and its variance the quadratic form of their covariance. Mean and covariance of the
-    windows do not depend on the kernel, so they are the same in every inner step.
+    Every output pixel is the product of the kernel with a window of the image. The mean of the output is therefore the
+    kernel times the mean of the windows. The variance is a quadratic form in the kernel, with the covariance of the
+    windows as its matrix. Mean and covariance of the windows do not depend on the kernel, so they are the same in every
+    inner step.
 
     Args:
       x: images `[B, H, W, C]`.
       kernel: `[h, w, C, D]`.
-      stride: of the convolution.
+      stride: stride of the convolution.
     """
-    exact = functools.reduce(jnp.promote_types, (x.dtype, kernel.dtype, jnp.float32))
-    product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)  # A variance is a small difference.
-    x, weights = x.astype(exact), kernel.reshape(-1, kernel.shape[3]).astype(exact)
+    # Compute in float32 or wider, and with full precision: a variance can be a small difference of large numbers.
+    wide = functools.reduce(jnp.promote_types, (x.dtype, kernel.dtype, jnp.float32))
+    product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    x, weights = x.astype(wide), kernel.reshape(-1, kernel.shape[3]).astype(wide)
     entries = len(weights)
-    # Subtract an approximate mean of each entry (exact but for the borders): little precision is lost then.
+    # To lose little precision, subtract an approximate mean of each entry. It is exact except at the borders.
     centre = jnp.tile(x.mean((0, 1, 2)), entries // x.shape[3])
 
     def sums(images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Sums over all windows: the products of each two centred entries, and the centred entries."""
+        """Sums over all windows of the products of pairs of centred entries, and of the centred entries."""
         rows = windows(images, kernel.shape[:2], stride).reshape(-1, entries) - centre
         return product(rows.T, rows), rows.sum(0)
 
     if backend.maps_over_images(x.shape[:3], x.shape[3], entries):
-        zeros = (jnp.zeros((entries, entries), exact), jnp.zeros(entries, exact))
+        zeros = (jnp.zeros((entries, entries), wide), jnp.zeros(entries, wide))
         total, _ = jax.lax.scan(lambda total, image: (jax.tree.map(jnp.add, total, sums(image[None])), None), zeros, x)
     else:
         total = sums(x)
@@ -149,9 +155,9 @@ def output_moments(x: jax.Array, kernel: jax.Array, stride: int = 1) -> Moments:
 def max_pool(x: jax.Array) -> jax.Array:
     """Maximum of each 2x2 window, `[B, H, W, C] -> [B, H // 2, W // 2, C]`; an odd last row or column is dropped.
 
-    The position of each maximum is found once, by comparisons that are not differentiated; the derivative is that of
-    the selection. The derivative of a maximum reduction, by contrast, compares the entries with the result bit by bit.
-    A compiler that recomputes the entries with another rounding then finds none that is equal.
+    Comparisons find the position of each maximum, and are not differentiated. The derivative is the derivative of the
+    selection at this position. In contrast, the derivative of a maximum reduction looks for the entry that equals the
+    result. If a compiler recomputes the entries with different rounding, no entry is equal.
 
     Example:
       >>> import jax.numpy as jnp
@@ -166,6 +172,6 @@ def max_pool(x: jax.Array) -> jax.Array:
     first, third = (a >= b) | jnp.isnan(a), (c >= d) | jnp.isnan(c)
     winner = jnp.where(upper, jnp.where(first, 0, 1), jnp.where(third, 2, 3)).astype(jnp.int8)
     winner = checkpoint_name(winner, POOL_WINNER)
-    # A masked sum over the window: its derivative is one pass of the same form.
+    # Select the maximum with a masked sum over the window. The derivative of the sum is a masked copy.
     place = jnp.arange(4, dtype=jnp.int8).reshape(2, 1, 2, 1)
     return jnp.where(winner[:, :, None, :, None] == place, x, 0).sum((2, 4))

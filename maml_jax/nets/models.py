@@ -1,8 +1,9 @@
 """The networks of the MAML paper in linen, with the initialisation of the authors' code.
 
-Both networks take `(inputs, context=None)`. `context` `[B', ...]` is the inputs of the support set, for a
-normalisation that needs them beside the queries (`NEEDS_CONTEXT`); the others ignore them. With `head=False` the
-networks return features, the inputs of the last layer.
+Both networks take `(inputs, context=None)`. `context` `[B', ...]` holds the inputs of the support set. Only the
+normalisations in `NEEDS_CONTEXT` use it. With `head=False` the networks return features, the inputs of the last layer.
+
+The paper is Finn, Abbeel and Levine 2017, Model-agnostic meta-learning, arXiv:1703.03400.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from maml_jax.types import Params
 HEAD = "head"
 """Name of the last layer in the parameters of both networks."""
 
-small_normal = nn.initializers.truncated_normal(0.01)  # Truncated at two standard deviations, as TensorFlow's.
+small_normal = nn.initializers.truncated_normal(0.01)  # Truncated at two standard deviations, as in TensorFlow.
 
 
 class MLP(nn.Module):
@@ -39,15 +40,18 @@ class MLP(nn.Module):
     """
 
     hidden: Sequence[int]
+    """Widths of the hidden layers."""
     outputs: int
+    """Number of outputs, such as classes."""
     normalisation: Normalisation | None = None
+    """Normalisation before each ReLU; None: no normalisation, and biases in the hidden layers."""
 
     @nn.compact
     def __call__(self, x: jax.Array, context: jax.Array | None = None, *, head: bool = True) -> jax.Array:
         x, support = _with_context(x, context, self.normalisation)
         x = x.reshape(x.shape[0], -1)
         for features in self.hidden:
-            # No bias before a normalisation, which would subtract it.
+            # No bias before a normalisation, because the normalisation would subtract the bias.
             x = Dense(features, use_bias=self.normalisation is None, kernel_init=small_normal)(x)
             x = nn.relu(x if self.normalisation is None else Norm(self.normalisation)(x, support))
         x = x[support:]
@@ -57,8 +61,9 @@ class MLP(nn.Module):
 class ConvNet(nn.Module):
     """Four blocks of 3x3 convolution, normalisation and ReLU, `[B, H, W, C] -> logits [B, ways]` (section 5.2).
 
-    For Omniglot: convolutions of stride 2, then the mean over space. With `pooled`, for MiniImagenet: 2x2 max-pooling
-    after each block, then the flattened features (5x5 from images of 84x84).
+    With `pooled=False`, for Omniglot, the convolutions have stride 2, and the features are means over space. With
+    `pooled=True`, for MiniImagenet, each block ends with 2x2 max-pooling, and the features are flattened (5x5 positions
+    from images of 84x84).
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -70,10 +75,15 @@ class ConvNet(nn.Module):
     """
 
     ways: int
+    """Number of classes."""
     filters: int = 64
+    """Channels of each convolution."""
     pooled: bool = False
+    """Whether to use max-pooling in place of stride 2."""
     normalisation: Normalisation = "batch"
+    """See `nets.normalisation.Normalisation`."""
     implementation: ImplementationName | None = None
+    """Implementation of the convolutions, as for `convolution.conv`."""
 
     @nn.compact
     def __call__(self, x: jax.Array, context: jax.Array | None = None, *, head: bool = True) -> jax.Array:
@@ -90,27 +100,31 @@ class ConvNet(nn.Module):
 def _with_context(
     x: jax.Array, context: jax.Array | None, normalisation: Normalisation | None
 ) -> tuple[jax.Array, int | None]:
-    """The support set followed by the inputs, and its size, if the normalisation needs it; else the inputs and None."""
+    """Puts `context` in front of `x` if the normalisation needs it. Returns the batch, and the size of the context."""
     if context is None or normalisation not in NEEDS_CONTEXT:
         return x, None
     return jnp.concatenate([context, x]), len(context)
 
 
 def apply_params(net: nn.Module, **options: Any) -> Callable[..., jax.Array]:
-    """The network as a function `(params, inputs, ...) -> outputs`, as `losses` take a model.
+    """Returns the network as a function `(params, inputs, ...) -> outputs`, the form that `maml_jax.losses` takes.
+
+    Example:
+      >>> from maml_jax import losses
+      >>> loss_fn = losses.cross_entropy(apply_params(ConvNet(ways=5)))
 
     Args:
       net: any linen module.
-      options: keyword arguments of its call, such as `head=False`.
+      **options: keyword arguments of the network, such as `head=False`.
     """
     return lambda params, *inputs: cast(jax.Array, net.apply({"params": params}, *inputs, **options))
 
 
-# Masks of parameters, for `trainable=` and `per_step=`. They go by the names of the layers.
+# Masks for the options `trainable` and `per_step`. They select parameters by the names of the layers.
 
 
 def all_but_norms(params: Params) -> Any:
-    """Selects everything but the parameters of normalisations, as the paper's code adapts."""
+    """Selects all parameters except those of normalisations. The paper's code adapts these parameters."""
     return _select_layers(params, lambda layer: not layer.startswith("Norm_"))
 
 
@@ -120,15 +134,15 @@ def head_only(params: Params) -> Any:
 
 
 def body_only(params: Params) -> Any:
-    """Selects everything but the last layer and normalisations (BOIL, Oh et al. 2021, arXiv:2008.08882)."""
+    """Selects all parameters except the last layer and normalisations (BOIL, Oh et al. 2021, arXiv:2008.08882)."""
     return _select_layers(params, lambda layer: layer != HEAD and not layer.startswith("Norm_"))
 
 
 def norms_only(params: Params) -> Any:
-    """Selects the parameters of normalisations, such as for `per_step=` of `maml_plus_plus`."""
+    """Selects the parameters of normalisations, for example as `per_step` of `maml_plus_plus`."""
     return _select_layers(params, lambda layer: layer.startswith("Norm_"))
 
 
 def _select_layers(params: Params, selected: Callable[[str], bool]) -> Any:
-    """A pytree of bools shaped like the parameters, by the name of the layer of each parameter."""
+    """A pytree of bools with the structure of `params`: `selected(name of the layer)` for each parameter."""
     return jax.tree_util.tree_map_with_path(lambda path, _: selected(path[0].key), params)

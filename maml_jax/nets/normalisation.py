@@ -1,7 +1,7 @@
 """Normalisation of activations, named by the examples that its statistics come from.
 
 In few-shot learning this choice decides whether a prediction depends on the other queries of its task (transductive
-or inductive), and with it the accuracy (Bronskill et al. 2020).
+evaluation) or not (inductive evaluation). The choice changes the accuracy (Bronskill et al. 2020, arXiv:2003.03284).
 """
 
 from typing import Literal, NamedTuple, get_args
@@ -13,11 +13,12 @@ import jax.numpy as jnp
 Normalisation = Literal["batch", "support", "tasknorm", "instance", "layer", "group", "running"]
 """The examples that the statistics come from.
 
-- 'batch': the batch at hand, in training and at test, as in the code of the MAML paper. The only transductive one.
-- 'support': the support set, for queries too.
+- 'batch': the current batch, in training and in evaluation, as in the code of the MAML paper. Only this normalisation
+  is transductive.
+- 'support': the support set, for support examples and queries.
 - 'tasknorm': a learned mixture of the support set and the example itself (TaskNorm-I, arXiv:2003.03284, equation 7).
 - 'instance', 'layer', 'group': the example itself, over one channel, all channels, or groups of 16 channels.
-- 'running': other tasks, as gathered by `running_statistics.gather` after training with 'batch' (MAML++,
+- 'running': other tasks. `running_statistics.gather` computes the statistics after training with 'batch' (MAML++,
   arXiv:1810.09502).
 """
 
@@ -26,7 +27,7 @@ NORMALISATIONS: tuple[Normalisation, ...] = get_args(Normalisation)
 NEEDS_CONTEXT = ("support", "tasknorm")
 """Normalisations that need the support set beside the queries."""
 
-GROUP = 16  # Channels of a group, the better of the two choices of Wu and He (2018).
+GROUP = 16  # Channels per group, as in Wu and He 2018, Group normalization, arXiv:1803.08494.
 
 
 class Moments(NamedTuple):
@@ -51,7 +52,7 @@ def pooled_moments(parts: Moments, axis: int = 0) -> Moments:
 
     Args:
       parts: moments of each part, along `axis`.
-      axis: reduced to size 1.
+      axis: the axis of the parts. It has size 1 in the result.
     """
     mean, between = _moments(parts.mean, axis, keep=True)
     return Moments(mean, parts.variance.mean(axis, keepdims=True) + between)
@@ -71,8 +72,9 @@ def _moments(x: jax.Array, axes: int | tuple[int, ...], *, keep: bool) -> Moment
 
 
 class Norm(nn.Module):
-    """Normalises `[B, ..., C]` to mean 0 and variance 1, with a learned offset and no scale, as the MAML paper's code.
+    """Normalises `[B, ..., C]` to mean 0 and variance 1, and adds a learned offset. It has no learned scale.
 
+    The code of the MAML paper has an offset and no scale, too.
     Example:
       >>> import jax, jax.numpy as jnp
       >>> norm, x = Norm("batch"), jnp.array([[1.0], [3.0]])
@@ -84,11 +86,13 @@ class Norm(nn.Module):
     Call arguments:
       x: activations `[B, ..., C]`.
       support: number of examples at the start of the batch that are the support set; None: all of them.
-      moments: moments of each example `[B, C]`, where they are not those of `x`.
+      moments: moments of each example `[B, C]`, if they differ from the moments of `x`; None: the moments of `x`.
     """
 
     kind: Normalisation = "batch"
+    """The examples that the statistics come from."""
     epsilon: float = 1e-3
+    """Added to the variance."""
 
     def __call__(self, x: jax.Array, support: int | None = None, moments: Moments | None = None) -> jax.Array:
         if moments is None:
@@ -103,8 +107,8 @@ class Norm(nn.Module):
         """The normalisation as an affine map, `x -> (x - mean) * scale + offset`.
 
         Args:
-          moments: of each example, `[B, C]`; for 'batch' also those of the whole batch, `[C]`.
-          support: as in a call.
+          moments: moments of each example, `[B, C]`. For 'batch' they may be those of the batch, `[C]`.
+          support: as for a call of the module.
 
         Returns:
           Mean and scale `[C]`, `[1, C]` or `[B, C]`, and the offset `[C]`.
@@ -128,6 +132,7 @@ class Norm(nn.Module):
             return moments
         if self.kind in ("layer", "group"):
             size = min(GROUP, channels) if self.kind == "group" else channels
+            # Pool the moments of the channels of each group, and repeat the result for each channel.
             groups = Moments(*(leaf.reshape(len(leaf), -1, size) for leaf in moments))
             return Moments(*(jnp.repeat(leaf[..., 0], size, -1) for leaf in pooled_moments(groups, -1)))
         support_moments = pooled_moments(Moments(*(leaf[:support] for leaf in moments)))

@@ -1,1 +1,1 @@
-"""Tasks over devices and processes, and the choice of implementation by backend."""
+"""Distribution of tasks over devices and processes, and choices of implementation by backend."""

@@ -1,7 +1,7 @@
-"""Several processes as one run: connection, exchange of data, and arrays on all devices.
+"""Runs with several processes: connecting, exchanging data, and placing arrays on all devices.
 
-Process 0 is the leader: it alone reads and writes the run directory. A single process is the leader, and the functions
-of this module then cost nothing. JAX's distributed runtime connects the processes.
+Process 0 is the leader: only the leader reads and writes the run directory. If there is only one process, it is the
+leader, and the functions of this module do not communicate. JAX's distributed runtime connects the processes.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 AUTO = "auto"
 SHUTDOWN_TIMEOUT = 7 * 24 * 3600  # Seconds that other processes wait for process 0, which evaluates alone.
-EXIT_DELAY = 2.0  # Seconds before process 0 exits after an error, in which the other processes report theirs.
+EXIT_DELAY = 2.0  # Seconds that process 0 waits before it exits, so that the other processes can report errors.
 HEARTBEAT_TIMEOUT = 30  # Seconds without a heartbeat after which a process counts as lost.
 MAX_BYTES = 4096  # The longest text of `all_gather_text`.
 
@@ -34,9 +34,9 @@ class LeaderError(OSError):
 def connect(coordinator: str | None, processes: int | None, process: int | None) -> None:
     """Connects this process with the other processes of a run. Call this function before JAX is used.
 
-    Without a coordinator this process is the only one. After connecting, an uncaught error ends this process at once,
-    and the other processes notice and end too; JAX would instead wait for all processes to exit. To end one process
-    alone, call `exit_process`, not `sys.exit`.
+    Without a coordinator this process is the only process. After connecting, an uncaught error ends this process at
+    once, and then the other processes. Without this function, JAX would wait for all processes to exit. To end one
+    process, call `exit_process` in place of `sys.exit`.
 
     Args:
       coordinator: `HOST:PORT` of process 0, reachable from all processes. 'auto' lets JAX detect the processes, on
@@ -50,7 +50,7 @@ def connect(coordinator: str | None, processes: int | None, process: int | None)
     numbers = {"processes": processes, "process": process}
     if coordinator is None or coordinator == AUTO:
         if given := " and ".join(f"{name} {value}" for name, value in numbers.items() if value is not None):
-            raise ValueError(f"{given} needs a coordinator HOST:PORT, but got coordinator {coordinator}.")
+            raise ValueError(f"A run with {given} needs a coordinator HOST:PORT, but got coordinator {coordinator}.")
         if coordinator == AUTO:
             _connect()
         return
@@ -95,13 +95,13 @@ def _connect(
 
 
 def exit_process(status: int) -> NoReturn:
-    """Exits with `status`; with several processes at once, without waiting for the others."""
+    """Exits with `status`. If there are several processes, this process does not wait for the others."""
     if multiple():
         with contextlib.suppress(BrokenPipeError):
             sys.stdout.flush()
         sys.stderr.flush()
         if is_leader():
-            time.sleep(EXIT_DELAY)  # The exit of process 0 ends the others.
+            time.sleep(EXIT_DELAY)  # When process 0 exits, the other processes end.
         os._exit(status)
     raise SystemExit(status)
 
@@ -119,8 +119,8 @@ def is_leader() -> bool:
 def put(tree: Any, sharding: Sharding) -> Any:
     """Places arrays that every process holds in full on the devices of `sharding`.
 
-    Like `jax.device_put`, which between processes would send all arrays over the network to compare them. Arrays that
-    already span several processes stay where they are.
+    With several processes, `jax.device_put` would send all arrays over the network to compare them; this function does
+    not. Arrays that already span several processes stay where they are.
     """
     if not multiple():
         return jax.device_put(tree, sharding)
@@ -142,7 +142,7 @@ def local(tree: Any) -> Any:
 
 
 def broadcast_from_leader(fn: Callable[[], T]) -> T:
-    """Calls `fn` in process 0 and returns its result, which must be a value for JSON, in all processes.
+    """Calls `fn` in process 0, and returns the result in all processes. JSON must be able to represent the result.
 
     Raises:
       LeaderError: in the other processes, if `fn` raised in process 0. Process 0 raises the error of `fn`.
@@ -154,7 +154,7 @@ def broadcast_from_leader(fn: Callable[[], T]) -> T:
     if is_leader():
         try:
             message = {"value": fn()}
-        except Exception as raised:  # Raised again below, after the other processes are informed.
+        except Exception as raised:  # It is raised below, after the other processes have received the message.
             error, message = raised, {"error": str(raised)}
     message = json.loads(_broadcast_bytes(json.dumps(message).encode()))
     if error is not None:
@@ -199,7 +199,7 @@ def all_gather_text(text: str) -> list[str]:
 def stop_requests(stop: bool, sharding: Sharding) -> Any:
     """Returns the stop requests of all processes as an input of a program compiled for the devices of `sharding`.
 
-    `stop` is the request of this process. `any()` of the array, inside the program, is whether any process has one.
+    `stop` is the request of this process. In the program, `any()` of the result tells if any process requests a stop.
 
     Raises:
       ValueError: if several processes run a program that does not use all their devices.
@@ -207,7 +207,7 @@ def stop_requests(stop: bool, sharding: Sharding) -> Any:
     if not multiple():
         return np.asarray(stop)
     if not isinstance(sharding, NamedSharding):
-        raise ValueError("With several processes a learner must use the devices of all: give it mesh=task_mesh(T).")
+        raise ValueError("With several processes the learner must use all of their devices: use mesh=task_mesh(T).")
     one_per_device = NamedSharding(sharding.mesh, PartitionSpec(sharding.mesh.axis_names))
     return jax.make_array_from_callback((sharding.mesh.size,), one_per_device, lambda index: np.array([stop]))
 

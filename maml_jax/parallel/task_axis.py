@@ -1,6 +1,6 @@
-"""The task axis of a meta-batch: tasks computed together, in groups one after the other, and on several devices.
+"""The task axis of a meta-batch: a loop over groups of tasks, on one device or on several devices.
 
-The choices change time and memory. Results are equal up to rounding.
+Group size and devices change time and memory. Results are equal up to rounding.
 """
 
 from collections.abc import Callable
@@ -21,19 +21,19 @@ from maml_jax.types import Task
 AXIS = "tasks"
 
 TaskBatchSize = int | Literal["all"] | None
-"""The number of tasks that a device computes together; None takes what suits the backend."""
+"""The number of tasks that a device computes together; None chooses by backend and number of shared parameters."""
 
 GroupFn = Callable[[Any, Any], tuple[Any, Any]]
-"""`(shared, tasks) -> (sum over the tasks, outputs of each task)`, of a group of tasks `[G, ...]`; the outputs of each
-task are stacked along the leading axis `G`."""
+"""`(shared, tasks) -> (sum over the tasks, outputs of each task)` for a group of tasks `[G, ...]`. The outputs of the
+tasks are stacked along the leading axis `G`."""
 
 
 class TaskAxis(NamedTuple):
-    """How the tasks of a meta-batch are computed; `task_axis` checks the fields."""
+    """Maps functions over the tasks of a meta-batch. Create it with `task_axis`, which checks the fields."""
 
     task_batch_size: TaskBatchSize = None
-    """Tasks that a device computes together with `vmap`, the size of a group; groups follow one another in a loop. None
-    takes what suits the backend and the size of the shared parameters."""
+    """Group size: number of tasks that a device computes together with `vmap`. A loop runs over the groups. None
+    chooses by backend and number of shared parameters."""
     mesh: Mesh | None = None
     """Devices that share the tasks evenly; see `task_mesh`."""
 
@@ -58,7 +58,7 @@ class TaskAxis(NamedTuple):
     def mean(self, fn: GroupFn, shared: Any, tasks: Task) -> tuple[Any, Any]:
         """Returns the mean over the tasks of the first output of `fn`, and the second output of every task, `[T, ...]`.
 
-        `sum_over_tasks` makes `fn` from a function of one task. The mean takes one all-reduce over the devices. Memory
+        `sum_over_tasks` converts a function of one task to `fn`. The mean needs one all-reduce over the devices. Memory
         grows with the size of a group, not with the number of groups.
 
         Raises:
@@ -69,7 +69,7 @@ class TaskAxis(NamedTuple):
         if num_tasks % devices or (num_tasks // devices) % (group_size or 1):
             raise ValueError(
                 f"A meta-batch of {num_tasks} tasks cannot be divided among {devices} device(s) in groups of "
-                f"task_batch_size={self.task_batch_size!r}: give a multiple of devices times task_batch_size."
+                f"task_batch_size={self.task_batch_size!r}: use a multiple of devices times task_batch_size tasks."
             )
         if self.mesh is None:
             return _mean_share(fn, group_size, num_tasks, shared, tasks)
@@ -94,10 +94,9 @@ def per_task(fn: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     """Maps `fn(shared, task)` over a group of tasks and stacks the outputs along a leading axis.
 
     Example:
-
-    >>> double = per_task(lambda shared, task: 2 * task)
-    >>> double(None, jnp.arange(3)).tolist()
-    [0, 2, 4]
+      >>> double = per_task(lambda shared, task: 2 * task)
+      >>> double(None, jnp.arange(3)).tolist()
+      [0, 2, 4]
     """
 
     def group_fn(shared: Any, tasks: Any) -> Any:
@@ -110,7 +109,7 @@ def per_task(fn: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
 
 
 def sum_over_tasks(fn: Callable[[Any, Any], tuple[Any, Any]]) -> GroupFn:
-    """Makes a function of a group, for `TaskAxis.mean`, from `fn(shared, task) -> (part, output)` of one task."""
+    """Converts `fn(shared, task) -> (part, output)`, a function of one task, to a `GroupFn` for `TaskAxis.mean`."""
 
     def group_fn(shared: Any, tasks: Any) -> tuple[Any, Any]:
         parts, stacked = per_task(fn)(shared, tasks)
@@ -134,7 +133,7 @@ def task_axis(task_batch_size: TaskBatchSize, mesh: Mesh | None) -> TaskAxis:
 
 
 def task_mesh(num_tasks: int) -> Mesh | None:
-    """Returns a mesh of the largest number of devices that share `num_tasks` tasks evenly; None if that is one device.
+    """Returns a mesh of as many devices as can share `num_tasks` tasks evenly, or None if only one device can.
 
     With several processes the mesh has the same number of devices of each process.
 
@@ -142,9 +141,8 @@ def task_mesh(num_tasks: int) -> Mesh | None:
       ValueError: if `num_tasks` is not a positive integer, or not a multiple of the number of processes.
 
     Example:
-
-    >>> task_mesh(1) is None  # One task cannot be shared.
-    True
+      >>> task_mesh(1) is None  # One task cannot be shared.
+      True
     """
     validation.at_least("the number of tasks", num_tasks, 1)
     count = jax.process_count()
@@ -173,7 +171,7 @@ def _map(fn: Callable[[Any, Task], Any], group_size: int | None, shared: Any, ta
 
 
 def _mean_share(fn: GroupFn, group_size: int | None, num_tasks: int, shared: Any, tasks: Task) -> Any:
-    """Returns what the tasks of one device contribute to the mean over `num_tasks` tasks, and their stacked outputs."""
+    """Returns the sum over the tasks of one device, divided by `num_tasks`, and the stacked outputs of these tasks."""
     size = len(jax.tree.leaves(tasks)[0])
     if group_size is None or group_size == size:
         total, stacked = fn(shared, tasks)

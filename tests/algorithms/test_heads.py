@@ -1,4 +1,4 @@
-"""Heads that do not depend on the numbering of the classes."""
+"""Tests of heads that do not depend on the numbering of the classes."""
 
 import jax
 import jax.numpy as jnp
@@ -32,10 +32,10 @@ def test_the_loss_does_not_depend_on_the_numbering_of_the_classes(name):
     support = (support[0], jnp.tile(jnp.arange(WAYS), 2))
     renumbered = jnp.array([2, 0, 3, 1])
 
-    def loss_after(inner, of):
+    def loss_after(inner, numbering):
         learner = maml_jax.maml(LOSS, inner, optax.sgd(1.0))
-        adapted, _ = learner.adapt(learner.init(params), (support[0], of[support[1]]))
-        return LOSS(adapted, (query[0], of[query[1]]))[0]
+        adapted, _ = learner.adapt(learner.init(params), (support[0], numbering[support[1]]))
+        return LOSS(adapted, (query[0], numbering[query[1]]))[0]
 
     same = jnp.arange(WAYS)
     np.testing.assert_allclose(loss_after(sgd(name), renumbered), loss_after(sgd(name), same), rtol=1e-12)
@@ -43,18 +43,18 @@ def test_the_loss_does_not_depend_on_the_numbering_of_the_classes(name):
     assert abs(loss_after(plain, renumbered) / loss_after(plain, same) - 1) > 1e-3
 
 
-def test_prototypes_start_as_a_prototypical_network():
+def test_prototypes_predict_like_a_prototypical_network():
     params, task = start_params(), jax.tree.map(lambda leaf: leaf[0], tasks(1))
     support = (task.support[0], jnp.array([0, 1, 2, 3, 0, 1]))
-    begun = heads.prototypes(features)(params, support)
-    of_support, of_query = features(params, support[0]), features(params, task.query[0])
-    means = jnp.stack([of_support[support[1] == way].mean(0) for way in range(WAYS)])
-    distances = jnp.square(of_query[:, None] - means).sum(-1)
-    logits = NET.apply({"params": begun}, task.query[0])
+    initial = heads.prototypes(features)(params, support)
+    support_features, query_features = features(params, support[0]), features(params, task.query[0])
+    means = jnp.stack([support_features[support[1] == way].mean(0) for way in range(WAYS)])
+    distances = jnp.square(query_features[:, None] - means).sum(-1)
+    logits = NET.apply({"params": initial}, task.query[0])
     assert_close(jax.nn.log_softmax(logits), jax.nn.log_softmax(-distances))
 
 
-def test_parameters_without_the_head_are_refused():
+def test_parameters_without_the_head_raise_errors():
     support = (jnp.ones((2, 3)), jnp.arange(2))
     with pytest.raises(ValueError, match="have no head 'head', only 'last'"):
         heads.shared()({"last": jnp.ones(2)}, support)

@@ -1,4 +1,4 @@
-"""The implicit meta-gradient is that of the minimum."""
+"""Tests of iMAML: the implicit meta-gradient equals the derivative at the minimum of the inner problem."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 
 def test_implicit_gradient_of_a_quadratic_in_closed_form():
-    """Support loss p'Ap/2 - b'p, query loss |p - c|^2 / 2: the minimum and its derivative are linear algebra."""
+    """Support loss p'Ap/2 - b'p, query loss |p - c|^2 / 2. Linear systems give the minimum and its derivative."""
     random = np.random.default_rng(3)
     half = random.standard_normal((4, 4))
     hessian, linear, aim, at = half @ half.T, *random.standard_normal((3, 4))
@@ -36,8 +36,8 @@ def test_implicit_gradient_of_a_quadratic_in_closed_form():
     assert_close(gradient["p"], proximal_weight * np.linalg.solve(system, minimum - aim), rtol=1e-8)
 
 
-def test_implicit_gradient_is_that_of_the_long_unrolled_inner_loop():
-    """On a small net without kinks, with parameters that the inner loop does not adapt."""
+def test_implicit_gradient_equals_the_gradient_through_many_inner_steps():
+    """The network is small and smooth, and has parameters that the inner loop does not adapt."""
     (loss_fn, params), batch = ZOO["dict"](), tasks(2)
     inner = maml_jax.sgd(0.1, steps=300, trainable={"w1": True, "b1": True, "w2": True, "b2": False})
     implicit = imaml(loss_fn, inner, optax.sgd(1.0), proximal_weight=6.0, cg_steps=60)
@@ -49,12 +49,12 @@ def test_implicit_gradient_is_that_of_the_long_unrolled_inner_loop():
     assert np.abs(gradient["w1"] - expected[0]["w1"]).max() > 1e-5
 
 
-def test_wrong_arguments_are_refused():
+def test_wrong_arguments_raise_errors():
     with pytest.raises(ValueError, match="without start and params_at_step"):
         inner = maml_jax.sgd(0.3, steps=2, start=heads.shared())
         imaml(LOSS, inner, optax.sgd(1.0), proximal_weight=1.0, cg_steps=5)
     with pytest.raises(ValueError, match="proximal_weight must be positive"):
         imaml(LOSS, maml_jax.sgd(0.3, steps=1), optax.sgd(1.0), proximal_weight=0.0, cg_steps=5)
-    with pytest.raises(ValueError, match="no gradient for learned rates"):
+    with pytest.raises(ValueError, match="no gradient for learned parameters of the inner update"):
         inner = maml_jax.sgd(0.3, steps=2, learn_rates="layer")
         imaml(LOSS, inner, optax.sgd(1.0), proximal_weight=1.0, cg_steps=2).init(start_params())

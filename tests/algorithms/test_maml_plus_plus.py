@@ -1,4 +1,4 @@
-"""MAML++ is its parts, and each part does what its name says."""
+"""Tests of MAML++ and of its parts."""
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +31,8 @@ def test_exact_meta_gradient_of_norms_per_step():
     assert_exact_meta_gradient(inner, replicate_per_step(start_params(), models.norms_only, STEPS), WEIGHTS)
 
 
-def test_maml_plus_plus_is_its_parts():
-    """The first of two meta-steps has first order, and the weights of the multi-step loss are annealed over two."""
+def test_maml_plus_plus_equals_its_parts():
+    """The first of two meta-steps is first order. The weights of the multi-step loss are annealed over both."""
     options = {"trainable": models.all_but_norms, "per_step": models.norms_only}
     learner = maml_plus_plus(LOSS, learning_rate=0.3, steps=2, meta_steps=2, multi_step_until=2, **options)
     outer = optax.adam(optax.cosine_decay_schedule(1e-3, 2, alpha=0.01))
@@ -56,7 +56,7 @@ def test_maml_plus_plus_is_its_parts():
 
 
 def test_each_inner_step_has_its_own_copies():
-    """The query loss after adaptation takes those of the last step."""
+    """The query loss after adaptation uses the copies of the last step."""
     copied = {"w": False, "of_step": True}
     inner = maml_jax.sgd(
         0.5,
@@ -78,8 +78,8 @@ def test_each_inner_step_has_its_own_copies():
     assert info.aux["of_step"] == 100.0
 
 
-def test_multi_step_weights_fall_to_zero_but_for_the_last_step():
-    """Computed in JAX's default type: float64 here, float32 without x64."""
+def test_multi_step_weights_decrease_to_zero_except_for_the_last_step():
+    """The weights have JAX's default type: float64 with x64, float32 without."""
     weights = multi_step_weights(4, until=100)
     assert_close(weights(jnp.int32(0)), jnp.array([0, 0.25, 0.25, 0.25, 0.25]))
     assert_close(weights(jnp.int32(60)), jnp.array([0, 0.1, 0.1, 0.1, 0.7]))

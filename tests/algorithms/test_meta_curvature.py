@@ -1,4 +1,4 @@
-"""Meta-curvature multiplies every axis of a gradient by a learned matrix."""
+"""Tests of meta-curvature: it multiplies every axis of a gradient by a learned matrix."""
 
 import jax
 import jax.numpy as jnp

@@ -31,8 +31,8 @@ def test_reptile_moves_towards_the_adapted_parameters():
     assert info.support_loss.shape == (3, 4)
 
 
-def test_each_inner_step_sees_one_example_of_every_class():
-    """With four classes of two examples each, the third step sees the first examples again."""
+def test_each_inner_step_uses_one_example_of_every_class():
+    """With four classes of two examples each, the third step uses the first examples again."""
     params = start_params()
     learner = reptile(LOSS, maml_jax.sgd(0.3, steps=4), optax.sgd(1.0), batches=one_of_each_class(4))
     task = jax.tree.map(lambda leaf: leaf[:1], tasks(1, shots=8))
@@ -44,19 +44,19 @@ def test_each_inner_step_sees_one_example_of_every_class():
     assert_close(after.params, adapted)
 
 
-def test_wrong_arguments_are_refused():
+def test_wrong_arguments_raise_errors():
     for inner in (
         maml_jax.sgd(0.3, steps=2, start=heads.shared()),
         maml_jax.sgd(0.3, steps=2, params_at_step=select_step(models.norms_only)),
     ):
         with pytest.raises(ValueError, match="reptile takes an inner learner without start and params_at_step"):
             reptile(LOSS, inner, optax.sgd(1.0))
-    with pytest.raises(ValueError, match="no gradient for learned rates"):
+    with pytest.raises(ValueError, match="no gradient for learned parameters of the inner update"):
         reptile(LOSS, maml_jax.sgd(0.3, steps=2, learn_rates="layer"), optax.sgd(1.0)).init(start_params())
 
 
-def test_the_outer_optimizer_is_given_no_loss():
-    """The direction of Reptile is not the gradient of a loss, as Polyak's step size would need it."""
+def test_the_outer_optimizer_does_not_get_the_loss():
+    """The direction of Reptile is not the gradient of a loss, so Polyak's step size raises an error."""
     squares = lambda p, batch: (jnp.square(batch @ p - 1).mean(), {})  # noqa: E731
     batch = maml_jax.Task(*np.random.default_rng(0).standard_normal((2, 3, 4, 3)))
     learner = reptile(squares, maml_jax.sgd(0.3, steps=2), optax.polyak_sgd())

@@ -1,4 +1,4 @@
-"""Running statistics for each inner step."""
+"""Tests of running statistics for each inner step."""
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,8 @@ from maml_jax.algorithms.maml_plus_plus import select_step
 from maml_jax.nets import models
 
 
-def test_statistics_of_one_task_are_those_of_its_queries(x64):
-    """After each inner step; evaluated with them, the queries are independent of each other."""
+def test_statistics_of_one_task_equal_the_moments_of_its_queries(x64):
+    """They are equal after each inner step. Predictions with these statistics do not depend on other queries."""
     shape, random = (6,), np.random.default_rng(3)
     task = Task(
         (random.standard_normal((1, 3, *shape)), jnp.arange(3)[None]),
@@ -39,7 +39,7 @@ def test_statistics_of_one_task_are_those_of_its_queries(x64):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), same, batch)
     alone = evaluated(losses.cross_entropy(losses.inductive(models.apply_params(evaluated_net))))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), alone, same)
-    # Statistics of two tasks are those of neither.
+    # The statistics of two tasks differ from the statistics of each.
     both = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf[:, ::-1] ** 2]), task)
     gathered = gather(both)
     assert np.abs(evaluated(query_loss_fn).loss - batch.loss).max() > 1e-3

@@ -1,4 +1,4 @@
-"""Conjugate gradients against a direct solver and JAX's own."""
+"""Tests of conjugate gradients against a direct solver and against the solver of JAX."""
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,13 @@ def system(size=6):
 
 def test_as_many_steps_as_unknowns_solve_the_system(x64):
     matrix, target = system()
-    for steps in (2, 6):  # The quadratic form is exact before the solution is.
+    for steps in (2, 6):  # x' A x = x' b after any number of steps, although x is not exact after 2 steps.
         x = conjugate_gradient(lambda vector: matrix @ vector, target, steps=steps)
         np.testing.assert_allclose(x @ target, x @ matrix @ x, rtol=1e-10)
     np.testing.assert_allclose(x, np.linalg.solve(matrix, target), rtol=1e-6)
 
 
-def test_steps_equal_those_of_jax_with_one_product_fewer(x64):
+def test_equals_the_solver_of_jax_with_one_product_fewer(x64):
     matrix, target = system()
     counted = []
 
@@ -42,5 +42,5 @@ def test_a_small_residual_ends_the_iteration():
     target = jnp.array([1.0, 2.0])
     found = conjugate_gradient(lambda vector: 2 * vector, target, steps=50)  # Solved by the first step.
     np.testing.assert_array_equal(found, target / 2)
-    none = conjugate_gradient(lambda vector: 2 * vector, target, steps=50, square_tolerance=5.0)
-    np.testing.assert_array_equal(none, 0)
+    without_steps = conjugate_gradient(lambda vector: 2 * vector, target, steps=50, square_tolerance=5.0)
+    np.testing.assert_array_equal(without_steps, 0)

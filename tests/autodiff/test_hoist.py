@@ -1,4 +1,4 @@
-"""Hoisting computes loop invariants once and changes no result."""
+"""Tests of hoisting: loop invariants are computed once, and results do not change."""
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ def test_a_product_of_invariants_leaves_the_loop():
 
 
 def test_cheap_large_arrays_are_recomputed_in_the_loop():
-    """Stored, a broadcast array would be read from memory in each step."""
+    """If the broadcast array were stored, each step would read it from memory."""
     offset = jnp.ones(3)
     step = hoist(lambda x: x + jnp.broadcast_to(offset * 2, (100, 3)), jax.ShapeDtypeStruct((100, 3), jnp.float32))
     assert max(np.size(const) for const in jax.make_jaxpr(step)(jnp.ones((100, 3))).consts) == 3

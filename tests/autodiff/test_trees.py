@@ -1,4 +1,4 @@
-"""Pytrees are split by masks and joined again."""
+"""Tests of splitting pytrees by masks, and of joining them."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def test_divide_and_join_are_inverse():
 def test_messages_name_the_argument():
     with pytest.raises(ValueError, match="per_step must be a pytree of bools with the structure of the parameters"):
         mask_tree("per_step", {"other": True}, PARAMS)
-    with pytest.raises(TypeError, match=r"per_step must hold True or False .* at \['head'\] it has 1"):
+    with pytest.raises(TypeError, match=r"per_step must hold True or False .* the value at \['head'\] is 1"):
         mask_tree("per_step", {"body": True, "head": 1}, PARAMS)
     with pytest.raises(ValueError, match="trainable selects no parameter"):
         partition(PARAMS, False)

@@ -1,4 +1,4 @@
-"""Files are replaced in one piece."""
+"""Tests of atomic replacement of files."""
 
 import pytest
 from helpers.disk import file_size_limit

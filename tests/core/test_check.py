@@ -1,4 +1,4 @@
-"""`check_meta_gradient` finds faults and names the place."""
+"""Tests of `check_meta_gradient`: it finds injected faults and names the leaves."""
 
 import flax.linen as nn
 import jax
@@ -64,9 +64,9 @@ def test_finds_a_wrong_second_derivative_behind_a_right_first_one():
 
 
 def test_finds_a_derivative_that_rounds_differently():
-    """A maximum over windows, whose derivative compares the entries with a maximum of another rounding.
+    """The derivative of a maximum over windows compares the entries with a maximum that is rounded differently.
 
-    A compiler causes this if it computes the entries a second time.
+    This happens if a compiler recomputes the entries.
     """
     _, params = plain_dict()
 
@@ -127,7 +127,7 @@ def test_finds_behaviour_that_depends_on_vmap():
     assert "vmap" in failed(check_meta_gradient(loss, params, tasks(2), maml_jax.sgd(0.3, steps=1)))
 
 
-def test_finds_a_loss_that_remembers_its_calls():
+def test_finds_a_loss_with_side_effects():
     loss_fn, params = plain_dict()
     calls = []
 
@@ -156,7 +156,7 @@ def test_adam_without_eps_root_is_explained():
 
 
 def test_gradients_must_be_finite_at_the_given_parameters():
-    """At the given parameters a gradient is exactly zero; a random step away, none is."""
+    """At the given parameters a gradient is exactly zero. A random step away, no gradient is zero."""
     loss_fn, params = plain_dict()
     start = params | {"w2": jnp.zeros_like(params["w2"])}
     report = check_meta_gradient(loss_fn, start, tasks(2), maml_jax.unrolled(optax.adam(0.1), steps=2))
@@ -179,7 +179,7 @@ def test_values_that_are_not_finite_are_the_only_finding(where, rate, message):
 
     batch = maml_jax.Task(*np.random.default_rng(0).standard_normal((2, 2, 4, 3)))
     if where:
-        getattr(batch, where)[1, 2, 0] = np.nan  # In the second task.
+        getattr(batch, where)[1, 2, 0] = np.nan  # One value of the second task is NaN.
     report = check_meta_gradient(loss_fn, jnp.ones(3), batch, maml_jax.sgd(rate, steps=6))
     (finding,) = report.findings
     assert not report.exact and finding.name == "finite" and message in finding.meaning
@@ -201,7 +201,7 @@ def test_a_gradient_of_zero_is_not_exact():
 
 
 def test_difference_steps_may_leave_the_domain_of_the_loss():
-    """The longest steps of the differences go below zero, where the logarithm is not defined."""
+    """The longest steps of the finite differences are below zero, where the logarithm is not defined."""
 
     def loss_fn(params, batch):
         return jnp.square(jnp.log(params["scale"])).sum() + 0 * batch[0].sum(), {}
@@ -249,7 +249,7 @@ def test_leaves_that_the_loss_does_not_use_are_named():
     assert report.exact and "zero in .params['spare']" in report["meta-gradient"].meaning
 
 
-def test_step_weights_may_follow_the_meta_step():
+def test_step_weights_may_be_a_function_of_the_meta_step():
     loss_fn, params = plain_dict()
     weights = multi_step_weights(2, until=10)
     as_numbers, followed = (
@@ -287,7 +287,7 @@ def test_low_precision_in_the_model_is_information_and_not_a_failure(dtype):
 
 
 def test_a_maximum_reduction_fails_where_the_compiler_makes_it_wrong():
-    """Under vmap with several inner steps some compilers make its gradient wrong, and some do not."""
+    """With vmap and several inner steps, some compilers compute a wrong gradient of a maximum reduction."""
 
     def reduced(x):
         return x.reshape(x.shape[0], x.shape[1] // 2, 2, x.shape[2] // 2, 2, x.shape[3]).max((2, 4))
@@ -325,7 +325,7 @@ def test_a_maximum_reduction_fails_where_the_compiler_makes_it_wrong():
     assert report.exact == same, report
 
 
-def test_wrong_arguments_are_refused():
+def test_wrong_arguments_raise_errors():
     loss_fn, params = plain_dict()
     with pytest.raises(KeyError):
         check_meta_gradient(loss_fn, params, tasks(1), maml_jax.sgd(0.3, steps=1))["other"]

@@ -1,4 +1,4 @@
-"""Evaluation against a count by hand: accuracies, divergence, ensembles, intervals, nearest neighbours."""
+"""Tests of evaluation against values by hand: accuracy, divergence, ensembles, intervals, nearest neighbours."""
 
 import json
 
@@ -22,7 +22,7 @@ def predicting(probabilities, support_loss=((1.0, 0.5), (1.0, 2.0))):
 
 LABELS = jnp.array([[0, 1], [0, 1]])
 TASKS = Task((jnp.zeros((2, 2, 1)), LABELS), (jnp.zeros((2, 2, 1)), LABELS))
-# [T, S + 1, Q, N]. First task: right and wrong; both right. Second task: both right; not a number and right.
+# [T, S + 1, Q, N]. Correct queries before and after the step: 1 and 2 in the first task, 2 and 1 (a NaN) in the second.
 SURE = [[[[0.9, 0.1], [0.6, 0.4]], [[0.8, 0.2], [0.3, 0.7]]], [[[0.7, 0.3], [0.1, 0.9]], [[np.nan] * 2, [0.2, 0.8]]]]
 
 
@@ -42,7 +42,7 @@ def test_accuracy_and_divergence_are_counted():
 
 
 def test_an_ensemble_averages_probabilities_not_votes():
-    """Two models with a slight preference for the right class lose to one that is sure of the wrong class."""
+    """Two models with probability 55% for the right class lose to a model with 99% for the wrong class."""
     right, wrong = np.full((2, 2, 2, 2), 0.5), np.full((2, 2, 2, 2), 0.5)
     for query in range(2):
         right[:, :, query] = [0.45, 0.45]
@@ -54,7 +54,7 @@ def test_an_ensemble_averages_probabilities_not_votes():
         assert (found.accuracy == expected).all()
 
 
-def test_a_paired_difference_is_narrower_than_its_parts():
+def test_the_interval_of_a_paired_difference_is_narrower_than_separate_intervals():
     random = np.random.default_rng(0)
     hardness = random.uniform(0.3, 0.9, 400)
     first, second = (
@@ -85,7 +85,7 @@ def test_results_are_restored_from_their_summary():
     with pytest.raises(ValueError, match="says 40 tasks"):
         evaluation.from_summary(cut)
     del cut["correct"]
-    with pytest.raises(ValueError, match="no values of single tasks"):
+    with pytest.raises(ValueError, match="no results of single tasks"):
         evaluation.from_summary(cut)
 
 
@@ -98,7 +98,7 @@ def test_an_interval_with_a_task_that_diverged_is_nan_without_a_warning(recwarn)
 
 @pytest.mark.parametrize("context", [False, True])
 def test_the_nearest_neighbour_against_a_loop(context):
-    """Labels in any order; queries that bring the support set along are seen beside it."""
+    """The labels are in random order. With `context`, the features of queries get the support set as an argument."""
     keys = jax.random.split(jax.random.key(0), 2)
     support, query = jax.random.normal(keys[0], (3, 8, 2)), jax.random.normal(keys[1], (3, 10, 2))
     labels = jax.random.permutation(keys[0], jnp.tile(jnp.arange(4), 2))[None].repeat(3, 0)

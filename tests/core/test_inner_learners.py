@@ -22,10 +22,10 @@ def test_exact_meta_gradient_of_learned_rates(rates, weights):
     assert_exact_meta_gradient(inner, start_params(), weights)
 
 
-def test_each_inner_step_takes_its_learned_rates():
-    """On the loss |p - c|^2 / 2 a step of rate r multiplies the distance by 1 - r.
+def test_each_inner_step_uses_its_learned_rates():
+    """On the loss |p - c|^2 / 2, a step with rate r multiplies the distance by 1 - r.
 
-    Steps after the last take the rate of the last.
+    Later steps than in training use the rate of the last training step.
     """
     inner = maml_jax.sgd(0.5, steps=2, learn_rates="layer_step")
 
@@ -40,8 +40,9 @@ def test_each_inner_step_takes_its_learned_rates():
     assert_close(adapted, {"a": jnp.full(2, 0.9 * 0.8 * 0.8), "b": jnp.full(3, 0.7 * 0.6 * 0.6)})
 
 
-def test_optimizers_that_ask_for_the_loss_are_given_it():
-    """Polyak's step size is the loss over the squared norm of its gradient. The inner loop differentiates it too."""
+def test_optimizers_that_take_the_loss_get_the_loss():
+    """Polyak's step size is the loss divided by the squared norm of its gradient. The inner loop differentiates this
+    step size too."""
     squares = lambda p, batch: (jnp.square(batch @ p - 1).mean(), {})  # noqa: E731
     params, batch = jnp.ones(3), maml_jax.Task(*np.random.default_rng(0).standard_normal((2, 3, 4, 3)))
     learner = maml_jax.maml(squares, maml_jax.sgd(0.3, steps=1), optax.polyak_sgd(max_learning_rate=1e3))
@@ -52,20 +53,20 @@ def test_optimizers_that_ask_for_the_loss_are_given_it():
     assert_close(after.params, params + rate * (descended.params - params))
     inner = maml_jax.unrolled(optax.polyak_sgd(max_learning_rate=1e3), steps=2)
     assert maml_jax.check_meta_gradient(squares, params, batch, inner).exact
-    # First order: the gradient at the adapted parameters, without that of the step size.
+    # First order: the gradient at the adapted parameters. The step size is constant.
     first = maml_jax.maml(squares, inner._replace(order=1), optax.sgd(1.0))
     moved, _ = meta_gradient(first, first.init(params), batch)
     each = [jax.tree.map(lambda leaf, i=i: leaf[i], batch) for i in range(3)]
     adapt = jax.jit(lambda support: first.adapt(first.init(params), support)[0])
     grads = [jax.grad(lambda p, b: squares(p, b)[0])(adapt(task.support), task.query) for task in each]
     assert_close(moved, sum(grads) / 3)
-    # An optimizer with other extra arguments gets neither.
+    # An optimizer with other extra arguments gets neither the loss nor the gradient by name.
     sharp = optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1), sync_period=2)
     learner = maml_jax.maml(squares, maml_jax.sgd(0.3, steps=1), sharp)
     assert np.isfinite(jax.jit(learner.step)(learner.init(params), batch)[1].grad_norm)
 
 
-def test_wrong_arguments_are_refused():
+def test_wrong_arguments_raise_errors():
     loss_fn, params = ZOO["dict"]()
     with pytest.raises(ValueError, match="learn_rates must be one of 'parameter', 'layer', 'layer_step', but got True"):
         maml_jax.sgd(0.3, steps=1, learn_rates=True)
@@ -80,7 +81,7 @@ def quadratic(params, batch):
 
 
 def test_an_optimizer_whose_initial_state_is_a_python_number():
-    """The state takes the type that a step returns, as in any JAX loop."""
+    """The inner loop converts the initial state to the type that a step returns, as a scan requires."""
     init = lambda params: 0  # noqa: E731
     update = lambda grads, state, params=None: (-0.1 * grads, 2 * state + optax.tree.norm(grads))  # noqa: E731
     inner = maml_jax.unrolled(optax.GradientTransformation(init, update), steps=3)
@@ -89,7 +90,7 @@ def test_an_optimizer_whose_initial_state_is_a_python_number():
     np.testing.assert_allclose(params.astype(float), 0.9**3, rtol=0.02)
 
 
-def test_without_compilation_the_loss_sees_numbers():
+def test_without_compilation_the_loss_is_called_with_concrete_values():
     seen = []
 
     def loss_fn(params, batch):

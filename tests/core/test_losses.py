@@ -1,4 +1,4 @@
-"""Losses have their values, and `inductive` makes predictions independent."""
+"""Tests of losses: values, inner rates, and inductive predictions."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,8 @@ import numpy as np
 from maml_jax import losses
 
 
-def test_rate_for_mean_loss_makes_the_papers_update():
-    """In the paper's code the loss is the sum over N * K examples divided by K, and the rate 0.4."""
+def test_rate_for_mean_loss_gives_the_update_of_the_paper():
+    """In the paper's code the loss is the sum over N * K examples, divided by K. The inner rate is 0.4."""
     ways, shots, rate = 5, 2, 0.4
     logits = jax.random.normal(jax.random.key(0), (ways * shots, ways))
     labels = jnp.arange(ways).repeat(shots)
@@ -19,7 +19,7 @@ def test_rate_for_mean_loss_makes_the_papers_update():
     np.testing.assert_allclose(losses.rate_for_mean_loss(rate, ways) * ours, rate * paper, rtol=1e-5, atol=1e-6)
 
 
-def test_losses_have_their_values():
+def test_values_of_losses():
     batch = (jnp.array([[1.0], [2.0]]), jnp.array([[2.0], [5.0]]))
     loss, aux = losses.mean_squared_error(lambda params, x: params * x)(1.0, batch)
     assert loss == 5.0 and aux == {}
@@ -29,7 +29,7 @@ def test_losses_have_their_values():
     assert aux["accuracy"] == 0.5
 
 
-def test_inductive_hides_examples_from_each_other():
+def test_inductive_predictions_do_not_depend_on_each_other():
     def centred(params, inputs, context=None):
         return inputs - (inputs if context is None else context).mean(0) + params
 

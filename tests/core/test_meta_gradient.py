@@ -1,4 +1,4 @@
-"""The meta-gradient against closed forms, definitions and float64 directional differences."""
+"""Tests of the meta-gradient against closed forms, definitions and finite differences in float64."""
 
 from functools import partial
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 
 def meta_gradient(loss_fn, inner_learner, params, batch, **options):
-    """The gradient that `maml` hands to the outer optimizer, read off a step of gradient descent at rate 1."""
+    """The gradient that `maml` passes to the outer optimizer, which a step of `optax.sgd(1.0)` subtracts."""
     learner = maml_jax.maml(loss_fn, inner_learner, optax.sgd(1.0), **options)
     state = learner.init(params)
     after, info = jax.jit(learner.step)(state, batch)
@@ -27,7 +27,7 @@ def meta_gradient(loss_fn, inner_learner, params, batch, **options):
 
 
 class Quadratic:
-    """Loss `(p - c)^T A (p - c) / 2`: adaptation and its derivative are matrix powers."""
+    """The loss `(p - c)^T A (p - c) / 2`. Matrix powers give the adapted parameters and their derivative."""
 
     rate, steps = 0.1, 3
 
@@ -94,7 +94,7 @@ def one_step_too_few(monkeypatch):
 @pytest.mark.parametrize(
     "fault", [dropped_stop_gradient, swapped_support_and_query, detached_inner_step, one_step_too_few]
 )
-def test_closed_form_notices_faults(fault, monkeypatch):
+def test_closed_form_detects_injected_faults(fault, monkeypatch):
     order = fault(monkeypatch)
     with pytest.raises(AssertionError):
         Quadratic().check(order)
@@ -146,7 +146,7 @@ def image_tasks(size, channels, ways=3, shots=2, queries=2, count=2):
     return jax.tree.map(jnp.asarray, Task(batch(shots), batch(queries)))
 
 
-SLOW = ("pooled", 1)  # To compile, and five steps say more.
+SLOW = ("pooled", 1)  # Slow to compile; the case with five steps covers it.
 NETS = {
     "sinusoid MLP": (models.MLP((40, 40), 1), 0.01),
     "Omniglot MLP": (models.MLP((32, 16), 3, "batch"), 0.5),
@@ -166,7 +166,7 @@ def test_directional_differences_on_the_papers_nets(name, steps):
     else:
         batch = image_tasks(28, 3 if "pooled" in name else 1)
         loss_fn = losses.cross_entropy(models.apply_params(net))
-    # Not the paper's tiny initial weights, with which the MLP is all but linear.
+    # These weights are larger than the initial weights of the paper, with which the MLP is almost linear.
     params = drawn_params(net, batch.support[0][0])
     learner = maml_jax.sgd(rate, steps=steps, trainable=models.all_but_norms)
     assert_exact(loss_fn, learner, params, batch)
@@ -186,8 +186,9 @@ def test_offsets_are_meta_learned_but_not_adapted():
 
 
 @pytest.mark.parametrize("order", [1, 2])
-def test_learned_rates_start_as_sgd_and_get_the_right_gradient(order):
-    """Meta-SGD: d/d(rates) is minus the inner gradient times the query gradient at the adapted parameters."""
+def test_the_gradient_of_learned_rates_in_closed_form(order):
+    """Meta-SGD: the derivative in the rates is minus the inner gradient times the query gradient at the adapted
+    parameters. The gradient in the parameters is that of `sgd`."""
     loss_fn, params = ZOO["dict"]()
     batch = tasks(2)
     learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.3, steps=1, order=order, learn_rates="parameter"), optax.sgd(1.0))
@@ -217,7 +218,7 @@ def test_any_inner_optimizer_is_differentiated_through(optimizer):
     assert_exact(loss_fn, maml_jax.unrolled(optimizer, steps=3), params, tasks(2))
 
 
-def test_unrolled_optimizer_equals_a_loop_by_hand():
+def test_unrolled_optimizer_equals_a_python_loop():
     loss_fn, params = ZOO["dict"]()
     optimizer = optax.adam(0.05, eps_root=1e-8)
     batch = jax.tree.map(lambda leaf: leaf[0], tasks(1)).support
@@ -234,7 +235,7 @@ def test_unrolled_optimizer_equals_a_loop_by_hand():
 
 @pytest.mark.parametrize("at_once", [None, "all", 1, 2])
 @pytest.mark.parametrize("devices", [1, 2])
-def test_every_way_through_the_tasks_gives_the_same(at_once, devices):
+def test_the_meta_gradient_does_not_depend_on_groups_and_devices(at_once, devices):
     loss_fn, params = ZOO["dict"]()
     batch = tasks(4)
     mesh = task_mesh(4) if devices == 2 else None
@@ -246,7 +247,7 @@ def test_every_way_through_the_tasks_gives_the_same(at_once, devices):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), info, expected_info)
 
 
-def test_several_devices_take_one_all_reduce_a_step():
+def test_several_devices_need_one_all_reduce_per_step():
     loss_fn, params = ZOO["dict"]()
     learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.3, steps=2), optax.adam(1e-3), mesh=task_mesh(4))
     program = jax.jit(learner.step).lower(learner.init(params), tasks(4)).compile().as_text()
@@ -254,8 +255,8 @@ def test_several_devices_take_one_all_reduce_a_step():
     assert "all-gather" not in program and "all-to-all" not in program
 
 
-def test_evaluation_follows_training():
-    """Columns of an evaluation are the losses along the same inner loop that training takes."""
+def test_evaluation_uses_the_inner_loop_of_training():
+    """The columns of an evaluation are the losses along the inner loop of training."""
     loss_fn, params = ZOO["dict"]()
     batch = tasks(3)
     learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.3, steps=2), optax.sgd(1.0))
@@ -278,7 +279,7 @@ def test_evaluation_follows_training():
 
 @pytest.mark.parametrize("count", [1, 5])
 @pytest.mark.parametrize("at_once", [None, 2])
-def test_evaluation_is_the_same_over_devices(count, at_once):
+def test_evaluation_does_not_depend_on_devices(count, at_once):
     loss_fn, params = ZOO["dict"]()
     plain, spread = (
         maml_jax.maml(loss_fn, maml_jax.sgd(0.3, steps=2), optax.sgd(1.0), task_batch_size=at_once, mesh=mesh)
@@ -290,7 +291,7 @@ def test_evaluation_is_the_same_over_devices(count, at_once):
 
 @pytest.mark.parametrize("name", ZOO)
 def test_learned_rates_and_a_mask_for_every_library(name):
-    """ANIL: a mask in the structure of the parameters, with one leaf that is adapted."""
+    """ANIL: the mask is a pytree with the structure of the parameters, and selects one leaf."""
     loss_fn, params = ZOO[name]()
     leaves, structure = jax.tree.flatten(params)
     mask = jax.tree.unflatten(structure, [False] * (len(leaves) - 1) + [True])
@@ -308,7 +309,7 @@ def test_learned_rates_and_a_mask_for_every_library(name):
 
 
 @pytest.mark.parametrize("optimizer", [optax.adamw(0.1, eps_root=1e-8), optax.contrib.schedule_free_sgd(0.1)])
-def test_first_order_for_optimizers_that_keep_parameters(optimizer):
+def test_first_order_for_optimizers_that_use_parameters(optimizer):
     loss_fn, params = ZOO["dict"]()
     learner = maml_jax.unrolled(optimizer, steps=3, order=1)
     gradient, _ = meta_gradient(loss_fn, learner, params, tasks(1))
@@ -318,7 +319,7 @@ def test_first_order_for_optimizers_that_keep_parameters(optimizer):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14), gradient, at_adapted)
 
 
-def test_no_adaptation_stays_where_it_is():
+def test_no_adaptation_does_not_change_parameters():
     loss_fn, params = ZOO["dict"]()
     learner = maml_jax.maml(loss_fn, maml_jax.no_adaptation(), optax.sgd(1.0))
     evaluation = jax.jit(learner.evaluate, static_argnums=2)(learner.init(params), tasks(2), 3)
@@ -326,8 +327,8 @@ def test_no_adaptation_stays_where_it_is():
 
 
 @pytest.mark.parametrize("at_once", [1, 64, "all"])
-def test_many_tasks_in_low_precision_are_summed_in_full(at_once):
-    """A sum of 512 numbers of about 16 in bfloat16 would stop growing at a half of it."""
+def test_many_tasks_in_low_precision_are_summed_in_float32(at_once):
+    """In bfloat16, a sum of 512 numbers of about 16 would stop growing at half of the result."""
     loss_fn = lambda params, batch: ((params * batch).sum(), {})  # noqa: E731
     learner = maml_jax.maml(loss_fn, maml_jax.sgd(1e-3, steps=1), optax.sgd(1.0), task_batch_size=at_once)
     params = jnp.ones(1, jnp.bfloat16)
@@ -337,14 +338,14 @@ def test_many_tasks_in_low_precision_are_summed_in_full(at_once):
     assert float(info.grad_norm) == pytest.approx(15.75, rel=0.02) and info.loss.dtype == jnp.bfloat16
 
 
-def test_a_state_may_be_donated_whose_optimizer_keeps_what_it_is_given():
+def test_a_state_can_be_donated_if_the_optimizer_state_contains_parameters():
     loss_fn, params = ZOO["dict"]()
     learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.3, steps=1), optax.contrib.prodigy())
     state, _ = jax.jit(learner.step, donate_argnums=0)(learner.init(params), tasks(2))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
 
-def test_donating_the_state_leaves_the_users_parameters():
+def test_donating_the_state_does_not_delete_the_given_parameters():
     loss_fn, params = ZOO["dict"]()
     learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.3, steps=1), optax.sgd(1.0))
     jax.jit(learner.step, donate_argnums=0)(learner.init(params), tasks(2))
@@ -361,18 +362,19 @@ def test_no_adaptation_is_joint_training():
 
 
 @pytest.mark.parametrize("inner_learner", [maml_jax.no_adaptation(), maml_jax.sgd(0.3, steps=1)])
-def test_what_tasks_share_gets_one_gradient_in_one_product(inner_learner):
-    """Side by side, no task multiplies by kernels of its own before it has adapted them, nor sums gradients after."""
+def test_the_gradient_of_shared_parameters_takes_one_product(inner_learner):
+    """With all tasks in one `vmap`, neither a kernel before adaptation nor its gradient has a task axis."""
     loss_fn, params = ZOO["dict"]()
     learner = maml_jax.maml(loss_fn, inner_learner, optax.sgd(1.0), task_batch_size="all")
     program = str(jax.make_jaxpr(learner.step)(learner.init(params), tasks(3)))
-    own = sum(program.count(f"f64[3,{a},{b}]") for a, b in (k.shape for k in jax.tree.leaves(params) if k.ndim == 2))
-    assert "f64[3," in program and (own > 0) == bool(inner_learner.steps)
-    if inner_learner.steps:  # In a loop all parameters would be each task's own.
+    shapes = [leaf.shape for leaf in jax.tree.leaves(params) if leaf.ndim == 2]
+    kernels_per_task = sum(program.count(f"f64[3,{inputs},{outputs}]") for inputs, outputs in shapes)
+    assert "f64[3," in program and (kernels_per_task > 0) == bool(inner_learner.steps)
+    if inner_learner.steps:  # In a loop, all parameters would have a task axis.
         assert "scan[" not in program
 
 
-def test_query_loss_of_its_own():
+def test_separate_query_loss():
     loss_fn, params = ZOO["dict"]()
     batch = tasks(2)
 
@@ -387,7 +389,7 @@ def test_query_loss_of_its_own():
 
 @pytest.mark.parametrize("order", [1, 2])
 def test_step_weights_are_a_weighted_sum_of_meta_losses(order):
-    """The multi-step loss is linear in its weights: each row alone is MAML with that many steps."""
+    """The multi-step loss is linear in its weights. With weight 1 at step i, it is MAML with i inner steps."""
     loss_fn, params = ZOO["dict"]()
     weights, batch = (0.2, 0.5, 0.3), tasks(2)
     inner_learner = maml_jax.sgd(0.3, steps=2, order=order)
@@ -403,7 +405,7 @@ def test_step_weights_are_a_weighted_sum_of_meta_losses(order):
 
 
 def test_adaptation_and_evaluation_compile_once(caplog):
-    """Called again without jit, with other values of the same shapes, they compile nothing."""
+    """A second call without jit, with other values of the same shapes, compiles nothing."""
     loss_fn, params = ZOO["dict"]()
     learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.1, steps=3), optax.sgd(0.1))
     state, batch = learner.init(params), tasks(2)
@@ -422,7 +424,7 @@ def test_adaptation_and_evaluation_compile_once(caplog):
 
 
 def test_an_outer_optimizer_with_labels_freezes_parameters():
-    """The outer optimizer is given the parameters alone, so labels and masks have the structure of the parameters."""
+    """The outer optimizer gets only the parameters, so labels and masks have the structure of the parameters."""
     loss_fn, params = ZOO["dict"]()
     labels = {name: "off" if index == 0 else "on" for index, name in enumerate(params)}
     outer = optax.multi_transform({"on": optax.adam(1e-2), "off": optax.set_to_zero()}, labels)

@@ -1,4 +1,4 @@
-"""Whatever is kept of the inner steps, the meta-gradient is the same; what is kept is as little as promised."""
+"""Tests of `remat`: the meta-gradient does not depend on it, and memory is as small as documented."""
 
 import functools
 import itertools
@@ -21,7 +21,7 @@ from maml_jax.parallel.task_axis import task_mesh
 
 
 def meta_gradient(loss_fn, inner, params, batch, **options):
-    """In parameters and learned rates, read off a step of gradient descent at rate 1."""
+    """The meta-gradient in parameters and learned rates, which a step of `optax.sgd(1.0)` subtracts."""
     learner = maml_jax.maml(loss_fn, inner, optax.sgd(1.0), **options)
     state = learner.init(params)
     after, info = jax.jit(learner.step)(state, batch)
@@ -57,7 +57,7 @@ def test_the_meta_gradient_is_the_same(remat, inner):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("library", ["linen", "nnx", "equinox"])
-def test_for_every_library(library):
+def test_the_meta_gradient_is_the_same_for_every_library(library):
     loss_fn, params = ZOO[library]()
     expected = meta_gradient(loss_fn, INNER["sgd"]("none"), params, tasks(2))
     for remat in ("full", "mixflow"):
@@ -65,7 +65,7 @@ def test_for_every_library(library):
 
 
 class SmallNet(nn.Module):
-    """Layers of the paper's nets: a first one that normalises its kernel, strided or pooled, and one that does not."""
+    """The layers of the paper's networks. The first normalises its kernel, the second normalises its output."""
 
     pooled: bool
     implementation: ImplementationName | None = None
@@ -93,7 +93,7 @@ def lax_conv(x, kernel, *, stride=1, implementation=None):
 
 @functools.cache
 def slow_reference(order, pooled):
-    """With JAX's own convolution and its derivatives, outputs normalised as they are, task by task, not compiled."""
+    """The meta-gradient with the convolution of JAX, normalised outputs, and a Python loop over tasks; not compiled."""
     batch = images_of_two_tasks()
     net = SmallNet(pooled)
     params = jax.tree.map(lambda leaf: leaf.astype(float), drawn_params(net, batch.support[0][0]))
@@ -116,7 +116,7 @@ NETS = [*((False, name) for name in IMPLEMENTATIONS), (True, None)]
 @pytest.mark.parametrize(
     "pooled, implementation, policy, order, remat",
     [
-        # Every net meets every policy and every order, and these meet each other, in a third of all combinations.
+        # A third of all combinations: every net with every policy and with every order, every policy with every order.
         (*net, list(POLICIES)[(i + j) % len(POLICIES)], *order)
         for i, net in enumerate(NETS)
         for j, order in enumerate(ORDERS)
@@ -126,15 +126,15 @@ def test_every_path_against_one_slow_reference(pooled, implementation, policy, o
     params, expected = slow_reference(order, pooled)
     loss_fn = losses.cross_entropy(models.apply_params(SmallNet(pooled, implementation)))
     inner = maml_jax.sgd(0.3, steps=2, order=order, remat=remat)
-    if pooled:  # As large images are.
+    if pooled:  # Loop over images, as for large images.
         monkeypatch.setattr(backend, "maps_over_images", lambda images, channels, features: True)
     (got, _), _ = meta_gradient(loss_fn, inner, params, images_of_two_tasks(), **POLICIES[policy])
     assert_same(got, expected, rtol=1e-8, atol=1e-12)
 
 
 @pytest.mark.usefixtures("x64")
-def test_mixed_differentiates_what_the_loss_closes_over_and_its_batch():
-    """A weight of the loss and the support inputs, from outside: second derivatives mixed with the parameters'."""
+def test_mixflow_differentiates_closed_over_values_and_the_batch():
+    """The derivative in a weight of the loss, and in the support inputs, needs mixed second derivatives."""
     loss_fn, params = ZOO["dict"]()
     task = jax.tree.map(lambda leaf: leaf[0], tasks(1))
 
@@ -154,8 +154,8 @@ def test_mixed_differentiates_what_the_loss_closes_over_and_its_batch():
 
 
 @pytest.mark.usefixtures("x64")
-def test_mixed_takes_what_else_the_loss_closes_over():
-    """Keys, masks and labels, traced, such as those of dropout."""
+def test_mixflow_accepts_closed_over_values_without_derivative():
+    """Traced keys, masks and integers, such as those of dropout."""
     loss_fn, params = ZOO["dict"]()
     task = jax.tree.map(lambda leaf: leaf[0], tasks(1))
 
@@ -175,7 +175,7 @@ def test_mixed_takes_what_else_the_loss_closes_over():
 
 
 def temporary_memory(remat, steps, order=2):
-    """Bytes that the compiled meta-step needs beside its arguments and results: a net with large activations."""
+    """Bytes of temporary memory of the compiled meta-step, for a network with large activations."""
     random = np.random.default_rng(0)
     sizes = (4, 32, 32, 32, 4)
     params = [jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in itertools.pairwise(sizes)]
@@ -195,19 +195,19 @@ def temporary_memory(remat, steps, order=2):
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
-def test_memory():
-    copies = 4 * (4 * 32 + 32 * 32 + 32 * 32 + 32 * 4)  # Bytes of the parameters, kept for every step.
+def test_memory_is_as_documented():
+    copies = 4 * (4 * 32 + 32 * 32 + 32 * 32 + 32 * 4)  # Bytes of the parameters, stored for every step.
     assert temporary_memory("none", 32) > 25 * temporary_memory("mixflow", 32)
     for remat in ("full", "mixflow"):
         more = temporary_memory(remat, 32) - temporary_memory(remat, 4)
         assert more < 1.5 * 28 * copies
-    # Forwards over the gradient: the activations of one step and their tangents.
+    # Forward mode over the gradient stores the activations of one step and their tangents.
     assert temporary_memory("mixflow", 32) - 32 * copies < 4 * temporary_memory("none", 32, order=1)
 
 
 @pytest.mark.parametrize("build", [lambda **o: maml_jax.sgd(0.1, steps=1, **o),
                                    lambda **o: maml_jax.unrolled(optax.sgd(0.1), steps=1, **o)])  # fmt: skip
-def test_options(build):
+def test_wrong_options_raise_errors(build):
     with pytest.raises(ValueError, match="remat must be one of 'none', 'full', 'mixflow', but got 'some'"):
         build(remat="some")
     with pytest.raises(ValueError, match="remat='mixflow' is for order 2"):

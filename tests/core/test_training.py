@@ -1,4 +1,4 @@
-"""The training loop: one compilation, the same numbers however it is cut, and a stop at what is not finite."""
+"""Tests of the training loop: one compilation, results that do not depend on the calls, errors at NaN or infinity."""
 
 import sys
 from types import SimpleNamespace
@@ -45,7 +45,7 @@ def test_a_whole_run_traces_the_step_once():
             pass
         return len(traces)
 
-    assert traced(5) == traced(23) > 0  # Calls of 5 and a last one of 3: no second compilation.
+    assert traced(5) == traced(23) > 0  # The last call has 3 meta-steps, and is not compiled separately.
 
 
 @pytest.mark.parametrize("kind", ["NumPy's", "JAX's"])
@@ -73,8 +73,8 @@ def test_data_is_copied_to_the_devices_once():
         assert len(list(calls)) == 2
 
 
-def test_the_device_is_at_the_next_call_when_a_state_is_handed_over(monkeypatch):
-    """A call is dispatched before the metrics of the one before it are fetched, and what was handed over stays."""
+def test_the_next_call_starts_before_a_state_is_yielded(monkeypatch):
+    """A call is dispatched before the metrics of the previous call are fetched, and yielded states stay valid."""
     events = []
     jit, asarray = jax.jit, np.asarray
 
@@ -96,7 +96,7 @@ def test_the_device_is_at_the_next_call_when_a_state_is_handed_over(monkeypatch)
     assert len({float(jax.tree.leaves(state.params)[0].sum()) for state in states}) == 3
 
 
-def test_metrics_of_the_loss_do_not_hide_its_own():
+def test_entries_of_aux_do_not_replace_the_metrics_of_training():
     loss_fn, _ = plain_dict()
 
     def named(params, batch):
@@ -111,7 +111,7 @@ def test_metrics_of_the_loss_do_not_hide_its_own():
     assert metrics["step"] == 2 and metrics["loss"] != 7 and metrics["aux_loss"] == 7 and metrics["aux_step"] == 3
 
 
-def test_calls_of_any_length_are_the_same_run():
+def test_results_do_not_depend_on_the_length_of_calls():
     results = []
     for per_call in (1, 4, 10):
         learner, state = setting()
@@ -133,7 +133,7 @@ def test_calls_of_any_length_are_the_same_run():
     assert 0 <= results[2][1][0]["accuracy"] <= 1
 
 
-def test_goes_on_from_a_state_bit_for_bit():
+def test_resumes_from_a_state_with_identical_results():
     learner, start = setting()
 
     def run(state, steps):
@@ -143,7 +143,7 @@ def test_goes_on_from_a_state_bit_for_bit():
 
     whole, half = run(start, 20), run(start, 10)
     jax.tree.map(np.testing.assert_array_equal, whole, run(half, 20))
-    jax.tree.map(np.asarray, start)  # The state given is still there: only those handed over are given up.
+    jax.tree.map(np.asarray, start)  # The given state is not donated.
     assert list(train(learner, whole, draw, tasks(4), steps=20, steps_per_call=5)) == []
 
 
@@ -160,8 +160,8 @@ def test_metrics_in_low_precision_are_means_of_long_calls():
     assert metrics["right"] == 1 and metrics["loss"] == pytest.approx(1)
 
 
-def test_a_state_that_is_divided_over_devices_stays_so():
-    """As of a model that one device cannot hold; what is whole goes to all of them."""
+def test_sharded_leaves_of_a_state_stay_sharded():
+    """Sharded leaves belong to models that one device cannot hold. Other leaves are copied to all devices."""
     mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     halves = NamedSharding(mesh, PartitionSpec("model"))
 
@@ -171,11 +171,11 @@ def test_a_state_that_is_divided_over_devices_stays_so():
     params = {"w": jnp.arange(4.0), "b": jnp.ones([])}
     learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.1, steps=1), optax.adam(0.1))
     data = Task(*np.random.default_rng(0).standard_normal((2, 3, 5, 4)).astype(np.float32))
-    whole = divided = learner.init(params)
-    divided = jax.tree.map(lambda leaf: jax.device_put(leaf, halves) if leaf.shape == (4,) else leaf, divided)
-    of_numpy = jax.tree.map(np.asarray, whole)
+    on_one_device = learner.init(params)
+    sharded = jax.tree.map(lambda leaf: jax.device_put(leaf, halves) if leaf.shape == (4,) else leaf, on_one_device)
+    in_numpy = jax.tree.map(np.asarray, on_one_device)
     ends = []
-    for state in (whole, divided, of_numpy):
+    for state in (on_one_device, sharded, in_numpy):
         *_, (state, _) = train(learner, state, lambda data, step: data, data, steps=5, steps_per_call=2)
         ends.append(state)
     assert ends[1].params["w"].sharding.is_equivalent_to(halves, 1)
@@ -184,13 +184,13 @@ def test_a_state_that_is_divided_over_devices_stays_so():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), end, ends[0])
 
 
-def test_improves():
+def test_training_reduces_the_loss():
     learner, state = setting()
     rows = [row for _, row in train(learner, state, lambda data, _: data, tasks(4), steps=300, steps_per_call=100)]
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
 
 
-def test_stops_at_what_is_not_finite_and_names_the_step():
+def test_raises_at_a_loss_or_gradient_that_is_not_finite_and_names_the_step():
     loss_fn, params = plain_dict()
 
     def explodes(params, batch):
@@ -201,17 +201,17 @@ def test_stops_at_what_is_not_finite_and_names_the_step():
         loss, aux = loss_fn(params, batch)
         return loss + jnp.sqrt(jnp.where(batch[0].mean() > 1.5, 0 * loss, loss)), aux
 
-    for query_loss, told in ((explodes, "inner or outer rate"), (has_no_derivative, "The loss itself is finite")):
+    for query_loss, hint in ((explodes, "inner or outer rate"), (has_no_derivative, "The loss itself is finite")):
         learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.1, steps=1), optax.adam(1e-2), query_loss_fn=query_loss)
         state, seen = learner.init(params), []
-        with pytest.raises(FloatingPointError, match=f"At meta-step 3 the meta-loss .*{told}") as error:
+        with pytest.raises(FloatingPointError, match=f"At meta-step 3 the meta-loss .*{hint}") as error:
             for state, metrics in train(learner, state, draw, tasks(4), steps=10, steps_per_call=2):
                 seen.append(metrics["step"])
         assert seen == [2] and error.value.step == 3
 
 
 @pytest.mark.parametrize("option", ["steps", "steps_per_call"])
-def test_bad_options_are_refused_at_once(option):
+def test_wrong_options_raise_errors_before_the_first_call(option):
     learner, state = setting()
     with pytest.raises(ValueError, match=f"{option} must be an integer of at least 1, but got 0"):
         train(learner, state, draw, tasks(4), **{"steps": 10, "steps_per_call": 5, option: 0})
@@ -232,7 +232,7 @@ def test_stop_ends_the_training_after_the_current_call():
     assert steps == [2, 4, 6]
 
 
-def test_statistics():
+def test_intervals_and_divergence_rates():
     values = np.array([[0.0, 1.0], [1.0, 1.0], [1.0, 1.0], [0.0, 1.0]])
     mean, half_width = interval(values)
     np.testing.assert_allclose(mean, [0.5, 1.0])
@@ -241,8 +241,8 @@ def test_statistics():
     np.testing.assert_allclose(divergence_rate(losses), [0, 0.25, 0.5])
 
 
-def test_a_draw_that_never_draws_is_refused():
-    """Tasks from a Python iterator would be those of the trace at every meta-step."""
+def test_a_draw_that_returns_constant_tasks_raises_an_error():
+    """If `draw` reads a Python iterator, every meta-step would train on the tasks that were read during tracing."""
     learner, state = setting()
     batches = iter([draw(tasks(4), step) for step in range(3)])
     with pytest.raises(ValueError, match=r"draw returns the same tasks at every meta-step.*fold_in"):

@@ -1,4 +1,4 @@
-"""Wrong arguments raise one clear error before anything is compiled."""
+"""Arguments that are not allowed raise an error before anything is compiled."""
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +123,7 @@ def test_params():
         learner(loss_fn).init({"w": jnp.ones(3), "count": jnp.zeros(2, jnp.int32)})
     with pytest.raises(ValueError, match="params must hold at least one array, but holds none"):
         learner(loss_fn).init({})
-    with pytest.raises(TypeError, match=r"params\['w'\] is a Python number: give jnp\.asarray\(0\.5\)"):
+    with pytest.raises(TypeError, match=r"params\['w'\] is a Python number: use jnp\.asarray\(0\.5\)"):
         learner(loss_fn).init({"w": 0.5})
     with pytest.raises(ValueError, match="The parameters have no head 'head', only 'w1', "):
         maml_jax.inner.inner_loop(
@@ -156,9 +156,9 @@ def test_masks():
             maml_jax.maml(loss_fn, inner, optax.sgd(0.1)).init(params)
     rest = {"b1": True, "w2": True, "b2": True}
     for mask, message in (
-        ("w2", r"at \['b1'\] it has 'w2'"),
-        ({"w1": "frozen", **rest}, r"at \['w1'\] it has 'frozen'"),
-        ({"w1": 0.0, **rest}, r"at \['w1'\] it has 0\.0"),
+        ("w2", r"the value at \['b1'\] is 'w2'"),
+        ({"w1": "frozen", **rest}, r"the value at \['w1'\] is 'frozen'"),
+        ({"w1": 0.0, **rest}, r"the value at \['w1'\] is 0\.0"),
         ({"w1": np.zeros((2, 2), bool), **rest}, r"True or False for each array .*at \['w1'\]"),
     ):
         with pytest.raises(TypeError, match=message):

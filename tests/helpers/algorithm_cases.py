@@ -1,4 +1,4 @@
-"""A small classifier, and what the tests of algorithms share."""
+"""A small classifier and assertions for the tests of algorithms."""
 
 from collections.abc import Callable
 from functools import partial
@@ -32,7 +32,7 @@ def assert_close(got, expected, rtol=1e-10, atol=1e-13):
 
 
 def meta_gradient(learner, state, batch):
-    """Of parameters and inner_params: what a step of `optax.sgd(1.0)` subtracts from them."""
+    """The meta-gradient in parameters and inner_params, which a step of `optax.sgd(1.0)` subtracts."""
     after, _ = jax.jit(learner.step)(state, batch)
     return jax.tree.map(jnp.subtract, (state.params, state.inner_params), (after.params, after.inner_params))
 
@@ -40,7 +40,7 @@ def meta_gradient(learner, state, batch):
 def assert_exact_meta_gradient(inner_of_order: Callable, params, step_weights=None):
     """Compares the jitted meta-gradient in parameters and inner_params with central differences of the meta-loss.
 
-    First order is another gradient.
+    Also asserts that the first-order meta-gradient is different.
     """
     inner, batch = inner_of_order(2), tasks(2)
     learner = maml_jax.maml(LOSS, inner, optax.sgd(1.0), step_weights=step_weights)
@@ -50,7 +50,7 @@ def assert_exact_meta_gradient(inner_of_order: Callable, params, step_weights=No
     def drawn(tree, size):
         return jax.tree.map(lambda leaf: jnp.asarray(size * random.standard_normal(leaf.shape)), tree)
 
-    # A random step away from the initial values, with their equal copies, equal rates and identities.
+    # Start a random step away from the initial values: those have equal copies, equal rates and identity matrices.
     start = (state.params, state.inner_params)
     start = jax.tree.map(jnp.add, start, drawn(start, 0.05))
     state = state._replace(params=start[0], inner_params=start[1])

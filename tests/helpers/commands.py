@@ -1,4 +1,4 @@
-"""Starts commands as processes, as a user does."""
+"""Starts commands in processes, as a user does."""
 
 import os
 import socket
@@ -53,13 +53,13 @@ def free_port():
 
 
 def wait(processes):
-    """Waits for the processes; returns their standard errors and exit statuses."""
+    """Waits for the processes to end. Returns the text on standard error and the exit status of each process."""
     errors = [child.communicate(timeout=120)[1] for child in processes]
     return errors, [child.returncode for child in processes]
 
 
 def launch(*args, cwd=None, timeout=300):
-    """Runs `python -m ...` from the root of the checkout, as in the README."""
+    """Runs `python -m` with `args`, by default from the root of the checkout."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     # The command chooses its number of devices.
     environment["XLA_FLAGS"] = environment["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=2", "")

@@ -1,4 +1,4 @@
-"""Small few-shot runs on real characters."""
+"""Small few-shot runs on Omniglot."""
 
 import functools
 

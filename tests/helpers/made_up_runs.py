@@ -1,4 +1,4 @@
-"""Made-up run directories for the tests of the table, and the program that renders them."""
+"""Synthetic run directories for the tests of the table of results, and a call of `experiments.reproduce`."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ DATA = DataSet("made up", None, None, None, {"test": "0123456789abcdef"}, {})
 
 
 def made_up(path, name, seed=0, steps=60_000, accuracy=0.9, tasks=50, **labels):
-    """Writes the directory of a finished run with `tasks` tasks, whose queries are correct with that probability."""
+    """Writes the directory of a finished run with `tasks` tasks. Queries are correct with probability `accuracy`."""
     row = BY_NAME[name]
     run = EXPERIMENTS[row.experiment](**row.options, row=name, steps=steps, seed=seed).resolved()
     protocol = Protocol("made up", "test", 9, "0123456789abcdef", tasks, seed, run.ways, run.shots,

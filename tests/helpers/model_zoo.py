@@ -1,4 +1,4 @@
-"""The same small classifier written with each library that users come with, as `(loss_fn, params)`."""
+"""A small classifier, written with each supported model library and with plain JAX, as `(loss_fn, params)`."""
 
 import equinox as eqx
 import flax.linen as nn
@@ -13,9 +13,9 @@ INPUTS, HIDDEN, WAYS = 3, 8, 4
 
 
 def drawn_params(net: nn.Module, *inputs):
-    """Parameters for a linen net from NumPy: normal, scaled by the number of inputs of each leaf.
+    """Random parameters for a linen network. NumPy draws them from a normal distribution, scaled by the fan-in.
 
-    `net.init` compiles a program for every leaf, which takes longer than most tests.
+    This is faster than `net.init`, which compiles a program for every leaf.
     """
     random = np.random.default_rng(0)
 
@@ -66,7 +66,7 @@ def plain_dict():
 
 
 def widened(build):
-    """With parameters in float64 where that is enabled: linen and nnx make float32 all the same."""
+    """Converts the parameters of `build()` to float64 if x64 is enabled. linen and nnx always create float32."""
 
     def built():
         loss_fn, params = build()
@@ -79,7 +79,7 @@ ZOO = {name: widened(b) for name, b in dict(linen=linen, nnx=nnx_split, equinox=
 
 
 def tasks(count: int, shots: int = 6, queries: int = 5, seed: int = 1) -> Task:
-    """Random inputs and labels: what a classifier makes of them is beside the point of a gradient test."""
+    """Tasks with random inputs and random labels, for tests of gradients."""
     random = np.random.default_rng(seed)
 
     def batch(size):

@@ -1,4 +1,4 @@
-"""Plain loops of the MuJoCo engine, for comparison."""
+"""Reference loops in the Python API of MuJoCo."""
 
 import mujoco
 import numpy as np
@@ -10,7 +10,8 @@ MODEL_NAMES = ("half_cheetah", "ant")
 
 
 def loop(name, state, controls):
-    """Steps the engine from a state with a sequence of controls; yields the data after each step, fully computed."""
+    """Steps the engine from a state with a sequence of controls. Yields the data after each step, with all fields
+    computed."""
     model = mujoco.MjModel.from_xml_path(str(MODELS / f"{name}.xml"))
     data = mujoco.MjData(model)
     data.qpos[:], data.qvel[:] = state[: model.nq], state[model.nq :]
@@ -23,14 +24,14 @@ def loop(name, state, controls):
 
 
 def contact_forces_of_bodies(data, tolerance=1e-8):
-    """The `cfrc_ext` of the classic ant, whose geoms are all bodies, at the state and control of `data`."""
+    """The contact forces `cfrc_ext` of MJX's ant, where every geom is a body, at the state and control of `data`."""
     model = mujoco.MjModel.from_xml_string(mjx_xml(MODELS / "ant.xml"))
     model.opt.tolerance = tolerance
-    apart = mujoco.MjData(model)
-    apart.qpos[:], apart.qvel[:], apart.ctrl[:] = data.qpos, data.qvel, data.ctrl
-    mujoco.mj_forward(model, apart)
-    mujoco.mj_rnePostConstraint(model, apart)
-    return apart.cfrc_ext
+    copy = mujoco.MjData(model)
+    copy.qpos[:], copy.qvel[:], copy.ctrl[:] = data.qpos, data.qvel, data.ctrl
+    mujoco.mj_forward(model, copy)
+    mujoco.mj_rnePostConstraint(model, copy)
+    return copy.cfrc_ext
 
 
 def starts(engine, rng, count):

@@ -30,7 +30,7 @@ def write(root, files):
 
 
 def small(inside="images/{label}/{label}{number}.png", listed="{label}/{label}{number}.png", lists="splits/"):
-    """A data set with CSVs, `{name: content}`."""
+    """A data set with a CSV file for each split, as `{name: content}`."""
     files = {}
     for split, labels in CLASSES.items():
         rows = ["filename,label"]
@@ -43,7 +43,7 @@ def small(inside="images/{label}/{label}{number}.png", listed="{label}/{label}{n
 
 
 def class_folders():
-    """The same images in train/, val/ and test/ with a folder for each class."""
+    """The images of `small` in train/, val/ and test/, with a folder for each class."""
     split_of = {label: split for split, labels in CLASSES.items() for label in labels}
     files = small("{label}/{label}{number}.png")
     return {

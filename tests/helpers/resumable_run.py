@@ -1,7 +1,7 @@
-"""A training of about a second that tests kill: `python tests/helpers/resumable_run.py WORKDIR STEPS [hang]`.
+"""A short training for the tests that end a process: `python tests/helpers/resumable_run.py WORKDIR STEPS [hang]`.
 
-Prints the step of each row. `WORKDIR STEPS PORT PROCESSES PROCESS` makes it one of several processes, which train in
-float32 and then in float64.
+The script prints the step of each row. With the arguments `WORKDIR STEPS PORT PROCESSES PROCESS`, it is one of several
+processes, which train in float32 and then in float64.
 """
 
 import signal
@@ -26,7 +26,8 @@ TASKS = 4
 
 
 def setting(num_tasks=3, mesh=None, dtype=np.float32):
-    """Learner, initial state and `draw`: learned rates, and Adam with clipping and a schedule in the outer loop."""
+    """Returns learner, initial state and `draw`. The inner rates are learned; the outer optimizer is Adam with clipping
+    and a schedule."""
     params = {"in": np.linspace(-2, 2, 8, dtype=dtype), "out": np.linspace(1, -1, 8, dtype=dtype)}
     learner = maml_jax.maml(
         losses.mean_squared_error(lambda params, x: jnp.tanh(x * params["in"]) @ params["out"][:, None]),
@@ -47,7 +48,7 @@ def open_run(path, steps=0):
 
 
 def train_in(run, steps, *, until=None, **options):
-    """Trains in this process; leaves the loop at step `until`, as an error would. Returns the state and the rows."""
+    """Trains in this process, and leaves the loop at step `until`. Returns the state and the rows."""
     learner, state, draw = setting()
     options = {"steps_per_call": STEPS_PER_CALL, "save_every": SAVE_EVERY} | options
     rows = []
@@ -59,7 +60,7 @@ def train_in(run, steps, *, until=None, **options):
 
 
 def train_in_both_types(run, steps, mesh, on_row=lambda dtype, row: None):
-    """The same training in float32 and in float64, with its tasks divided over `mesh`; returns the parameters."""
+    """Trains in float32 and then in float64, with the tasks divided over `mesh`. Returns the parameters of both."""
     params = {}
     for dtype in ("float32", "float64"):
         with jax.enable_x64(dtype == "float64"):
@@ -74,7 +75,7 @@ def train_in_both_types(run, steps, mesh, on_row=lambda dtype, row: None):
 
 
 def run_process(workdir, steps, port, num_processes, process):
-    """Trains as one of several processes. Each prints its steps; process 0 writes the parameters."""
+    """Trains as one of several processes. Every process prints its steps, and process 0 writes the parameters."""
     processes.connect(f"127.0.0.1:{port}", num_processes, process)
     run = RunDirectory(workdir, "shared", {"steps": steps})
     params = train_in_both_types(run, steps, task_mesh(TASKS), lambda dtype, row: print(dtype, row["step"], flush=True))
@@ -84,7 +85,7 @@ def run_process(workdir, steps, port, num_processes, process):
 
 
 def hang(_):
-    """Keeps the main thread in a computation, outside of Python."""
+    """Blocks the main thread in a compiled program that never ends."""
     print("hanging", flush=True)
     return {"never": float(jax.jit(lambda x: jax.lax.while_loop(lambda y: y < 2.0, jnp.sin, x))(1.0))}
 

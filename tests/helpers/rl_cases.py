@@ -1,4 +1,4 @@
-"""A small reinforcement-learning problem for the tests, with episodes that are sampled once."""
+"""A small reinforcement-learning problem for the tests."""
 
 from functools import partial
 
@@ -25,7 +25,7 @@ compiled = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 
 
 
 def perturbed(policy, seed=0):
-    """Parameters away from the kinks of the ReLUs. With zero biases, the origin is on the kink of every unit."""
+    """Random parameters with biases other than zero. With zero biases, the origin is at the kink of every ReLU."""
     rng = np.random.default_rng(seed)
     params = policy.init(jax.random.key(seed))
     return jax.tree.map(lambda leaf: leaf + 0.3 * rng.normal(size=leaf.shape).astype(leaf.dtype), params)

@@ -1,4 +1,4 @@
-"""Every implementation of the convolution is the same function, with the same derivatives."""
+"""Tests of the convolution: all implementations have the same values and the same derivatives."""
 
 from functools import partial
 
@@ -26,7 +26,7 @@ SHAPES = [  # height, width, channels in and out, kernel, stride
 
 
 def loop(x, kernel, stride):
-    """The definition: for each output pixel the sum over its window, zero outside the image."""
+    """Convolution by definition: each output pixel is a sum over its window. Pixels outside the image are zero."""
     h, w = kernel.shape[:2]
     rows, columns = -(-x.shape[1] // stride), -(-x.shape[2] // stride)
     top = max((rows - 1) * stride + h - x.shape[1], 0) // 2
@@ -48,12 +48,12 @@ def drawn(shape, tasks=3):
 
 
 def through_jax(x, kernel, stride):
-    """JAX's own convolution, with the derivatives that JAX derives for it."""
+    """The convolution of JAX, with its derivatives in JAX."""
     return jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def derivatives(one, x, kernel):
-    """First derivatives of a sum of sines over tasks, and second ones in both directions."""
+    """First and second derivatives of a sum of sines over tasks, in forward mode and in reverse mode."""
 
     def energy(x, kernel):
         return jnp.sum(jnp.sin(jax.vmap(one)(x, kernel)))
@@ -82,8 +82,8 @@ def test_is_a_convolution_at_any_order_and_under_vmap(shape, implementation):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_groups_of_images_change_no_result(shape, monkeypatch):
-    """Groups of one image, the smallest."""
+def test_results_do_not_depend_on_groups_of_images(shape, monkeypatch):
+    """The groups have one image, the smallest size."""
     x, kernel = drawn(shape)
     one = partial(conv, stride=shape[-1], implementation="patches")
     whole = derivatives(one, x, kernel)
@@ -113,7 +113,7 @@ def test_groups_that_do_not_divide_the_images(monkeypatch):
 
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (1, 2)], ids=["images", "kernels", "both"])
 def test_batch_axes_of_one_operand_and_axes_in_the_middle(axes):
-    pairs = [jnp.stack([operand, -2 * operand]) for operand in drawn(SHAPES[1])]  # Two times three tasks.
+    pairs = [jnp.stack([operand, -2 * operand]) for operand in drawn(SHAPES[1])]  # Two batches of three tasks.
     pairs = [pair[0] if axis is None else jnp.moveaxis(pair, 0, axis) for pair, axis in zip(pairs, axes)]
 
     def each(one):
@@ -169,25 +169,25 @@ def test_many_groups_keep_low_precision(monkeypatch):
     assert gradient.dtype == jnp.bfloat16 and gradient.item() == 400
 
 
-def test_an_unknown_implementation_is_refused():
+def test_an_unknown_implementation_raises_an_error():
     with pytest.raises(ValueError, match="patches, direct, im2col, lax, but got 'fft'"):
         conv(jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 1)), implementation="fft")
 
 
 @pytest.mark.parametrize("stride", [0, -1, 1.5])
-def test_bad_strides_are_refused(stride):
+def test_wrong_strides_raise_errors(stride):
     with pytest.raises(ValueError, match=f"stride must be an integer of at least 1, but got {stride}"):
         conv(jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 1)), stride=stride)
 
 
-def test_shapes_that_do_not_fit_are_refused():
+def test_shapes_that_do_not_fit_raise_errors():
     with pytest.raises(ValueError, match=r"the same C, but got \(1, 4, 4, 1\) and \(3, 3, 2, 1\)"):
         conv(jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 2, 1)))
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 def test_the_implementation_follows_the_target_platform(platform):
-    """Small images take matrix products on all platforms; only the CPU needs barriers."""
+    """Small images use matrix products on all platforms. Only the CPU needs barriers."""
     x, kernel = drawn(SHAPES[0])
     program = jax.jit(partial(derivatives, conv)).trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
     assert "stablehlo.convolution" not in program

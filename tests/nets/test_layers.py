@@ -1,4 +1,4 @@
-"""Layers equal their definitions, with derivatives, in every way of computing them."""
+"""Tests of layers: all implementations equal the definition, with derivatives."""
 
 import flax.linen as nn
 import jax
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 4, 3)])
-def test_dense_is_flax_dense(shape):
+def test_dense_equals_flax_dense(shape):
     x = np.random.default_rng(0).standard_normal(shape)
     params = nn.Dense(5).init(jax.random.key(0), x)["params"]
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(
@@ -36,7 +36,7 @@ def test_dense_is_flax_dense(shape):
 
 
 @pytest.mark.parametrize("size", [6, 7])
-def test_max_pool_is_reduce_window_with_its_derivative(size):
+def test_max_pool_equals_flax_max_pool_with_derivatives(size):
     x = np.random.default_rng(0).standard_normal((2, size, size, 3))
     ours = jax.value_and_grad(lambda x: jnp.sum(jnp.sin(layers.max_pool(x))))(x)
     flax = jax.value_and_grad(lambda x: jnp.sum(jnp.sin(nn.max_pool(x, (2, 2), (2, 2)))))(x)
@@ -56,7 +56,7 @@ def test_max_pool_selects_one_of_equal_entries():
 
 
 @pytest.mark.parametrize(("size", "kind", "features"), [(6, "batch", 4), (7, "instance", 4), (6, "batch", 18)])
-def test_pooled_convolution_of_one_image_at_a_time_is_the_same(size, kind, features, monkeypatch):
+def test_pooled_convolution_does_not_depend_on_the_loop_over_images(size, kind, features, monkeypatch):
     """Values, first and second derivatives, with a loop over images and without."""
     random = np.random.default_rng(0)
     x, params = random.standard_normal((3, size, size, 2)), {"kernel": random.standard_normal((3, 3, 2, features))}
@@ -79,7 +79,7 @@ def test_pooled_convolution_of_one_image_at_a_time_is_the_same(size, kind, featu
 
     whole, looped = value_and_derivatives(False), value_and_derivatives(True)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), looped, whole)
-    # Normalisation before pooling gives the same.
+    # Normalisation before pooling gives the same result.
     expected = layers.max_pool(norm(conv(x, params["kernel"])))
     np.testing.assert_allclose(whole[0], expected, rtol=1e-9, atol=1e-11)
 
@@ -88,7 +88,7 @@ def test_pooled_convolution_of_one_image_at_a_time_is_the_same(size, kind, featu
     ("size", "stride", "channels", "maps_over_images"), [(8, 1, 1, True), (7, 2, 1, False), (8, 2, 3, True)]
 )
 def test_moments_of_a_convolution_from_its_input(size, stride, channels, maps_over_images, x64, monkeypatch):
-    """Equal to those of the output, with first and second derivatives in kernel and images, vmapped over kernels."""
+    """They equal the moments of the output, with first and second derivatives in kernel and images, under vmap."""
     random = np.random.default_rng(1)
     monkeypatch.setattr(backend, "maps_over_images", lambda images, channels, features: maps_over_images)
     x, kernels = random.random((3, size, size, channels)) + 5, random.standard_normal((2, 3, 3, channels, 30))
@@ -109,7 +109,7 @@ def test_moments_of_a_convolution_from_its_input(size, stride, channels, maps_ov
 
 
 def test_moments_are_precise_for_bright_images():
-    """Images in float32 whose mean is large for their variance."""
+    """The images are in float32, with a mean that is large relative to the variance."""
     random = np.random.default_rng(2)
     x = (random.standard_normal((4, 12, 12, 3)) * 0.001 + 1).astype(np.float32)
     kernel = random.standard_normal((1, 1, 3, 32)).astype(np.float32)
@@ -119,7 +119,7 @@ def test_moments_are_precise_for_bright_images():
 
 
 def test_moments_are_precise_for_kernels_that_cancel_the_mean():
-    """Grey images in float32 with a little colour, and kernels whose sum over channels is zero."""
+    """The images are almost grey, in float32. The sum of each kernel over channels is zero."""
     random = np.random.default_rng(4)
     grey, colour = random.random((4, 12, 12, 1)), random.standard_normal((4, 12, 12, 3))
     x = (grey + 0.02 * colour).astype(np.float32)
@@ -130,8 +130,8 @@ def test_moments_are_precise_for_kernels_that_cancel_the_mean():
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_normalising_the_kernel_is_normalising_the_output(stride, x64):
-    """For few channels, where the kernel is normalised, and for many, where it is not."""
+def test_normalising_the_kernel_equals_normalising_the_output(stride, x64):
+    """With 3 channels the layer normalises the kernel, with 4 channels the output."""
     random = np.random.default_rng(3)
     norm = normalisation.Norm("batch").bind({"params": {"offset": random.standard_normal(32)}})
     for channels in (3, 4):
@@ -139,4 +139,4 @@ def test_normalising_the_kernel_is_normalising_the_output(stride, x64):
         got = layers.Conv(32, stride=stride).apply({"params": {"kernel": kernel}}, x, norm)
         np.testing.assert_allclose(got, norm(conv(x, kernel, stride=stride)), rtol=1e-9, atol=1e-11)
     products = jax.make_jaxpr(lambda x: layers.Conv(32).apply({"params": {"kernel": kernel[:, :, :3]}}, x, norm))
-    assert "square" not in str(products(x[..., :3]))  # Which the moments of the output would need.
+    assert "square" not in str(products(x[..., :3]))  # The moments of the output would need squares.

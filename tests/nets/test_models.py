@@ -1,4 +1,4 @@
-"""The networks are the paper's: sizes, initial distributions, and the parameters that the inner loop adapts."""
+"""Tests of the paper's networks: sizes, initial distributions, and the parameters that the inner loop adapts."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ def initial(net, *shape):
 
 @pytest.mark.parametrize(
     ("net", "shape", "size"),
-    [  # Without biases before a normalisation, which would subtract them.
+    [  # There are no biases before a normalisation.
         (models.MLP((40, 40), 1), (1, 1), 80 + 1640 + 41),
         (models.MLP((256, 128, 64, 64), 5, "batch"), (1, 28, 28, 1), 784 * 256 + 256 * 128 + 128 * 64
          + 64 * 64 + (256 + 128 + 64 + 64) + 64 * 5 + 5),
@@ -44,7 +44,7 @@ def test_initial_distributions():
     head = np.asarray(pooled["head"]["kernel"])
     assert np.isclose(head.std(), np.sqrt(2 / (800 + 5)), rtol=0.05)
     first = np.asarray(mlp["Dense_0"]["kernel"])
-    # A normal of 0.01 truncated at two standard deviations, as TensorFlow's: its deviation is 0.0088.
+    # A normal distribution of scale 0.01, truncated at two scales as in TensorFlow, has the standard deviation 0.0088.
     assert np.abs(first).max() <= 0.02 and np.isclose(first.std(), 0.0088, rtol=0.02)
     for params in (strided, pooled, mlp):
         assert not np.any(params["head"]["bias"])

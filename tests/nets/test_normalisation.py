@@ -1,4 +1,4 @@
-"""Each normalisation takes its statistics from the examples in its name, and from no others."""
+"""Tests of normalisations: the statistics come only from the examples that the name says."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from maml_jax.nets import models
 from maml_jax.nets.normalisation import NEEDS_CONTEXT, Norm
 
 X = np.random.default_rng(0).standard_normal((6, 5, 4, 32)) * 3 + 1
-SUPPORT = 4  # Of the six.
+SUPPORT = 4  # The first four of the six examples.
 
 
 def normalised(kind, x=X, support=None, **params):
@@ -45,7 +45,7 @@ def test_statistics_come_from_the_examples_in_the_name(kind, x64):
 
 
 def test_tasknorm_mixes_support_and_example_with_a_learned_weight(x64):
-    """Bronskill et al. 2020, equation 7, and its limits."""
+    """Equation 7 of Bronskill et al. 2020. Its limits are 'support' and 'instance'."""
     scale, shift = 0.3, -0.7
     share = 1 / (1 + np.exp(-(scale * SUPPORT + shift)))
     (mean_s, var_s), (mean_e, var_e) = over((0, 1, 2), X[:SUPPORT]), over((1, 2))

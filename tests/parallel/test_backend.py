@@ -1,4 +1,4 @@
-"""The choices by backend and sizes."""
+"""Tests of the choices of implementation by backend and sizes."""
 
 from maml_jax.parallel import backend
 

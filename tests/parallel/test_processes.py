@@ -1,4 +1,4 @@
-"""Several processes train like one device, also when a process is killed or stopped."""
+"""Tests of several processes: they train like one device, and resume after a process is killed or stopped."""
 
 import json
 import re
@@ -62,7 +62,7 @@ def test_four_devices_in_one_or_four_processes_train_like_one_device(reference, 
     assert made_by["processes"] == count and made_by["hardware"].startswith("4 x")
 
 
-def test_two_processes_that_are_killed_and_stopped_end_like_one_device(reference, compiled, tmp_path):
+def test_two_processes_resume_after_a_kill_and_a_stop(reference, compiled, tmp_path):
     reached = 0
     for number in (signal.SIGKILL, signal.SIGTERM):
         with ExitStack() as stack:
@@ -70,10 +70,10 @@ def test_two_processes_that_are_killed_and_stopped_end_like_one_device(reference
             while reached < 8:
                 line = both[1].stdout.readline()
                 assert line, both[1].stderr.read()
-                reached = int(line.split()[1]) if line.startswith("float32") else reached  # Other lines are of Gloo.
+                reached = int(line.split()[1]) if line.startswith("float32") else reached  # Gloo prints other lines.
             both[1].send_signal(number)
             errors, statuses = wait(both)
-        if number == signal.SIGKILL:  # The other process does not wait for ever.
+        if number == signal.SIGKILL:  # The other process does not wait forever.
             assert statuses[1] == -signal.SIGKILL and statuses[0] not in (0, None), errors
             reached = 0
         else:  # Both stop after the same step.
@@ -88,7 +88,7 @@ def test_two_processes_that_are_killed_and_stopped_end_like_one_device(reference
     assert len(json.loads((tmp_path / "run.json").read_text())["starts"]) == 3
 
 
-def test_an_error_of_process_0_ends_all(compiled, tmp_path):
+def test_an_error_of_process_0_ends_all_processes(compiled, tmp_path):
     (tmp_path / "file").touch()
     command = "-m experiments.sinusoid --tasks 4 --workdir".split()
     where = "--coordinator 127.0.0.1:{port} --processes {processes} --process {process}".split()
@@ -99,7 +99,7 @@ def test_an_error_of_process_0_ends_all(compiled, tmp_path):
     assert f"error: process 0: {tmp_path / 'file'} is not a directory" in errors[1]
 
 
-def test_tasks_that_cannot_be_divided_are_refused_before_anything_is_written(compiled, tmp_path):
+def test_tasks_that_cannot_be_divided_raise_an_error_before_files_are_written(compiled, tmp_path):
     where = "--coordinator 127.0.0.1:{port} --processes {processes} --process {process}".split()
     with ExitStack() as stack:
         errors, statuses = wait(
@@ -109,7 +109,7 @@ def test_tasks_that_cannot_be_divided_are_refused_before_anything_is_written(com
     assert not (tmp_path / "run").exists()
 
 
-def test_processes_with_different_numbers_of_devices_are_refused(compiled):
+def test_processes_with_different_numbers_of_devices_raise_an_error(compiled):
     code = "from maml_jax.parallel import processes; processes.connect('127.0.0.1:{port}', 2, {process})"
     with ExitStack() as stack:
         port = free_port()

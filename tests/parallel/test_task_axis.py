@@ -1,4 +1,4 @@
-"""The task axis: results do not depend on groups and devices, and each device computes only its own tasks."""
+"""Tests of the task axis: results do not depend on groups and devices, and each device computes different tasks."""
 
 import re
 
@@ -32,13 +32,13 @@ def test_map_and_mean_do_not_depend_on_groups_and_devices(task_batch_size, devic
     np.testing.assert_array_equal(axis.map(fn, 2.0, tasks)[0], 2 * support)
 
 
-def test_map_takes_any_number_of_tasks():
+def test_map_accepts_any_number_of_tasks():
     axis = task_axis("all", task_mesh(2))
     np.testing.assert_array_equal(axis.map(lambda shared, task: shared + task, 1.0, np.arange(3.0)), [1, 2, 3])
 
 
 def test_one_all_reduce_per_meta_step_and_every_device_draws_only_its_tasks():
-    """In the compiled program of many meta-steps, with episodes drawn inside."""
+    """The test reads the compiled program of many meta-steps, which also samples the episodes."""
     classes = episodes.equal_classes(np.random.default_rng(0).integers(0, 255, (30, 6, 7, 7), np.uint8))
     shape = episodes.EpisodeShape(ways=3, shots=1, queries=2, rotations="random")
     net = models.MLP((8,), 3)
@@ -56,7 +56,7 @@ def test_one_all_reduce_per_meta_step_and_every_device_draws_only_its_tasks():
     assert collectives == ["all-reduce"]
     shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"u8\[([\d,]+)\]", program)}
     pixels = {int(np.prod(dims)) for dims in shapes} - {30 * 6 * 7 * 7}
-    assert max(pixels) == 2 * 3 * 3 * 7 * 7  # Of two tasks, not of four.
+    assert max(pixels) == 2 * 3 * 3 * 7 * 7  # Pixels of two tasks, not of four.
 
 
 class TestArguments:
