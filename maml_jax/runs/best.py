@@ -1,5 +1,6 @@
 """Files of the best models of a training."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class Best:
         validation.at_least("keep", keep, 1)
         self.folder, self.keep, self._description = Path(folder), keep, description or {}
         files = self.folder.glob("step-*.msgpack")
-        self._scores: dict[Path, float] = {path: model_file.load(path).description["score"] for path in files}
+        self._scores = {path: _comparable(model_file.load(path).description["score"]) for path in files}
 
     def add(self, state: MetaState, score: float) -> None:
         """Saves the parameters of a state, and deletes the file with the lowest score if there are more than `keep`.
@@ -52,7 +53,7 @@ class Best:
         path = self.folder / f"step-{step:07d}.msgpack"
         description = self._description | {"step": step, "score": score}
         model_file.save(path, state.params, state.inner_params, description)
-        self._scores[path] = score
+        self._scores[path] = _comparable(score)
         for worse in self.paths()[self.keep :]:
             worse.unlink()
             del self._scores[worse]
@@ -72,3 +73,8 @@ class Best:
     def models(self) -> list[model_file.Saved]:
         """Reads the models, best first. `model_file.restore` gives the parameters the structure of a model."""
         return [model_file.load(path) for path in self.paths()]
+
+
+def _comparable(score: float | None) -> float:
+    """A score that is not a number, which is None in a file, is lower than every number."""
+    return -math.inf if score is None or math.isnan(score) else float(score)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from maml_jax.parallel import processes
 from maml_jax.runs.files import (
     InUseError,
@@ -192,7 +194,7 @@ class RunDirectory:
         self._metrics = self.path / "metrics.jsonl"
         # Record the provenance at the start, because the checkout may change before the run ends.
         self._made_by = provenance(self._devices)
-        self._earlier_starts = read_json(self.path / "run.json")["starts"] if changed is not None else []
+        self._earlier_starts = _read_run(self.path)["starts"] if changed is not None else []
         if changed is not None:
             print_note(f"Resuming the run in {self.path}, started {self._earlier_starts[0]['started']}.")
             self._report_changes(changed)
@@ -200,7 +202,7 @@ class RunDirectory:
                 self._earlier_starts[-1]["until"] = utc(self._metrics.stat().st_mtime)
             self._drop_damaged_rows()
         start = self._made_by | ({"changed": changed} if changed else {})
-        run = {"name": name, "config": config, "starts": [*self._earlier_starts, start]}
+        run = {"name": name, "config": config, "jax": _jax_settings(), "starts": [*self._earlier_starts, start]}
         write_file(self.path / "run.json", json.dumps(run, indent=1).encode())
         self._append([])
         # Not `self.rows`: a reference cycle would keep the lock until the garbage collector runs.
@@ -277,10 +279,10 @@ def _lock_default(name: str, config: Any) -> tuple[Path, Lock]:
             with contextlib.suppress(InUseError):  # Another run that started at the same time has the directory.
                 return _lock(path)
             continue
-        unfinished = (path / "run.json").exists() and not (path / "results.json").exists()
-        if config is not None and unfinished and read_json(path / "run.json").get("config") == config:
-            with contextlib.suppress(InUseError):
-                return _lock(path)
+        if config is not None and (path / "run.json").exists() and not (path / "results.json").exists():
+            with contextlib.suppress(WorkdirError):  # A damaged run, or one that another process works on.
+                if _read_run(path)["config"] == config:
+                    return _lock(path)
     raise AssertionError
 
 
@@ -297,9 +299,16 @@ def _compare(
     """
     if not (path / "run.json").exists() and not (path / "metrics.jsonl").exists():
         return None
-    old_config = read_json(path / "run.json")["config"] if (path / "run.json").exists() else None
+    run = _read_run(path) if (path / "run.json").exists() else {}
+    old_config = run.get("config")
     if config is None or old_config is None:
         raise FileExistsError(f"{path} already holds a run. Give another --workdir, or move the old run away.")
+    if settings := _differences(run["jax"], _jax_settings()):
+        listed = "".join(f"\n  {name} was {old!r}, is {new!r}" for name, (old, new) in settings.items())
+        raise WorkdirError(
+            f"{path} holds a run with other settings of JAX, which change its numbers:{listed}\nSet them as before (in "
+            "environment variables of these names in capital letters), or give another --workdir."
+        )
     differences = _differences(old_config, config)
     appended = [
         field
@@ -314,6 +323,39 @@ def _compare(
             "--workdir."
         )
     return differences
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    """Reads `run.json` of the run in `path`.
+
+    Raises:
+      WorkdirError: if the file is damaged, or does not have the form that `RunDirectory` writes.
+    """
+    run = read_json(path / "run.json")
+    starts = run.get("starts")
+    wrong = [] if isinstance(run.get("config", ""), dict | None) else ["config"]
+    wrong += [] if isinstance(run.get("jax"), dict) else ["jax"]
+    if not isinstance(starts, list) or not starts or not all(_is_start(start) for start in starts):
+        wrong.append("starts")
+    if wrong:
+        raise WorkdirError(
+            f"{path / 'run.json'} lacks {' and '.join(wrong)}, or has another form of them. Restore the file, or give "
+            "another --workdir."
+        )
+    return run
+
+
+def _is_start(start: Any) -> bool:
+    """Whether `start` has the fields of a start that are read back."""
+    if not isinstance(start, dict) or not isinstance(start.get("versions"), dict):
+        return False
+    return isinstance(start.get("started"), str) and {"commit", "hardware"} <= start.keys()
+
+
+def _jax_settings() -> dict[str, Any]:
+    """The settings of JAX that change numbers."""
+    names = ("jax_default_prng_impl", "jax_threefry_partitionable", "jax_enable_x64", "jax_default_matmul_precision")
+    return {name: getattr(jax.config, name) for name in names}
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

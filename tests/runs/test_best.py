@@ -48,3 +48,13 @@ def test_a_wrong_keep_and_a_damaged_file_raise(tmp_path):
     (tmp_path / "step-0000001.msgpack").write_text("no model")
     with pytest.raises(ValueError, match="step-0000001"):
         Best(tmp_path)
+
+
+def test_a_score_that_is_not_a_number_is_the_lowest(tmp_path):
+    best = Best(tmp_path, keep=2)
+    for step, score in enumerate((0.5, float("nan"), 0.7), 1):
+        best.add(state(step), score)
+    assert [path.stem for path in best.paths()] == ["step-0000003", "step-0000001"]
+    best.keep = 3
+    best.add(state(4), float("nan"))
+    assert [path.stem for path in Best(tmp_path).paths()] == ["step-0000003", "step-0000001", "step-0000004"]

@@ -134,6 +134,38 @@ class TestConfiguration:
         with pytest.raises(WorkdirError, match=r"run.json cannot be read"):
             RunDirectory.check(tmp_path, CONFIG)
 
+    @pytest.mark.parametrize(
+        ("change", "missing"),
+        [
+            (lambda run: run.clear(), "config and jax and starts"),
+            (lambda run: run.update(config=[1]), "config"),
+            (lambda run: run.update(starts=[]), "starts"),
+            (lambda run: run["starts"][0].pop("versions"), "starts"),
+        ],
+    )
+    def test_a_record_of_another_form_is_named(self, tmp_path, monkeypatch, change, missing):
+        monkeypatch.chdir(tmp_path)
+        run = RunDirectory(None, "run", CONFIG)
+        run.close()
+        content = json.loads((run.path / "run.json").read_text())
+        change(content)
+        (run.path / "run.json").write_text(json.dumps(content))
+        for attempt in (RunDirectory.check, lambda path, config: RunDirectory(path, "run", config)):
+            with pytest.raises(WorkdirError, match=rf"run.json lacks {missing}, or has another form"):
+                attempt(run.path, CONFIG)
+        assert RunDirectory(None, "run", CONFIG).path.name == "run-2"  # A damaged default directory is passed over.
+
+    def test_other_settings_of_jax_are_refused(self, tmp_path):
+        RunDirectory(tmp_path, "run", CONFIG).close()
+        before = jax.config.jax_default_prng_impl
+        jax.config.update("jax_default_prng_impl", "rbg")
+        try:
+            with pytest.raises(WorkdirError, match="jax_default_prng_impl was 'threefry2x32', is 'rbg'"):
+                RunDirectory.check(tmp_path, CONFIG)
+        finally:
+            jax.config.update("jax_default_prng_impl", before)
+        RunDirectory.check(tmp_path, CONFIG)
+
 
 def test_the_error_names_a_path_that_cannot_be_written(tmp_path):
     file = tmp_path / "file"
