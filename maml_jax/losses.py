@@ -1,6 +1,10 @@
 """Losses of the MAML paper's supervised tasks, for a model given as `apply(params, inputs) -> outputs`.
 
-Both losses are means over the batch. The paper's code divides the sum of the cross-entropy over N * K examples by K,
+Both losses are means over the batch. A batch may have a third part, the weights of its examples `[B]`: then they are
+weighted means, and an example of weight 0 counts for nothing in the loss. Batch normalisation still sees the example:
+to pad tasks of unequal size, use a normalisation of each example alone, such as 'layer'.
+
+The paper's code divides the sum of the cross-entropy over N * K examples by K,
 so its loss is N times the mean. `rate_for_mean_loss` converts the inner learning rates of the paper's code.
 
 The paper is Finn, Abbeel and Levine 2017, Model-agnostic meta-learning, arXiv:1703.03400.
@@ -60,13 +64,16 @@ def mean_squared_error(apply: Apply) -> LossFn:
     """
 
     def loss_fn(params: Params, batch: Batch) -> tuple[jax.Array, dict[str, Any]]:
-        inputs, targets, *context = batch
+        inputs, targets, weights, context = _parts(batch)
         outputs = apply(params, inputs, *context)
         if jnp.shape(outputs) != jnp.shape(targets):
             raise ValueError(
                 f"The targets must have the shape of the outputs, {jnp.shape(outputs)}, but have {jnp.shape(targets)}."
             )
-        return jnp.mean(jnp.square(outputs - targets)), {}
+        errors = jnp.square(outputs - targets)
+        if weights is None:
+            return jnp.mean(errors), {}
+        return _weighted_mean(errors.reshape(len(errors), -1).mean(-1), weights), {}
 
     return loss_fn
 
@@ -97,10 +104,10 @@ def cross_entropy(apply: Apply) -> LossFn:
     """
 
     def loss_fn(params: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        inputs, labels, *context = batch
+        inputs, labels, weights, context = _parts(batch)
         logits = apply(params, inputs, *context)
-        loss = _mean_cross_entropy(logits, labels)
-        return loss, {"accuracy": jnp.mean((jnp.argmax(logits, -1) == labels).astype(logits.dtype))}
+        loss = _mean_cross_entropy(logits, labels, weights)
+        return loss, {"accuracy": _mean((jnp.argmax(logits, -1) == labels).astype(logits.dtype), weights)}
 
     return loss_fn
 
@@ -112,21 +119,51 @@ def log_probabilities(apply: Apply) -> LossFn:
     """
 
     def loss_fn(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        inputs, labels, *context = batch
+        inputs, labels, weights, context = _parts(batch)
         logits = apply(params, inputs, *context)
-        return _mean_cross_entropy(logits, labels), jax.nn.log_softmax(logits)
+        return _mean_cross_entropy(logits, labels, weights), jax.nn.log_softmax(logits)
 
     return loss_fn
 
 
-def _mean_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def _parts(batch: Batch) -> tuple[Any, Any, Any, tuple[Any, ...]]:
+    """Inputs, targets, weights of the examples or None, and the further arguments of the model.
+
+    Raises:
+      TypeError: if the batch has another form.
+    """
+    if isinstance(batch, QueryWithSupport):
+        return batch.inputs, batch.targets, None, (batch.context,)
+    if isinstance(batch, (tuple, list)) and len(batch) in (2, 3):
+        inputs, targets, *weights = batch
+        return inputs, targets, weights[0] if weights else None, ()
+    form = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
+    raise TypeError(
+        "The batch must be (inputs, targets), (inputs, targets, weights [B]) or a losses.QueryWithSupport, but is a "
+        f"{form}. For another form of batch, write the loss (params, batch) -> (scalar, aux) yourself."
+    )
+
+
+def _mean(values: jax.Array, weights: jax.Array | None) -> jax.Array:
+    return jnp.mean(values) if weights is None else _weighted_mean(values, weights)
+
+
+def _weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
+    if jnp.shape(weights) != jnp.shape(values):
+        raise ValueError(
+            f"The weights must be one for each example, of shape {jnp.shape(values)}, but have {jnp.shape(weights)}."
+        )
+    return (weights * values).sum() / weights.sum()
+
+
+def _mean_cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array | None = None) -> jax.Array:
     rows = jnp.shape(logits)[:-1]
     if not jnp.issubdtype(jnp.result_type(labels), jnp.integer) or jnp.shape(labels) != rows:
         raise ValueError(
             f"The labels must be integers of shape {rows}, one for each row of logits {jnp.shape(logits)}, but are "
             f"{jnp.result_type(labels)} of shape {jnp.shape(labels)}."
         )
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    return _mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels), weights)
 
 
 def inductive(apply: Apply) -> Apply:

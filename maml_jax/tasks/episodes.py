@@ -44,7 +44,8 @@ class ImageClasses:
     """
 
     images: Any
-    """uint8 `[n, H, W]` or `[n, H, W, C]`, of NumPy or JAX. Images of a class are adjacent. Values are 0 to 255."""
+    """`[n, H, W]` or `[n, H, W, C]`, of NumPy or JAX. Images of a class are adjacent. uint8 values, 0 to 255, become
+    float32 in [0, 1] in the episodes; values of other types stay as they are."""
     counts: tuple[int, ...]
     """The number of images of each class; the sum is `n`."""
 
@@ -58,7 +59,7 @@ def equal_classes(images: Any) -> ImageClasses:
     """Groups the images of classes of equal size.
 
     Args:
-      images: uint8 `[classes, examples, H, W]` or `[classes, examples, H, W, C]`.
+      images: `[classes, examples, H, W]` or `[classes, examples, H, W, C]`, see `ImageClasses`.
 
     Example:
       >>> equal_classes(np.zeros((3, 20, 28, 28), np.uint8)).counts
@@ -95,11 +96,17 @@ class EpisodeShape(NamedTuple):
           names: the names of the classes, for the error message. With None the message gives the index of a class.
 
         Raises:
-          ValueError: if the value of a field is not allowed, if there are too few classes, if a class has too few
-            images, or if images are not square although episodes rotate them.
+          ValueError: if the value of a field is not allowed, if the counts do not add up to the number of images, if
+            there are too few classes, if a class has too few images, or if images are not square although episodes
+            rotate them.
         """
         for name in ("ways", "shots", "queries"):
             validation.at_least(name, getattr(self, name), 1)
+        if sum(data.counts) != len(data.images):
+            raise ValueError(
+                f"The counts of the classes must add up to the number of images, {len(data.images)}, but add up to "
+                f"{sum(data.counts)}."
+            )
         validation.one_of("rotations", self.rotations, ROTATIONS)
         validation.one_of("labels", self.labels, LABELS)
         if self.rotations != "none" and data.images.shape[1] != data.images.shape[2]:
@@ -143,8 +150,8 @@ def draw_episodes(key: jax.Array, data: ImageClasses, num_tasks: int, shape: Epi
 
     Returns:
       Tasks with support `(images [T, N*K, H, W, C], labels [T, N*K])` and query
-      `(images [T, N*Q, H, W, C], labels [T, N*Q])`. Images are float32 in [0, 1], labels are int32. The examples of a
-      class are adjacent.
+      `(images [T, N*Q, H, W, C], labels [T, N*Q])`. uint8 images become float32 in [0, 1], labels are int32. The
+      examples of a class are adjacent.
 
     Raises:
       ValueError: while tracing, if `data` has too few classes or images; see `EpisodeShape.check`.
@@ -187,7 +194,7 @@ def assemble_episodes(pixels: jax.Array, choice: Choice, shape: EpisodeShape) ->
     """Builds episodes from the pixels of chosen images; see `draw_episodes`.
 
     Args:
-      pixels: uint8 `[T, N, K + Q, H, W]` or `[T, N, K + Q, H, W, C]`.
+      pixels: `[T, N, K + Q, H, W]` or `[T, N, K + Q, H, W, C]`.
       choice: the result of `choose_images`.
       shape: the shape that was given to `choose_images`.
 
@@ -195,10 +202,10 @@ def assemble_episodes(pixels: jax.Array, choice: Choice, shape: EpisodeShape) ->
       Tasks as from `draw_episodes`.
     """
     ways, shots, queries, rotations, labels = shape
-    # Rotate the images and scale the pixels to [0, 1].
+    # Rotate the images, and scale uint8 pixels to [0, 1].
     pixels = jnp.asarray(pixels)[..., None] if pixels.ndim == 5 else jnp.asarray(pixels)
     pixels = pixels if rotations == "none" else jax.vmap(jax.vmap(_rotate))(pixels, choice.quarter_turns)
-    pixels = pixels.astype(jnp.float32) / 255
+    pixels = pixels.astype(jnp.float32) / 255 if pixels.dtype == jnp.uint8 else pixels
     num_tasks, image_shape = pixels.shape[0], pixels.shape[3:]
     # Label the classes.
     if labels == "ways":

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from maml_jax import losses
 
@@ -37,3 +38,30 @@ def test_inductive_predictions_do_not_depend_on_each_other():
     np.testing.assert_array_equal(centred(1.0, inputs), [[0.0], [2.0]])
     np.testing.assert_array_equal(losses.inductive(centred)(1.0, inputs), [[1.0], [1.0]])
     np.testing.assert_array_equal(losses.inductive(centred)(1.0, inputs, context), [[-2.0], [0.0]])
+
+
+def test_weights_of_examples():
+    logits = jnp.log(jnp.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8], [0.2, 0.2, 0.6]]))
+    labels, weights = jnp.array([0, 0, 2]), jnp.array([3.0, 0.0, 1.0])
+    for make, value in ((losses.cross_entropy, 1.0), (losses.log_probabilities, None)):
+        loss, aux = make(lambda params, x: x)(None, (logits, labels, weights))
+        np.testing.assert_allclose(loss, -(3 * np.log(0.5) + np.log(0.6)) / 4, rtol=1e-6)
+        assert value is None or aux["accuracy"] == value  # The wrong example has the weight 0.
+    batch = (jnp.array([[1.0], [2.0]]), jnp.array([[2.0], [5.0]]), jnp.array([1.0, 0.0]))
+    assert losses.mean_squared_error(lambda params, x: x)(None, batch)[0] == 1.0
+
+
+def test_a_batch_of_another_form_raises():
+    inputs, labels = jnp.zeros((4, 3)), jnp.zeros(4, jnp.int32)
+    loss_fn = losses.cross_entropy(lambda params, x: x)
+    with pytest.raises(ValueError, match=r"weights must be one for each example, of shape \(4,\), but have \(3,\)"):
+        loss_fn(None, (inputs, labels, jnp.ones(3)))
+    for batch in ((inputs,), (inputs, labels, labels, labels), {"inputs": inputs, "labels": labels}):
+        with pytest.raises(TypeError, match=r"The batch must be \(inputs, targets\), .* but is a"):
+            loss_fn(None, batch)
+
+
+def test_a_query_set_may_bring_its_support_set():
+    task = losses.query_with_support(losses.Task((jnp.array([[5.0]]), jnp.array([[0.0]])), (jnp.ones((1, 1)),) * 2))
+    loss, _ = losses.mean_squared_error(lambda params, x, context: x + context)(None, task.query)
+    assert loss == 25.0

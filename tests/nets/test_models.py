@@ -69,3 +69,10 @@ def test_masks_of_anil_and_boil():
             if any(not np.array_equal(leaf, adapted[layer][name]) for name, leaf in leaves.items())
         }
         assert changed == adapts
+
+
+def test_images_too_small_for_the_pooled_net_raise():
+    net = models.ConvNet(5, filters=4, pooled=True)
+    with pytest.raises(ValueError, match=r"at least 16x16 pixels.* but have 8x8"):
+        net.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    assert net.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]["head"]["kernel"].shape == (4, 5)

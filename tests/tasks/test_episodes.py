@@ -151,3 +151,20 @@ def test_a_seed_gives_the_recorded_episodes():
         choice = jax.jit(choose_images, static_argnums=(1, 2, 3))(jax.random.key(3), (20,) * 12, 7, shape)
         assert choice.images.shape == (7, 5, 5) and choice.quarter_turns.shape == (7, 5)
         assert choice.images[6, :, 3].tolist() == images and choice.quarter_turns[6].tolist() == turns
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_only_uint8_pixels_are_scaled(dtype):
+    values = np.arange(12).reshape(2, 3, 1, 2) % 5
+    shape = EpisodeShape(2, 1, 2)
+    drawn = [
+        draw_episodes(jax.random.key(0), equal_classes(values.astype(kind)), 1, shape) for kind in (dtype, np.uint8)
+    ]
+    np.testing.assert_allclose(drawn[0].query[0] / 255, drawn[1].query[0], rtol=1e-6)
+    assert drawn[0].query[0].dtype == dtype and drawn[0].query[0].max() > 1
+
+
+def test_counts_that_do_not_add_up_raise():
+    classes = ImageClasses(np.zeros((24, 8, 8), np.uint8), (5,) * 6)
+    with pytest.raises(ValueError, match="must add up to the number of images, 24, but add up to 30"):
+        EpisodeShape(3, 1, 2).check(classes)
