@@ -105,7 +105,7 @@ def prepare(config: Config) -> tuple[list[Run], Path]:
       OSError: if a file cannot be read.
     """
     if not config.runs:
-        raise ValueError("runs must name at least one directory, but got none.")
+        raise ValueError("runs must have at least one directory, but got none.")
     output = config.output or config.runs[0] / "report.html"
     runs = read_all(config.runs)
     if not output.parent.is_dir():

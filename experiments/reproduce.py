@@ -139,7 +139,7 @@ def prepare(config: Config) -> tuple[Config, list[Job]]:
         validation.seed("seeds", seed)
     for path in config.results:
         if not path.is_dir():
-            raise ValueError(f"results: there is no folder {path}.")
+            raise ValueError(f"results must be folders that exist, but {path} does not.")
     # Raises ValueError for damaged results.
     compare.find([*config.results, *([config.workdir] if config.workdir.is_dir() else [])])
     jobs = [

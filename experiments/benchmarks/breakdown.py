@@ -77,7 +77,7 @@ def main(config: Config) -> dict[str, Any]:
     results = {"config": dataclasses.asdict(config), "device": jax.devices()[0].device_kind, "rows": rows}
     path = run.write_results(results)
     plots.shares(run.path / "shares.png", {title(row): row["shares"] for row in rows}, "a meta-step's time")
-    print(f"Wrote {path}, and shares.png beside it.")
+    print(f"Wrote {path}, with shares.png in the same folder.")
     return results
 
 

@@ -152,7 +152,7 @@ def main(prepared: tuple[Config, list[Problem]]) -> dict[str, Any]:
     path = run.write_results(results)
     shares = {row["problem"]: row["shares"] for row in rows}
     plots.shares(run.path / "shares.png", shares, "a meta-iteration's processor time")
-    print(f"Wrote {path}, and shares.png beside it.")
+    print(f"Wrote {path}, with shares.png in the same folder.")
     return results
 
 

@@ -7,8 +7,8 @@ from maml_jax.parallel import processes
 from maml_jax.runs.files import read_json
 
 FEWEST = 9
-"""Minimum number of meta-iterations in a measurement. The next meta-iteration starts before the last one is logged, so
-the times of few meta-iterations are not exact."""
+"""Minimum number of meta-iterations in a measurement. Short measurements are not exact: a meta-iteration starts before
+the previous one is logged."""
 
 
 class Timer:

@@ -193,7 +193,7 @@ class Line(NamedTuple):
         return self.numbers(INDUCTIVE if INDUCTIVE in labels(self.row) else TRANSDUCTIVE)
 
     def curve(self) -> dict[str, list[float]]:
-        """Returns the accuracy after each number of inner steps and its half width, as means over the seeds."""
+        """Returns the mean accuracy over seeds after each number of inner steps, and its half width."""
         both = [[found[name] for _, found in self.summaries()] for name in ("accuracy", "half_width")]
         mean, half_width = (np.asarray(each, np.float64) for each in both)
         return {

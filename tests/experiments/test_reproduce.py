@@ -160,7 +160,7 @@ BAD = [
     ({"seeds": (1, 1)}, r"must be different from each other, but got 1, 1"),
     ({"seeds": (-1,)}, "seeds must be an integer of at least 0, but got -1"),
     ({"rows": ("images-*",), "image_dir": Path("nowhere")}, "nowhere does not exist, but the row images-5w1s needs"),
-    ({"results": (Path("nowhere"),)}, "there is no folder nowhere"),
+    ({"results": (Path("nowhere"),)}, "results must be folders that exist, but nowhere"),
 ]
 
 
