@@ -1,6 +1,6 @@
 """Few-shot classification of Omniglot's characters (paper, section 5.2 and table 1).
 
-    python -m experiments.omniglot --ways 5 --shots 1 --data-dir data --download
+    python -m experiments.omniglot --ways 5 --shots 1 --data-dir data/omniglot --download
 
 The command trains by the paper's recipe for the number of ways, and evaluates on 600 test tasks of held-out characters.
 It writes metrics, results, the best models and plots to the work directory.
