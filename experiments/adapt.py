@@ -2,16 +2,16 @@
 
     python -m experiments.adapt runs/NAME/best/step-0060000.msgpack my_pictures
 
-The folder holds a folder of labelled pictures for each class, named as the class, and beside them the pictures to
-classify. Prints a class and a confidence for each picture, and writes them to a JSON file and a grid of pictures.
-Each picture is classified independently of the others: a model that was trained with batch normalisation takes the
-statistics of the labelled pictures here.
+my_pictures holds one folder of labelled pictures for each class, with the name of the class. The pictures to classify
+lie directly in my_pictures. The command prints a class and a confidence for each of these, and writes a JSON file and a
+plot. The result for a picture does not depend on the other pictures: a model that was trained with batch normalisation
+normalises with the statistics of the labelled pictures.
 """
 
 import dataclasses
 import json
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +20,7 @@ import tyro
 from experiments.few_shot import testing
 from experiments.few_shot.run import Run
 from experiments.shared import command_line, plots
+from experiments.shared.command_line import DefaultInHelp
 from experiments.table.rows import EXPERIMENTS
 from maml_jax import validation
 from maml_jax.runs import model_file
@@ -29,16 +30,16 @@ from maml_jax.types import MetaState, Task
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A model and a folder of pictures."""
+    """The command prints and writes a class and a confidence for each picture to classify."""
 
-    model: tyro.conf.Positional[Path]
-    """A file that training wrote to `best/`."""
-    folder: tyro.conf.Positional[Path]
-    """A folder or zip archive: `<class>/<picture>` for each labelled picture, and the others beside these."""
-    steps: int | None = None
-    """Inner steps of adaptation; default: those after which training selected the model."""
+    model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
+    """A model file, from the folder best/ of a run."""
+    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
+    """A folder or zip archive: CLASS/PICTURE is a labelled picture, PICTURE is a picture to classify."""
+    steps: DefaultInHelp[int | None] = None
+    """Inner steps of the adaptation. Default: the number with which training selected the model."""
     output: Path = Path("predictions.json")
-    """Where to write the predictions; the grid of pictures is written beside it as PNG."""
+    """JSON file of the predictions. The plot gets the same path with suffix .png."""
 
 
 class Prepared(NamedTuple):
@@ -48,7 +49,7 @@ class Prepared(NamedTuple):
     run: Run
     state: MetaState
     labelled: dict[str, list[np.ndarray]]
-    """Pictures of each class, uint8 `[H, W]` or `[H, W, C]` of the model's size."""
+    """Pictures of each class, uint8 `[H, W]` or `[H, W, C]`, resized to the model's input."""
     others: dict[str, np.ndarray]
     """The pictures to classify, by name."""
     steps: int
@@ -59,7 +60,9 @@ def prepare(config: Config) -> Prepared:
     """Reads the model and the pictures.
 
     Raises:
-      ValueError, DataError, OSError: saying what is wrong and what to do.
+      ValueError: if an option is not allowed, the file has no few-shot classifier, or the folder has a wrong layout.
+      DataError: if a picture cannot be decoded.
+      OSError: if a file cannot be read.
     """
     if config.steps is not None:
         validation.at_least("steps", config.steps, 0)
@@ -68,11 +71,11 @@ def prepare(config: Config) -> Prepared:
     about = saved.description
     if about.get("experiment") not in EXPERIMENTS:
         raise ValueError(
-            f"{config.model} is not a few-shot classifier, but of the experiment {about.get('experiment')!r}."
+            f"{config.model} must be a few-shot classifier, but is a model of experiment {about.get('experiment')!r}."
         )
     run = EXPERIMENTS[about["experiment"]](**about["config"])
     if run.normalisation == "batch":
-        # The parameters are the same, and the class of a picture does not depend on the other pictures.
+        # 'support' has the same parameters as 'batch', and makes predictions independent of the other pictures.
         run = dataclasses.replace(run, normalisation="support")
     height, _, channels = run.image_shape
     pictures = images.pictures(config.folder, size=height, resampling=run.resampling)
@@ -86,17 +89,21 @@ def prepare(config: Config) -> Prepared:
 def sort(
     pictures: dict[str, np.ndarray], folder: Path, ways: int
 ) -> tuple[dict[str, list[np.ndarray]], dict[str, np.ndarray]]:
-    """Labelled pictures by class, and the others by name.
+    """Returns the labelled pictures by class, and the pictures to classify by name.
 
     Raises:
-      ValueError: if there are not 2 to `ways` classes, if a picture lies deeper, or if there is none to classify.
+      ValueError: if there are not 2 to `ways` classes, if a picture lies in a deeper folder, or if there is no picture
+        to classify.
     """
     labelled: dict[str, list[np.ndarray]] = {}
     others = {}
     for name, picture in pictures.items():
         *above, _ = PurePosixPath(name).parts
         if len(above) > 1:
-            raise ValueError(f"{name} in {folder} lies too deep: give <class>/<picture> and, beside them, <picture>.")
+            raise ValueError(
+                f"{name} in {folder} lies too deep: labelled pictures must be CLASS/PICTURE, pictures to classify "
+                "must be PICTURE."
+            )
         if above:
             labelled.setdefault(above[0], []).append(picture)
         else:
@@ -107,35 +114,46 @@ def sort(
             f"pictures, but has {len(labelled)}{': ' if labelled else ''}{', '.join(labelled)}."
         )
     if not others:
-        raise ValueError(f"There are no pictures to classify: put them beside the folders in {folder}.")
+        raise ValueError(
+            f"There are no pictures to classify in {folder}: put them in this folder, beside the class folders."
+        )
     return labelled, others
 
 
 def predict(prepared: Prepared) -> np.ndarray:
-    """Probability of each class for each picture, `[pictures, classes]`."""
+    """Returns the probability of each class for each picture to classify, `[pictures, classes]`.
+
+    Raises:
+      FloatingPointError: if a prediction is not finite.
+    """
     labelled, others = list(prepared.labelled.values()), list(prepared.others.values())
 
     def inputs(pictures: list[np.ndarray]) -> jnp.ndarray:
         pixels = np.stack(pictures)
-        # As in training: in drawings, ink is 1 and paper 0.
+        # In training, the ink of a drawing is 1 and the paper is 0.
         pixels = 255 - pixels[..., None] if pixels.ndim == 3 else pixels
         return jnp.asarray(pixels, jnp.float32)[None] / 255
 
     labels = np.repeat(np.arange(len(labelled), dtype=np.int32), [len(each) for each in labelled])
     support = (inputs([picture for each in labelled for picture in each]), jnp.asarray(labels)[None])
-    query = (inputs(others), jnp.zeros((1, len(others)), jnp.int32))  # Labels are not used.
+    query = (inputs(others), jnp.zeros((1, len(others)), jnp.int32))  # The labels of queries are not used.
     predict = testing.predictor(prepared.run, prepared.state, prepared.steps)
     log_probabilities, _ = predict(Task(support, query))
-    of_classes = np.exp(np.asarray(log_probabilities[0, -1, :, : len(labelled)], np.float64))
-    if not np.isfinite(of_classes).all():
+    # The model may distinguish more classes than the folder has: drop the others and normalise.
+    probabilities = np.exp(np.asarray(log_probabilities[0, -1, :, : len(labelled)], np.float64))
+    if not np.isfinite(probabilities).all():
         raise FloatingPointError(
             f"After {prepared.steps} inner steps the predictions are not finite: give fewer --steps."
         )
-    return of_classes / of_classes.sum(-1, keepdims=True)
+    return probabilities / probabilities.sum(-1, keepdims=True)
 
 
 def main(prepared: Prepared) -> list[dict[str, Any]]:
-    """Adapts, prints, and writes the predictions and their picture."""
+    """Adapts the model, prints the predictions, and writes them as JSON and as a plot.
+
+    Returns:
+      The content of the JSON file: `picture`, `class`, `confidence` and `probabilities` of each picture to classify.
+    """
     config, names = prepared.config, list(prepared.labelled)
     found: list[dict[str, Any]] = []
     for picture, probabilities in zip(prepared.others, predict(prepared)):

@@ -4,8 +4,8 @@
     python -m experiments.benchmark --workloads omniglot-5w1s --against torch
     python -m experiments.benchmark --workloads transformer --remat none full mixflow --inner-steps 1 4 16 32
 
-Every variant runs in its own process. The variants run in turn, several times, so that other work on the machine
-affects all of them. Writes a table, results.json and benchmark.png.
+Each measurement runs in a new process. The variants take turns for several rounds, so that other load on the machine
+affects all of them. The command prints a table, and writes results.json and benchmark.png.
 """
 
 import dataclasses
@@ -26,6 +26,7 @@ from experiments.benchmarks import workloads
 from experiments.benchmarks.measure import Variant
 from experiments.benchmarks.workloads import WORKLOADS, WorkloadName
 from experiments.shared import command_line, plots
+from experiments.shared.command_line import DefaultInHelp
 from maml_jax import validation
 from maml_jax.inner import Remat
 from maml_jax.nets.convolution import ImplementationName
@@ -38,37 +39,37 @@ PEER_NAMES = {"loop": "PyTorch, loop over tasks", "func": "PyTorch, torch.func",
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Measures every combination of the options."""
+    """Measures the meta-step of every combination of these options."""
 
     workloads: tuple[WorkloadName, ...] = WORKLOADS
-    """Workloads: a model with a meta-batch each."""
+    """Workloads. Each has a model and a meta-batch."""
     orders: tuple[Literal[1, 2], ...] = (2, 1)
-    """Order of the meta-gradient: second or first."""
-    inner_steps: tuple[int, ...] = ()
-    """Numbers of inner steps. Default: the paper's for each workload."""
+    """Orders of the meta-gradient. 2: exact; 1: first-order approximation."""
+    inner_steps: DefaultInHelp[tuple[int, ...]] = ()
+    """Numbers of inner steps. Default: the paper's number for each workload."""
     remat: tuple[Remat, ...] = ("none",)
-    """What each inner step stores, for second order."""
-    task_batch_size: tuple[int, ...] = ()
-    """Tasks computed together on a device, 0 for all. Default: what suits the backend and the model."""
-    implementations: tuple[ImplementationName, ...] = ()
-    """Implementations of the convolution. Default: what suits the backend and the shapes."""
+    """Rematerialisation of the inner steps in second order, see `maml_jax.sgd`."""
+    task_batch_size: DefaultInHelp[tuple[int, ...]] = ()
+    """Numbers of tasks that a device computes at once; 0: all tasks. Default: chosen by backend and model."""
+    implementations: DefaultInHelp[tuple[ImplementationName, ...]] = ()
+    """Implementations of the convolution. Default: chosen by backend and shapes."""
     dtypes: tuple[Literal["float32", "bfloat16", "float64"], ...] = ("float32",)
-    """Types of parameters and inputs."""
-    devices: tuple[int, ...] = ()
-    """Numbers of devices. Default: as many as can share the tasks evenly."""
-    against: Literal["torch"] | None = None
-    """Also measure the same meta-steps in PyTorch, in turn with ours."""
-    peer_python: Path | None = None
-    """A Python with PyTorch. Default: this one."""
+    """Data types of parameters and inputs."""
+    devices: DefaultInHelp[tuple[int, ...]] = ()
+    """Numbers of devices. Default: the largest number that shares the tasks evenly."""
+    against: DefaultInHelp[Literal["torch"] | None] = None
+    """Also measure the same meta-steps in PyTorch. Default: no comparison."""
+    peer_python: DefaultInHelp[Path | None] = None
+    """Python executable with PyTorch. Default: the Python of this command."""
     rounds: int = 3
     """Number of measurements of each variant."""
     seconds: float = 3.0
-    """Duration of each measurement in s."""
-    workdir: Path | None = None
-    """Directory of the results. Default: a new directory below runs/."""
+    """Duration of each measurement in seconds."""
+    workdir: DefaultInHelp[Path | None] = None
+    """Directory of the results. Default: a new directory in runs/."""
 
     def variants(self) -> list[Variant]:
-        """All combinations, without those that compute the same."""
+        """Returns all combinations of the options, each computation once."""
         product: Any = itertools.product(
             self.workloads,
             self.orders,
@@ -82,18 +83,18 @@ class Config:
         found: dict[Variant, None] = {}
         for values in product:
             variant = Variant(*values)
-            if variant.order == 1:  # Stores nothing of the inner steps.
+            if variant.order == 1:  # First order stores nothing of the inner steps: `remat` has no effect.
                 variant = dataclasses.replace(variant, remat="none")
-            if variant.workload not in workloads.IMAGES:
+            if variant.workload not in workloads.IMAGES:  # The net has no convolutions.
                 variant = dataclasses.replace(variant, implementation=None)
             found[variant] = None
         return list(found)
 
     def check(self) -> None:
-        """Raises ValueError for an option that is not allowed."""
+        """Raises ValueError if an option is not allowed."""
         for name in ("workloads", "orders", "remat", "dtypes"):
             if not getattr(self, name):
-                raise ValueError(f"{name} must name at least one, but got none.")
+                raise ValueError(f"{name} must have at least one value, but got none.")
         for steps in self.inner_steps:
             validation.at_least("inner_steps", steps, 1)
         for count in self.task_batch_size:
@@ -123,19 +124,19 @@ def prepare(config: Config) -> Config:
             subprocess.run([python, "-c", "import torch"], check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise ValueError(
-                f"{python} has no PyTorch to measure. Install it with `pip install -e '.[torch]'`, or name a Python "
-                "that has it with --peer-python."
+                f"{python} has no PyTorch. Install PyTorch with `pip install -e '.[torch]'`, or give another Python "
+                "with --peer-python."
             ) from error
         if (backend := where()[0]) not in ("cpu", "gpu"):
-            raise ValueError(f"against torch measures on CPUs and GPUs, but JAX has a {backend} here.")
+            raise ValueError(f"--against torch measures on CPUs and GPUs, but the backend of JAX is {backend}.")
         if backend == "gpu" and not config.devices:
-            return dataclasses.replace(config, devices=(1,))  # The peers use one.
+            return dataclasses.replace(config, devices=(1,))  # PyTorch uses one GPU.
     return config
 
 
 def main(config: Config) -> dict:
     """Runs the benchmark; returns the content of `results.json`."""
-    jax.config.update("jax_platforms", "cpu")  # The processes that measure use the accelerator, one at a time.
+    jax.config.update("jax_platforms", "cpu")  # Only the measuring processes use the accelerator, one at a time.
     backend, device = where()
     run = RunDirectory(config.workdir, "benchmark", devices=device)
     print(f"Writing to {run.path}", flush=True)
@@ -174,7 +175,7 @@ def main(config: Config) -> dict:
     print(f"Wrote {path}.")
     if any("ms" in row for row in results["rows"]):
         plots.benchmark(run.path / "benchmark.png", results["rows"], PEER_NAMES)
-        print("Wrote benchmark.png beside it.")
+        print(f"Wrote {run.path / 'benchmark.png'}.")
     if any("error" in row for row in rows):
         raise SystemExit(1)
     return results
@@ -182,7 +183,7 @@ def main(config: Config) -> dict:
 
 @cache
 def where() -> tuple[str, str]:
-    """The backend and a description of its devices. Another process looks at them, and then releases them."""
+    """Returns JAX's backend and a description of its devices. Another process asks JAX, so that this one holds none."""
     code = "import jax; d = jax.devices(); print(jax.default_backend()); print(len(d), 'x', d[0].device_kind)"
     command = [sys.executable, "-c", code]
     backend, device = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-2:]
@@ -190,12 +191,22 @@ def where() -> tuple[str, str]:
 
 
 def one_round(config: Config, row: dict[str, Any], compiled: str, backend: str) -> dict[str, Any]:
-    """Measures one row once, in a new process; peers run on our `backend`. Returns the measurement or its error."""
+    """Measures one row once, in a new process.
+
+    Args:
+      config: the options.
+      row: a variant, or an implementation in PyTorch.
+      compiled: the folder of compiled programs.
+      backend: JAX's backend. PyTorch runs on the same kind of device.
+
+    Returns:
+      The measurement, or `{"error": message}`.
+    """
     keys = [field.name for field in dataclasses.fields(Variant)] if row["kind"] == "ours" else [
         "peer", "workload", "order", "inner_steps"]  # fmt: skip
     given = {key: row[key] for key in keys} | {"seconds": config.seconds}
     if row["kind"] == "ours":
-        # Every row has its own compilation cache. The first round compiles, and measures the time.
+        # Each row has a compilation cache. The first round fills the cache and measures the time of compilation.
         folder = os.path.join(compiled, title(row))
         command = [sys.executable, "-m", "experiments.benchmarks.measure", json.dumps({**given, "compiled": folder})]
     else:
@@ -212,7 +223,7 @@ def one_round(config: Config, row: dict[str, Any], compiled: str, backend: str) 
 
 
 def summary(row: dict[str, Any]) -> dict[str, Any]:
-    """One row with the median and the range of its rounds' medians."""
+    """Returns a row with the median, minimum and maximum over rounds. The time of a round is a median, too."""
     row = dict(row)
     rounds = row.pop("rounds")
     if not rounds or "error" in row:
@@ -225,7 +236,7 @@ def summary(row: dict[str, Any]) -> dict[str, Any]:
         row |= {key: rounds[0][key] for key in ("tasks", "compile_s", "memory_compiled", "memory_measured", "gflop")}
         row["devices_used"] = rounds[0]["devices_used"]
         row["limit_gflops"] = float(np.median([outcome["limit_gflops"] for outcome in rounds]))
-        # The limit was measured in the process of each round.
+        # Each round measured the limit too: divide within a round, then take the median.
         row["share_of_limit"] = float(
             np.median([o["gflop"] / np.median(o["ms"]) * 1e3 / o["limit_gflops"] for o in rounds])
         )
@@ -234,7 +245,12 @@ def summary(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Second order over first order in time, memory and operations; and the fastest peer over ours."""
+    """Compares each variant with first order and with PyTorch.
+
+    Returns:
+      For each measured variant: second order over first order in time, memory and operations, and the time of the
+      fastest PyTorch implementation over ours.
+    """
     found = []
     for row in (row for row in rows if row["kind"] == "ours" and "ms" in row):
         ratio: dict[str, Any] = {key: row[key] for key in ("workload", "order", "inner_steps", "remat")}
@@ -258,7 +274,7 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def title(row: dict[str, Any]) -> str:
-    """The variant of a row in words."""
+    """Describes the variant of a row."""
     parts = [row["workload"], "second order" if row["order"] == 2 else "first order"]
     parts += [f"{row['inner_steps']} inner steps"] if row["inner_steps"] else []
     if row["kind"] == "peer":
@@ -272,12 +288,10 @@ def title(row: dict[str, Any]) -> str:
 
 
 def table(results: dict) -> str:
-    """Time of a meta-step, memory, and share of the machine's limit; then the ratios."""
+    """Formats the times, the memory, the shares of the machine's limit, and the ratios."""
     width = max(len(title(row)) for row in results["rows"])
-    head = (
-        f"{'':{width}}   ms a meta-step (least - most)   tasks/s  compile s  MB a device  MB measured   GFLOP  of limit"
-    )
-    lines = ["", head]
+    columns = "   ms per meta-step (min - max)    tasks/s  compile s    MB/device  MB measured     GFLOP of limit"
+    lines = ["", " " * width + columns]
     for row in results["rows"]:
         if "ms" not in row:
             lines.append(f"{title(row):{width}}   {row.get('error', 'not measured')}")

@@ -1,16 +1,16 @@
-"""Evaluates saved models on held-out classes, by the protocol of their training or by another.
+"""Evaluates saved models on held-out classes.
 
     python -m experiments.evaluate runs/NAME/best/step-0060000.msgpack --data-dir data/omniglot
     python -m experiments.evaluate runs/NAME/best/*.msgpack --ensemble --data-dir data/omniglot
     python -m experiments.evaluate FIRST.msgpack SECOND.msgpack --data-dir data/omniglot
 
-Several models are compared with the first on the same tasks, by a paired bootstrap.
+The command prints the accuracy after each number of inner steps. With --output it writes a JSON file and a plot.
 """
 
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import tyro
@@ -18,6 +18,7 @@ import tyro
 from experiments.few_shot import testing
 from experiments.few_shot.run import TEST_STEPS, DataSet, Run, Split
 from experiments.shared import command_line, plots
+from experiments.shared.command_line import DefaultInHelp
 from experiments.table.rows import EXPERIMENTS
 from maml_jax import evaluation, validation
 from maml_jax.evaluation import QueryMode
@@ -31,40 +32,45 @@ from maml_jax.types import MetaState
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Options that are not given are those of the model's training."""
+    """The given options replace those of the model's training.
 
-    models: tyro.conf.Positional[tuple[Path, ...]]
-    """Files that training wrote to `best/`."""
+    If there are several models, each is compared with the first model on the same tasks, by a paired bootstrap.
+    """
+
+    models: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="MODEL [MODEL ...]", help_behavior_hint="")
+    ]
+    """Model files, from the folders best/ of runs."""
     data_dir: Path = Path("data")
-    """Where the data set is."""
+    """Folder of the data set."""
     ensemble: bool = False
-    """Average the predictions of all models, instead of evaluating each model."""
+    """Evaluate the average prediction of all models, not each model."""
     split: Split = "test"
-    """Classes to draw tasks from."""
+    """Split of the classes of the tasks."""
     tasks: int = 600
-    """Tasks to evaluate on."""
-    seed: int | None = None
-    """Seed of the tasks; with the seed of the training, 600 tasks of 'test' are those of its results."""
-    shots: int | None = None
-    """Support examples per class."""
-    queries: int | None = None
-    """Query examples per class."""
+    """Number of tasks."""
+    seed: DefaultInHelp[int | None] = None
+    """Seed of the tasks. Default: the seed of the training, which gives the test tasks of the training's results."""
+    shots: DefaultInHelp[int | None] = None
+    """Support examples per class. Default: as in training."""
+    queries: DefaultInHelp[int | None] = None
+    """Query examples per class. Default: as in training."""
     steps: int = TEST_STEPS
-    """Inner steps; accuracies are shown after 0 to this many."""
-    compare_step: int | None = None
-    """Inner step at which models are compared; default: that after which the first was selected, or the last."""
-    inner_rate: float | None = None
-    """Inner step size for the mean cross-entropy; not allowed for models with learned rates."""
-    normalisation: Normalisation | None = None
-    """Statistics that normalise activations; allowed are those with the same parameters as in training."""
+    """Largest number of inner steps. Accuracies are measured after 0, 1, 2 ... steps."""
+    compare_step: DefaultInHelp[int | None] = None
+    """Inner steps after which models are compared. Default: those of the first model's selection, at most --steps."""
+    inner_rate: DefaultInHelp[float | None] = None
+    """Inner step size for the mean cross-entropy, unless rates are learned. Default: as in training."""
+    normalisation: DefaultInHelp[Normalisation | None] = None
+    """Normalisation of activations, with the same parameters as in training. Default: as in training."""
     evaluation: Literal[QueryMode, "both"] = "transductive"
-    """Transductive: the queries of a task are one batch. Inductive: each query is a batch of its own."""
-    cache_dir: Path | None = None
-    """Where resized images are kept; default: maml_jax in the user's cache directory."""
+    """'transductive': the queries of a task form one batch; 'inductive': each query is a batch of one."""
+    cache_dir: DefaultInHelp[Path | None] = None
+    """Folder of resized images. Default: maml_jax in the user's cache directory."""
     other_data: bool = False
-    """Allow another data set than that of the training. The model may have seen its test classes in training."""
-    output: Path | None = None
-    """Where to write the results as JSON, and beside it a plot as PNG."""
+    """Allow another data set than in training. Its test classes may be training classes of the model."""
+    output: DefaultInHelp[Path | None] = None
+    """JSON file of the results. The plot gets the same path with suffix .png. Default: no files."""
 
 
 class Model(NamedTuple):
@@ -75,21 +81,23 @@ class Model(NamedTuple):
     data: DataSet
     state: MetaState
     selected_after: int
-    """Inner steps after which training selected it."""
+    """Inner steps after which training measured the accuracy that selected the model."""
 
 
 def prepare(config: Config) -> tuple[Config, list[Model]]:
     """Reads the models and their data.
 
     Raises:
-      ValueError, DataError, OSError: saying what is wrong and what to do.
+      ValueError: if an option is not allowed, or a model does not fit the options, the data or the other models.
+      DataError: if the data are damaged.
+      OSError: if a file cannot be read.
     """
     if not config.models:
-        raise ValueError("models must be at least one file that training wrote to best/, but none was given.")
+        raise ValueError("models must have at least one model file, from the folder best/ of a run, but got none.")
     validation.different("models", [str(path) for path in config.models])
     for path in config.models:
         if path.is_dir():
-            raise ValueError(f"models must be files that training wrote to best/, but {path} is a folder.")
+            raise ValueError(f"models must be model files, from the folder best/ of a run, but {path} is a folder.")
     validation.at_least("tasks", config.tasks, 1)
     validation.at_least("steps", config.steps, 0)
     if config.output is not None:
@@ -114,17 +122,28 @@ def prepare(config: Config) -> tuple[Config, list[Model]]:
 
 
 SAME_PARAMETERS = ("batch", "support", "instance", "layer", "group")
-"""Normalisations with the same parameters, which can replace each other."""
+"""Normalisations that can replace each other: their parameters are the same."""
 
 
 def load(path: Path, config: Config, loaded: dict[Run, DataSet]) -> Model:
-    """A saved model whose run has the given options. Data that are in `loaded` are not read again."""
+    """Loads a model and its data, with the given options in place of those of the training.
+
+    Args:
+      path: the model file.
+      config: the options.
+      loaded: data sets that were read before, by run. The function adds the data set of this model.
+
+    Raises:
+      ValueError: if the options or the data do not fit the model.
+    """
     saved = model_file.load(path)
     about = saved.description
     if about.get("experiment") not in EXPERIMENTS:
-        raise ValueError(f"{path} is not a few-shot classifier, but of the experiment {about.get('experiment')!r}.")
+        raise ValueError(
+            f"{path} must be a few-shot classifier, but is a model of experiment {about.get('experiment')!r}."
+        )
     if config.inner_rate is not None and jax.tree.leaves(saved.inner_params):
-        raise ValueError(f"inner_rate cannot be given for {path}: its rates are learned.")
+        raise ValueError(f"inner_rate cannot be given for {path}: the inner rates of this model are learned.")
     trained = EXPERIMENTS[about["experiment"]](**about["config"])
     wanted = config.normalisation or trained.normalisation
     if wanted != trained.normalisation and not {wanted, trained.normalisation} <= {*SAME_PARAMETERS}:
@@ -141,17 +160,21 @@ def load(path: Path, config: Config, loaded: dict[Run, DataSet]) -> Model:
     data = loaded[run]
     if data.sha256 != about["data_sha256"] and not config.other_data:
         raise ValueError(
-            f"{config.data_dir} is not the data set that {path} was trained on, and may divide its classes "
-            "otherwise. Give that data set, or --other-data."
+            f"{config.data_dir} is not the data set that {path} was trained on: its test classes may be training "
+            "classes of the model. Give the data set of the training, or add --other-data."
         )
     run.shape.check(data.split(config.split))
     return Model(str(path), run, data, testing.load_state(run, saved), about["selected_after"])
 
 
 def main(prepared: tuple[Config, list[Model]]) -> dict[str, Any]:
-    """Evaluates, prints, and writes the results where `output` is given."""
+    """Evaluates the models, prints the results, and writes them to `output` if a path is given.
+
+    Returns:
+      The results by model and query mode.
+    """
     config, models = prepared
-    made_by = provenance()  # At the start: the checkout may change until the end.
+    made_by = provenance()  # Recorded first: the checkout may change during the evaluation.
     groups = [models] if config.ensemble else [[model] for model in models]
     modes: tuple[QueryMode, ...]
     modes = ("transductive", "inductive") if config.evaluation == "both" else (config.evaluation,)
@@ -169,7 +192,10 @@ def main(prepared: tuple[Config, list[Model]]) -> dict[str, Any]:
                 continue
             difference = evaluation.difference(first[mode], found, steps=(step, step))
             rows[label]["first_minus_this"] = {"inner_steps": step, **difference._asdict()}
-            print(f"First minus this after {step} inner steps, paired over the tasks: {difference}", end="\n\n")
+            print(
+                f"First model minus this model after {step} inner steps, paired over the tasks: {difference}",
+                end="\n\n",
+            )
     if config.output is not None:
         content = to_jsonable({"made_by": made_by | {"finished": now()}, "test": rows})
         config.output.write_text(json.dumps(content, indent=1))
@@ -178,15 +204,16 @@ def main(prepared: tuple[Config, list[Model]]) -> dict[str, Any]:
 
 
 def protocol(config: Config, model: Model) -> evaluation.Protocol:
-    """Protocol of the evaluation of a model."""
+    """Returns the protocol of the evaluation of a model."""
     learned = bool(jax.tree.leaves(model.state.inner_params))
-    of_tasks = testing.protocol(model.run, model.data, config.split, config.tasks)
-    return of_tasks._replace(inner_rate=None if learned else model.run.inner_rate)
+    protocol = testing.protocol(model.run, model.data, config.split, config.tasks)
+    return protocol._replace(inner_rate=None if learned else model.run.inner_rate)
 
 
 def evaluate(config: Config, models: list[Model], mode: QueryMode) -> evaluation.Results:
-    """Results of one model, or of the ensemble of several."""
+    """Evaluates one model, or the ensemble of several models."""
     run, data = models[0].run, models[0].data
+    # The same keys as in training.
     keys = dict(zip(("init", "train", "val", "test"), jax.random.split(jax.random.key(run.seed), 4)))
     tasks = fixed_tasks(keys[config.split], data.split(config.split), config.tasks, run.shape)
     members = [(model.run, model.state) for model in models]

@@ -2,8 +2,9 @@
 
     python -m experiments.locomotion --preset half-cheetah-velocity --methods maml pretrained random oracle
 
-Needs the extra `mujoco`. Trains with the paper's settings, which takes hours (`--steps` shortens it); adapts to 40
-held-out tasks; prints the returns beside the paper's. The training loop is that of `experiments.navigation`.
+The command needs the extra `mujoco`. It trains with the paper's settings, adapts the policies to 40 held-out tasks, and
+prints the returns beside the paper's. Training takes hours; --steps shortens it. The training loop is in
+`experiments.navigation`.
 """
 
 import argparse
@@ -28,20 +29,24 @@ from maml_jax.rl.envs.locomotion import Physics, ant, half_cheetah, positions
 from maml_jax.rl.envs.mujoco import MODELS, Engine
 
 FRAMES = 8
-"""Rendered time steps of an episode."""
+"""Number of time steps of an episode that are rendered."""
 PresetName = Literal["half-cheetah-velocity", "half-cheetah-direction", "ant-velocity", "ant-direction"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(options.Config):
-    """MAML on locomotion. The defaults are those of the preset, the paper's (appendix A.2 and the authors' code)."""
+    """MAML on locomotion. --preset sets the defaults to the paper's settings (appendix A.2 and the authors' code).
+
+    The methods 'pretrained' and 'oracle' train on all tasks jointly, with as many episodes in a meta-iteration as
+    'maml'. The oracle observes the task. The method 'random' is the untrained policy.
+    """
 
     preset: PresetName = "half-cheetah-velocity"
-    """The body and the kind of goal. A preset sets the defaults of the other options, see `PRESETS`."""
+    """The body and the kind of goal. The preset sets the defaults of the other options."""
     physics: Physics = "mujoco"
-    """The physics engine: MuJoCo on the host, or MJX (extra `mjx`) for accelerators, which is slow on a CPU."""
+    """Physics engine: MuJoCo on the host, or MJX (extra `mjx`) for accelerators. MJX is slow on a CPU."""
     render: bool = False
-    """Also render an episode before and after each gradient step, for one task at either end of the range."""
+    """Also render episodes before and after each gradient step, for the smallest and the largest goal."""
     steps: int = 475
     tasks: int = 40
     test_episodes: int = 20
@@ -56,19 +61,23 @@ PRESETS: dict[PresetName, Config] = {
         Config(preset="ant-direction", steps=575, episodes=40, test_episodes=40),
     )
 }
-"""The paper's settings, with the number of meta-iterations behind its figures."""
+"""The paper's settings. `steps` is the number of meta-iterations in the paper's figures."""
 
 
 @cache
 def environment(preset: PresetName, physics: Physics = "mujoco") -> Environment:
-    """The environment of a preset. Raises ModuleNotFoundError or RuntimeError if the engine is not installed."""
+    """Returns the environment of a preset.
+
+    Raises:
+      ModuleNotFoundError, RuntimeError: if the physics engine is not installed.
+    """
     make = ant if preset.startswith("ant") else half_cheetah
     return make("direction" if preset.endswith("direction") else "velocity", physics=physics)
 
 
 @cache
 def engine(preset: PresetName) -> Engine:
-    """The model of a preset in MuJoCo, for rendering."""
+    """Returns the MuJoCo engine of a preset, for rendering."""
     return Engine(MODELS / ("ant.xml" if preset.startswith("ant") else "half_cheetah.xml"))
 
 
@@ -104,7 +113,7 @@ def draw(
     trained: dict[paper.MethodName, evaluation.Trained],
     rows: Sequence[dict[str, Any]],
 ) -> None:
-    """Draws returns over tasks, and renders episodes of each method that adapts, if asked to."""
+    """Plots returns over tasks. With `config.render`, also renders episodes of each method that adapts."""
     by_method: dict[str, Any] = {name: [row for row in rows if row["method"] == name] for name in trained}
     oracle = by_method.pop("oracle", ())
     plots.returns_over_tasks(folder / "tasks.png", by_method, oracle)
@@ -115,7 +124,7 @@ def draw(
 
 
 def render(path: Path, config: Config, trained: evaluation.Trained, rates: paper.Rates) -> None:
-    """Renders an episode of each of two tasks before and after each gradient step: a row each, time to the right."""
+    """Renders episodes of two tasks before and after each gradient step. Each row is an episode from left to right."""
     ends = (-1.0, 1.0) if config.preset.endswith("direction") else (0.5, 2.0)
     observations, mask = evaluation.sample_episodes(trained, rates, config.test_episodes, ends)
     # The first episode of each task and gradient step.
@@ -129,7 +138,7 @@ def render(path: Path, config: Config, trained: evaluation.Trained, rates: paper
 
 
 def preset_of(arguments: Sequence[str] | None = None) -> PresetName:
-    """The preset on the command line, which sets the defaults of the other options."""
+    """Returns the preset of the command line. The preset sets the defaults of the other options."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", choices=get_args(PresetName), default=Config.preset)
     return parser.parse_known_args(arguments)[0].preset

@@ -3,9 +3,9 @@
     python -m experiments.miniimagenet --shots 1 --data-dir data/miniimagenet --expect miniimagenet
     python -m experiments.miniimagenet --shots 5 --data-dir my_pictures
 
-Images may be a folder or archive with train.csv, val.csv and test.csv (`filename,label`), class folders, or the
-pickles of MiniImagenet in circulation; they are resized to 84x84. Training and evaluation are `omniglot.main`, by the
-paper's recipe for MiniImagenet.
+The option --data-dir takes a folder or zip archive with train.csv, val.csv and test.csv (`filename,label`), with class
+folders, or with the widely shared pickle files of MiniImagenet. Images are resized to 84x84 pixels. The command trains
+by the paper's recipe for MiniImagenet; the code is `experiments.omniglot.main`.
 """
 
 import dataclasses
@@ -16,19 +16,21 @@ from experiments import omniglot
 from experiments.few_shot import run as few_shot
 from experiments.few_shot.run import DataSet
 from experiments.shared import command_line
+from experiments.shared.command_line import DefaultInHelp
 from maml_jax import losses, validation
 from maml_jax.tasks import images
 from maml_jax.tasks.image_sources import Division
 from maml_jax.tasks.published import LISTS
 
-# Accuracy on MiniImagenet and half width of its 95% interval, in per cent: (shots, order). Paper, table 1.
+# (shots, order): accuracy on MiniImagenet and half width of its 95% interval, in per cent. Paper, table 1.
 PUBLISHED = {(1, 2): (48.70, 1.84), (5, 2): (63.11, 0.92), (1, 1): (48.07, 1.75), (5, 1): (63.15, 0.91)}
 
 
 def paper_recipe(ways: int, shots: int) -> dict[str, Any]:
-    """The recipe of the paper's appendix A.1.
+    """Returns the paper's recipe (appendix A.1).
 
-    The authors' loss is the sum over the queries divided by the shots; they clip its gradient to 10.
+    The loss of the authors' code is the sum over the queries divided by the shots. The code clips each entry of its
+    gradient to 10. `clip` is the same limit for the mean loss.
     """
     return {
         "tasks": 4,
@@ -44,15 +46,15 @@ class Run(few_shot.Run):
     """Few-shot classification of images. Options that are not given follow the paper's recipe for MiniImagenet."""
 
     data_dir: Path = Path("data/miniimagenet")
-    """A folder or zip archive: with train.csv, val.csv and test.csv, with class folders, or with the pickles."""
-    expect: Literal["miniimagenet", "cifar-fs", "fc100"] | None = None
-    """The published data set that this must be, class by class."""
+    """A folder or zip archive with train.csv, val.csv and test.csv, with class folders, or with pickle files."""
+    expect: DefaultInHelp[Literal["miniimagenet", "cifar-fs", "fc100"] | None] = None
+    """Check that the classes are those of this published data set. Default: no check."""
     size: int = 84
     """Height and width in pixels to which images are resized."""
     resampling: images.Resampling = "lanczos"
-    """Filter of the resizing."""
+    """Filter that resizes images."""
     division: Division = "random"
-    """Division of class folders that have no splits."""
+    """Split of class folders without splits. 'random': 64% train, 16% val, 20% test; 'none': all classes train."""
 
     experiment: ClassVar[str] = "miniimagenet"
     val_tasks: ClassVar[int] = 100

@@ -2,8 +2,9 @@
 
     python -m experiments.navigation --methods maml pretrained random oracle
 
-Trains with the paper's settings, a few minutes per method on two cores; adapts to 40 held-out goals; prints the returns
-beside the paper's. Writes metrics, results, parameters and figures to the work directory.
+The command trains with the paper's settings, adapts the policies to 40 held-out goals, and prints the returns beside
+the paper's. Training takes a few minutes per method on two cores. The command writes metrics, results, parameters and
+figures to the work directory.
 """
 
 import dataclasses
@@ -43,7 +44,11 @@ Draw = Callable[[Path, Any, dict[paper.MethodName, Trained], Sequence[dict[str, 
 
 @dataclasses.dataclass(frozen=True)
 class Config(options.Config):
-    """MAML on 2D navigation. The defaults are the paper's (appendix A.2), with 20 tasks as in the authors' code."""
+    """MAML on 2D navigation. The defaults are the paper's settings (appendix A.2); 20 tasks as in the authors' code.
+
+    The methods 'pretrained' and 'oracle' train on all tasks jointly, with as many episodes in a meta-iteration as
+    'maml'. The oracle observes the task. The method 'random' is the untrained policy.
+    """
 
 
 def draw_paths(
@@ -71,10 +76,13 @@ def main(
       config: the options.
       environment: the environment.
       draw: draws figures of the trained policies.
-      versions: further packages with their versions, written to the results.
+      **versions: versions of further packages, for the results.
 
     Returns:
-      The content of `results.json`; in processes other than 0, which do not evaluate, an empty dict.
+      The content of `results.json`; an empty dict in processes other than 0, which do not evaluate.
+
+    Raises:
+      FloatingPointError: if a loss is not finite.
     """
     directory = RunDirectory(config.workdir, environment.name, **config.run_options())
     print(f"{config}\nWriting to {directory.path}", flush=True)
@@ -145,7 +153,7 @@ def main(
     print(evaluation.table(results))
     params = {method: policy.state.params for method, policy in trained.items()}
     maml_jax.save(directory.path / "params.msgpack", params)
-    print(f"Wrote {directory.write_results(results)}, and params.msgpack beside it.")
+    print(f"Wrote {directory.write_results(results)}, with params.msgpack and the figures in the same folder.")
     plots.returns(directory.path / "returns.png", directory.rows(), rows, paper.RETURNS[environment.name])
     draw(directory.path, config, trained, rows)
     return results

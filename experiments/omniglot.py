@@ -1,9 +1,9 @@
 """Few-shot classification of Omniglot's characters (paper, section 5.2 and table 1).
 
-    python -m experiments.omniglot --ways 5 --shots 1 --data-dir data --download
+    python -m experiments.omniglot --ways 5 --shots 1 --data-dir data/omniglot --download
 
-Trains by the paper's recipe for the number of ways, then adapts to 600 test tasks of held-out
-characters. Writes metrics, results, the best models and pictures to the work directory.
+The command trains by the paper's recipe for the number of ways, and evaluates on 600 test tasks of held-out characters.
+It writes metrics, results, the best models and plots to the work directory.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from experiments.few_shot import methods, testing
 from experiments.few_shot import run as few_shot
 from experiments.few_shot.run import DataSet, Net
 from experiments.shared import command_line, plots
+from experiments.shared.command_line import DefaultInHelp
 from maml_jax import losses, validation
 from maml_jax.nets import models
 from maml_jax.parallel import processes
@@ -41,7 +42,7 @@ PRESETS: dict[str, tuple[int, int, Net]] = {
     "5w5s-mlp": (5, 5, "mlp"),
 }
 
-# Test accuracy and half width of its 95% interval, in per cent: (ways, shots, net, order).
+# (ways, shots, net, order): test accuracy and half width of its 95% interval, in per cent.
 # Second order: paper, table 1. First order: Nichol et al. 2018, table 2.
 PUBLISHED = {
     (5, 1, "conv", 2): (98.7, 0.4), (5, 5, "conv", 2): (99.9, 0.1),
@@ -53,14 +54,23 @@ PUBLISHED = {
 
 
 def main(prepared: tuple[few_shot.Run, DataSet]) -> dict[str, Any]:
-    """Meta-trains, then evaluates the best model of the validation; returns the content of `results.json`.
+    """Meta-trains, selects the best model by validation, and evaluates this model on test tasks.
 
-    All processes train; process 0 validates and evaluates.
+    All processes train. Process 0 validates and evaluates.
+
+    Args:
+      prepared: the resolved run and its data, from `few_shot.prepare`.
+
+    Returns:
+      The content of `results.json`; an empty dict in processes other than 0.
+
+    Raises:
+      FloatingPointError: if a loss is not finite.
     """
     run, data = prepared
     init_key, train_key, val_key, test_key = jax.random.split(jax.random.key(run.seed), 4)
 
-    # Model and loss. Joint training has an output for each class of the split, meta-training one for each way.
+    # Model and loss. Joint training has one output for each training class, meta-training one for each way.
     outputs = len(data.train.counts) if run.method == "pretrained" else run.ways
     net = methods.network(run, outputs=outputs, training=True)
     loss_fn = losses.cross_entropy(models.apply_params(net))
@@ -70,12 +80,12 @@ def main(prepared: tuple[few_shot.Run, DataSet]) -> dict[str, Any]:
     learner = methods.learner(run, net, loss_fn, mesh=mesh)
     state = learner.init(net.init(init_key, jnp.zeros((1, *run.image_shape)))["params"])
 
-    # Tasks: new ones at each meta-step, and the same ones at each validation.
+    # Tasks. Each meta-step draws new tasks. All validations use the same tasks.
     draw, train_data = methods.draw_tasks(run, data.train, train_key, mesh)
     val_tasks = fixed_tasks(val_key, data.val, run.val_tasks, run.shape)
     statistics_tasks = fixed_tasks(jax.random.fold_in(val_key, 1), data.train, run.val_tasks, run.shape)
 
-    # Loop: every call takes STEPS_PER_CALL meta-steps. A run that was stopped is resumed.
+    # Training loop. Each call takes STEPS_PER_CALL meta-steps. A stopped run resumes from its last checkpoint.
     directory = RunDirectory(
         run.workdir, run.name, run.record(data), mutable_fields=run.mutable_fields, wandb=run.wandb
     )
@@ -108,11 +118,11 @@ def main(prepared: tuple[few_shot.Run, DataSet]) -> dict[str, Any]:
         return {}
 
     # Evaluation of the best models on the test tasks.
-    if not best.paths():  # A run that was stopped before its first validation, and ends there.
+    if not best.paths():  # The run was stopped before its first validation, and took no further meta-steps.
         validate(processes.local(state))
     states = [testing.load_state(run, saved) for saved in best.models()]
     run = testing.tuned(run, states[0], val_tasks) if run.tune else run
-    best.describe(run.description(data))  # With the inner rate of the evaluation.
+    best.describe(run.description(data))  # The saved models get the inner rate of the evaluation.
     test_tasks = fixed_tasks(test_key, data.test, run.test_tasks, run.shape)
     protocol = testing.protocol(run, data, "test", run.test_tasks)
     found = testing.all_accuracies(run, states, test_tasks, protocol)
@@ -133,12 +143,12 @@ def main(prepared: tuple[few_shot.Run, DataSet]) -> dict[str, Any]:
     path = directory.write_results(results)
     plots.few_shot(directory.path / "curves.png", directory.rows(), results)
     plots.adaptation(directory.path / "examples.png", testing.examples(run, states[0], test_tasks))
-    print(f"Wrote {path}, curves.png and examples.png beside it, and the best {KEEP} models to {best.folder}.")
+    print(f"Wrote {path}, with curves.png and examples.png in the same folder. {best.folder} has the best models.")
     return results
 
 
 def paper_recipe(ways: int, shots: int) -> dict[str, Any]:
-    """The recipe of the paper's appendix A.1, by the number of ways."""
+    """Returns the paper's recipe (appendix A.1). The recipe depends on the number of ways."""
     if ways >= 20:
         return {"tasks": 16, "queries": shots, "inner_rate": losses.rate_for_mean_loss(0.1, ways=20), "inner_steps": 5}
     return {"tasks": 32, "queries": shots, "inner_rate": losses.rate_for_mean_loss(0.4, ways=5), "inner_steps": 1}
@@ -148,18 +158,18 @@ def paper_recipe(ways: int, shots: int) -> dict[str, Any]:
 class Run(few_shot.Run):
     """Few-shot classification of Omniglot. Options that are not given follow the paper's recipe."""
 
-    preset: Preset | None = None
-    """A setting of the paper's table 1, in place of --ways, --shots and --net."""
+    preset: DefaultInHelp[Preset | None] = None
+    """A setting of the paper's table 1. It sets --ways, --shots and --net. Default: no preset."""
     split: omniglot.SplitName = "paper"
-    """Division of the characters: 1,100/100/423 at random, or by alphabet as Vinyals et al. did."""
+    """Split of the characters: 'paper' is 1,100/100/423 at random, 'vinyals' is by alphabet (Vinyals et al. 2016)."""
     rotations: episodes.Rotations = "random"
-    """Rotate each class of a task by a random multiple of 90 degrees, or make four classes of each, or neither."""
+    """'random': rotate each class of a task by a multiple of 90 degrees; 'classes': make each rotation a class."""
     resampling: omniglot.Resampling = "lanczos"
-    """Filter from 105x105 to 28x28 pixels."""
+    """Filter that resizes images from 105x105 to 28x28 pixels."""
     data_dir: Path = Path("data/omniglot")
-    """Where Omniglot is: the official archives, the folders in them, or prepared by TensorFlow Datasets."""
+    """Folder of Omniglot: the official archives, their extracted folders, or the files of TensorFlow Datasets."""
     download: bool = False
-    """Fetch the official archives (16 MB) into --data-dir first."""
+    """First download the official archives (16 MB) to --data-dir."""
 
     experiment: ClassVar[str] = "omniglot"
     val_tasks: ClassVar[int] = 160
@@ -182,7 +192,8 @@ class Run(few_shot.Run):
             own = {name: getattr(self, name) for name in ("ways", "shots", "net")}
             if given := ", ".join(f"{name} {value}" for name, value in own.items() if value is not None):
                 raise ValueError(
-                    f"preset {self.preset} sets ways, shots and net: give either it or them, not both, but got {given}."
+                    f"preset {self.preset} sets ways, shots and net: leave these out, or leave preset out, but got "
+                    f"{given}."
                 )
             ways, shots, net = PRESETS[self.preset]
             run = dataclasses.replace(self, preset=None, ways=ways, shots=shots, net=net)
@@ -201,7 +212,7 @@ class Run(few_shot.Run):
             download.omniglot(self.data_dir)
         data = omniglot.load(self.data_dir, self.cache_dir, resampling=self.resampling)
         parts = omniglot.split(self.split, data.names)
-        # In the episodes ink is 1, and paper 0.
+        # In episodes, ink is 1 and paper is 0.
         train, val, test = (episodes.equal_classes(255 - data.images[part]) for part in parts)
         sha256 = {
             name: omniglot.digest(omniglot.Omniglot(data.images[part], tuple(data.names[i] for i in part)))

@@ -1,9 +1,10 @@
-"""Renders runs as one self-contained page: curves of training, results, pictures, options and cost.
+"""Renders runs as one self-contained HTML page: training curves, results, plots, options and cost.
 
     python -m experiments.report runs/NAME
     python -m experiments.report runs/FIRST runs/SECOND --output comparison.html
 
-Reads the files of a run, also while the run trains. For several runs, the page lists the options that differ.
+The command reads the files of a run, which may still be training. For several runs, the page lists the options that
+differ.
 """
 
 import dataclasses
@@ -13,11 +14,12 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 
 from experiments.shared import command_line, plots
+from experiments.shared.command_line import DefaultInHelp
 from experiments.table import page
 from maml_jax.runs.files import WorkdirError, read_json, write_file
 from maml_jax.runs.loggers import labels_and_numbers
@@ -25,12 +27,14 @@ from maml_jax.runs.loggers import labels_and_numbers
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Runs to render."""
+    """The runs may still be training. For several runs, the page lists the options that differ."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Directories that experiments wrote to, or folders of `results/`."""
-    output: Path | None = None
-    """Where to write the page; default: report.html in the first run's directory."""
+    runs: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="")
+    ]
+    """Run directories, such as those in runs/ and results/."""
+    output: DefaultInHelp[Path | None] = None
+    """The HTML file. Default: report.html in the directory of the first run."""
 
 
 ABSENT = ""
@@ -47,7 +51,7 @@ class Run(NamedTuple):
     starts: list[dict[str, Any]]
     """Provenance of each start, from `maml_jax.runs.provenance`."""
     rows: list[dict[str, Any]]
-    """Rows of `metrics.jsonl`; none where only the results were kept."""
+    """Rows of `metrics.jsonl`; empty if the directory has no such file."""
     results: dict[str, Any] | None
 
 
@@ -62,13 +66,13 @@ def read(path: Path) -> Run:
     """Reads a run's directory.
 
     Raises:
-      ValueError: if there is no run.
-      WorkdirError: if a file of it is damaged.
+      ValueError: if the directory holds no run.
+      WorkdirError: if a file of the run is damaged.
     """
     files = {name: path / f"{name}.json" for name in ("run", "results")}
     found = {name: read_json(file) for name, file in files.items() if file.exists()}
     if not found:
-        raise ValueError(f"{path} holds no run: there is neither a run.json nor a results.json in it.")
+        raise ValueError(f"{path} holds no run: run.json and results.json are missing.")
     results = found.get("results")
     made_by = (results or {}).get("made_by", {})
     run = found.get("run", {})
@@ -88,14 +92,20 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     except ValueError as error:
         raise WorkdirError(f"{path} is damaged: {error}.") from error
     if not all(isinstance(row, dict) for row in rows):
-        raise WorkdirError(f"{path} is damaged: a line of it is no JSON object.")
+        raise WorkdirError(f"{path} is damaged: a line is not a JSON object.")
     return rows
 
 
 def prepare(config: Config) -> tuple[list[Run], Path]:
-    """Reads all runs. Raises ValueError, WorkdirError or OSError, naming the run and what is wrong."""
+    """Reads all runs.
+
+    Raises:
+      ValueError: if no run is given, a directory holds no run, or the folder of the page does not exist.
+      WorkdirError: if a file of a run is damaged.
+      OSError: if a file cannot be read.
+    """
     if not config.runs:
-        raise ValueError("runs must name at least one directory, but got none.")
+        raise ValueError("runs must have at least one directory, but got none.")
     output = config.output or config.runs[0] / "report.html"
     runs = read_all(config.runs)
     if not output.parent.is_dir():
@@ -111,11 +121,11 @@ def main(prepared: tuple[list[Run], Path]) -> None:
 
 
 def html(runs: Sequence[Run]) -> str:
-    """The whole page."""
+    """Returns the HTML page of the runs."""
     title = ", ".join(run.label for run in runs)
     parts = [page.head(title), f"<h1>{escape(title)}</h1>"]
     if len(runs) > 1:
-        parts.append(f"<section><h2>Where they differ</h2>{_comparison(runs)}</section>")
+        parts.append(f"<section><h2>Options that differ</h2>{_comparison(runs)}</section>")
     curves = training_curves(runs)
     if curves:
         target = io.BytesIO()
@@ -130,7 +140,10 @@ def html(runs: Sequence[Run]) -> str:
 
 
 def training_curves(runs: Sequence[Run]) -> dict[str, dict[str, tuple[list[float], list[float]]]]:
-    """By metric and line: steps and values. A line is a run, or each of the trainings that a run labels."""
+    """Returns the steps and values of each line of each metric, `{metric: {line: (steps, values)}}`.
+
+    A run with several trainings, such as methods and seeds, has a line for each training.
+    """
     curves: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
     for run in runs:
         for row in run.rows:
@@ -172,16 +185,16 @@ def _section(run: Run) -> str:
 
 
 def cost(run: Run) -> list[str]:
-    """Time, meta-steps and hardware of the run, in words."""
+    """Describes the time, the meta-steps and the hardware of a run, a line of text for each."""
     last = run.starts[-1]
     finished = (run.results or {}).get("made_by", {}).get("finished")
     if finished and finished < last.get("started", ""):
-        said, finished = "Running again: the results are of an earlier start.", None
+        status, finished = "Running again. The results are those of an earlier start.", None
     else:
-        said = "Finished." if finished else "Not finished."
+        status = "Finished." if finished else "Not finished."
     ends = [*(start.get("until") for start in run.starts[:-1]), finished]
     seconds = [_between(start["started"], end) for start, end in zip(run.starts, ends) if end and "started" in start]
-    lines = [said]
+    lines = [status]
     if seconds:
         lines[0] += f" {sum(seconds) / 3600:.2f} hours"
         lines[0] += f", in {len(run.starts)} starts." if len(run.starts) > 1 else "."
@@ -197,7 +210,7 @@ def _between(start: str, end: str) -> float:
 
 
 def _comparison(runs: Sequence[Run]) -> str:
-    """The options in which the runs differ, a column for each run."""
+    """Returns a table of the options that differ, with a column for each run."""
     keys = dict.fromkeys(key for run in runs for key in run.config)
     keys.pop("workdir", None)
     differing = [key for key in keys if len({json.dumps(run.config.get(key, ABSENT)) for run in runs}) > 1]
@@ -206,7 +219,7 @@ def _comparison(runs: Sequence[Run]) -> str:
     for key in differing:
         body += f"<tr><td>{escape(key)}</td>{''.join(_value(run.config.get(key, ABSENT)) for run in runs)}</tr>"
     if not body:
-        return "<p>In no option.</p>"
+        return "<p>All options are equal.</p>"
     return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 

@@ -1,12 +1,12 @@
-"""Runs rows of the table, each in its own process, and renders one page of all results.
+"""Runs the few-shot experiments of the results table, each in a new process, and renders one page of all results.
 
     python -m experiments.reproduce --list
     python -m experiments.reproduce --rows omniglot-5w1s omniglot-5w1s-order1 --data-dir data/omniglot --hours 12
     python -m experiments.reproduce --rows 'images-5w1s*' --image-dir my_pictures.zip --steps 5000 --seeds 0 1 2
     python -m experiments.reproduce --render-only --results results
 
-The same command resumes: finished runs are skipped. Beside the runs, the work directory gets `index.html`, which needs
-no other file, `table.md`, and pictures of the accuracy over inner steps.
+The same command resumes: it skips finished runs. It writes the runs, `index.html` (a self-contained page), `table.md`,
+and plots of the accuracy over inner steps to the work directory.
 """
 
 import dataclasses
@@ -21,43 +21,44 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from experiments.shared import command_line
+from experiments.shared.command_line import DefaultInHelp
 from experiments.table import compare, page
 from experiments.table.rows import Row, choose
 from maml_jax import validation
 from maml_jax.runs.files import read_json
 
 GRACE = 600.0
-"""Seconds from SIGTERM until a run is killed; it may compile a program before it saves."""
+"""Seconds between SIGTERM and SIGKILL. A run may have to finish a compilation before it saves."""
 LAST_LINES = 8
-"""Lines of a failed run's standard error in the report."""
+"""Number of lines of a failed run's standard error that are printed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Reproduces rows of the table. Finished runs are skipped, so that the same command resumes."""
+    """A row of the table is one experiment with its options. The same command resumes: it skips finished runs."""
 
     rows: tuple[str, ...] = ("omniglot-*",)
     """Names of rows, or patterns such as 'omniglot-5w*'."""
     list: bool = False
-    """Print all chosen rows with their commands, and exit."""
+    """Print the chosen rows with their commands, and exit."""
     data_dir: Path = Path("data/omniglot")
-    """Where Omniglot is, for its rows."""
+    """Folder of Omniglot, for the rows of Omniglot."""
     image_dir: Path = Path("data/miniimagenet")
-    """The folder or archive of images, for the rows of MiniImagenet and of any images."""
-    steps: int | None = None
-    """Meta-steps of each run; default: the full schedule."""
-    hours: float | None = None
-    """Time budget of this call. At its end the current run is saved and stopped, and the others are not started."""
+    """Folder or archive of images, for the rows of MiniImagenet and of your own images."""
+    steps: DefaultInHelp[int | None] = None
+    """Meta-steps of each run. Default: the full schedule of the row."""
+    hours: DefaultInHelp[float | None] = None
+    """Time budget of the command. When the time is over, the current run saves and stops. Default: no limit."""
     evaluation: Literal["transductive", "both"] = "both"
-    """Evaluate with the queries of a task in one batch, or also inductively, each query alone: takes twice as long."""
+    """'transductive': the queries of a task form one batch; 'both': also evaluate each query alone (inductive)."""
     seeds: tuple[int, ...] = (0,)
-    """Seeds; all rows run with the first seed, then all with the next."""
+    """Seeds. All rows run with the first seed, then all rows with the next seed."""
     workdir: Path = Path("runs/reproduce")
-    """Where each run has its directory, ROW-seedS, and the page is written."""
-    results: tuple[Path, ...] = ()
-    """Further runs to show, or folders of runs, such as `results`."""
+    """Directory of the page and of the run directories ROW-seedNUMBER."""
+    results: DefaultInHelp[tuple[Path, ...]] = ()
+    """Further runs to show on the page, or folders of runs such as results/. Default: none."""
     render_only: bool = False
-    """Run nothing; only render the existing results."""
+    """Only render the existing results."""
 
 
 class Job(NamedTuple):
@@ -69,18 +70,18 @@ class Job(NamedTuple):
     path: Path
     command: list[str]
     folder: Path
-    """Folder of its data."""
+    """Folder of the data."""
     labels: tuple[str, ...]
-    """Wanted evaluations."""
+    """Labels of the evaluations that the results must have."""
 
     def __str__(self) -> str:
         return shlex.join(["python", *self.command[1:]])
 
     @property
     def finished(self) -> bool:
-        """Whether its directory holds results of this row and seed, of this or a longer schedule, with all evaluations.
+        """Whether the directory holds results of this row and seed, with enough meta-steps and all evaluations.
 
-        For rows of any images, the folder of images must be the same, too.
+        For a row of your own images, the results must be from the same folder of images.
         """
         run = compare.read(self.path)
         if run is None or run.results is None or run.row is not self.row or run.seed != self.seed:
@@ -90,18 +91,18 @@ class Job(NamedTuple):
         return run.steps >= self.steps and (self.row.data != "images" or self._folder_was() == self.folder)
 
     def _folder_was(self) -> Path | None:
-        """Folder of the data of the finished run, which is in `run.json` only."""
+        """Returns the data folder of the run in the directory; None if the directory has no `run.json`."""
         about = self.path / "run.json"
         return Path(read_json(about)["config"]["data_dir"]) if about.exists() else None
 
 
 def folder(config: Config, row: Row) -> Path:
-    """Folder of a row's data."""
+    """Returns the folder of a row's data."""
     return config.data_dir if row.data == "omniglot" else config.image_dir
 
 
 def command(config: Config, row: Row, seed: int) -> list[str]:
-    """Command that runs a row."""
+    """Returns the command that runs a row."""
     options = {
         "row": row.name,
         **row.options,
@@ -121,11 +122,14 @@ def prepare(config: Config) -> tuple[Config, list[Job]]:
     """Checks the options, and lists the runs.
 
     Raises:
-      ValueError, OSError: saying what is wrong and what to do.
+      ValueError: if an option is not allowed, the data of a row are missing, or existing results are damaged.
+      OSError: if the work directory cannot be written.
     """
     rows = choose(config.rows)
     if not rows:
-        raise ValueError("rows must name at least one row. --list prints all of them.")
+        raise ValueError(
+            "rows must have at least one name or pattern, but got none. --list --rows '*' prints all rows."
+        )
     if config.steps is not None:
         validation.meta_steps("steps", config.steps)
     if config.hours is not None:
@@ -135,7 +139,7 @@ def prepare(config: Config) -> tuple[Config, list[Job]]:
         validation.seed("seeds", seed)
     for path in config.results:
         if not path.is_dir():
-            raise ValueError(f"results: there is no folder {path}.")
+            raise ValueError(f"results must be folders that exist, but {path} does not.")
     # Raises ValueError for damaged results.
     compare.find([*config.results, *([config.workdir] if config.workdir.is_dir() else [])])
     jobs = [
@@ -157,14 +161,17 @@ def prepare(config: Config) -> tuple[Config, list[Job]]:
             ("image_dir", config.image_dir, [job for job in jobs if job.row.data != "omniglot"]),
         ):
             if not found.exists() and not all(job.finished for job in wanted):
-                fetch = f"; maml_jax.tasks.download.omniglot({str(found)!r}) fetches it" if option == "data_dir" else ""
-                raise ValueError(f"{option}: {found} does not exist, and {wanted[0].row.name} needs it{fetch}.")
+                fetch = f" maml_jax.tasks.download.omniglot({str(found)!r}) downloads Omniglot."
+                raise ValueError(
+                    f"{option}: {found} does not exist, but the row {wanted[0].row.name} needs this folder."
+                    + (fetch if option == "data_dir" else "")
+                )
         config.workdir.mkdir(parents=True, exist_ok=True)
     return config, jobs
 
 
 def main(prepared: tuple[Config, list[Job]]) -> None:
-    """Runs the jobs that are not finished, and renders. Exits with status 1 if a run failed."""
+    """Runs the jobs that are not finished, and renders the page. Exits with status 1 if a run failed."""
     config, jobs = prepared
     if config.list:
         for job in jobs:
@@ -182,20 +189,20 @@ def main(prepared: tuple[Config, list[Job]]) -> None:
         render(config)
     for name, outcome in outcomes.items():
         print(f"{name}: {outcome}")
-    print(f"Wrote {config.workdir / 'index.html'} with table.md and pictures beside it.")
+    print(f"Wrote {config.workdir / 'index.html'}, with table.md and plots in the same folder.")
     if any(outcome.startswith("failed") for outcome in outcomes.values()):
         raise SystemExit(1)
 
 
 def render(config: Config) -> None:
-    """Writes the page, the table, and the pictures of accuracy over inner steps."""
+    """Writes the page, the table, and plots of the accuracy over inner steps."""
     rows = choose(config.rows)
     ours = compare.find([config.workdir]) if config.workdir.is_dir() else []
     others = compare.find(config.results)
     config.workdir.mkdir(parents=True, exist_ok=True)
     groups = compare.group(rows, [*ours, *others])
-    strays = [run for run in [*ours, *others] if run.row is None]
-    (config.workdir / "index.html").write_text(page.html(groups, strays), encoding="utf-8")
+    without_row = [run for run in [*ours, *others] if run.row is None]
+    (config.workdir / "index.html").write_text(page.html(groups, without_row), encoding="utf-8")
     (config.workdir / "table.md").write_text(page.markdown(groups), encoding="utf-8")
     for group in groups:
         if any(line.runs for line in group.lines):
@@ -207,7 +214,7 @@ def render(config: Config) -> None:
 
 
 def _run(jobs: list[Job], hours: float | None, after_each: Callable[[], None]) -> dict[str, str]:
-    """Runs the jobs in turn; returns the outcome of each, by the name of its directory."""
+    """Runs the jobs one after another. Returns their outcomes by the names of their directories."""
     end = None if hours is None else time.monotonic() + 3600 * hours
     outcomes = {}
     for number, job in enumerate(jobs, 1):
@@ -226,10 +233,10 @@ def _run(jobs: list[Job], hours: float | None, after_each: Callable[[], None]) -
 
 
 def _one(job: Job, end: float | None) -> str:
-    """Runs a job until it exits or the time is over; returns the outcome."""
+    """Runs a job until it exits or the time budget is over. Returns the outcome."""
     errors = job.path.with_name(f"{job.path.name}.stderr.txt")
     with open(errors, "w") as file:
-        # A session of its own: Ctrl-C reaches this process alone, which then passes on one signal, not two.
+        # In a new session the run does not get Ctrl-C. Only this process gets Ctrl-C, and sends one SIGTERM to the run.
         process = subprocess.Popen(job.command, stderr=file, start_new_session=True)
         try:
             process.wait(None if end is None else max(0.0, end - time.monotonic()))
@@ -247,18 +254,18 @@ def _one(job: Job, end: float | None) -> str:
     if process.returncode == 0:
         return "finished"
     if stopped and process.returncode == -signal.SIGKILL:
-        return f"failed: it did not exit within {GRACE:g} s of SIGTERM when the budget was over, and was killed"
+        return f"failed: the run did not exit within {GRACE:g} s of SIGTERM at the end of the budget, and was killed"
     if stopped and process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM):
         trained = run.trained if (run := compare.read(job.path)) else 0
         stop = f"stopped after {trained:,} of {job.steps:,} meta-steps: the budget is over. The same command resumes"
-        only = f"--rows {job.row.name} --seeds {job.seed} --steps {trained}"
-        evaluate = f"; {only} evaluates it as it is, unless its outer rate falls over the meta-steps"
-        return stop + (evaluate if trained else "")
+        # If the outer rate falls, a run with fewer steps is another training.
+        evaluate = f"; with --rows {job.row.name} --seeds {job.seed} --steps {trained} it evaluates the stopped model"
+        return stop + (f"{evaluate}, unless the outer rate falls" if trained else "")
     return "\n  ".join([f"failed with status {process.returncode}:", *lines[-LAST_LINES:], f"(full output: {errors})"])
 
 
 def _stop(process: subprocess.Popen) -> None:
-    """Stops a run, which saves on SIGTERM. It is killed if it takes longer than GRACE, or at a second Ctrl-C."""
+    """Stops a run with SIGTERM, at which the run saves. Kills the run after GRACE seconds, or at a second Ctrl-C."""
     process.terminate()
     try:
         process.wait(GRACE)
@@ -277,7 +284,8 @@ def _terminated() -> Iterator[None]:
         raise SystemExit(128 + number)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}  # Under nohup.
+    # A signal that is ignored, as SIGHUP under nohup, stays ignored.
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
     for number in before:
         signal.signal(number, end)
     try:

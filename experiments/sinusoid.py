@@ -2,9 +2,9 @@
 
     python -m experiments.sinusoid
 
-Trains MAML by a steady recipe and by the paper's recipe, first-order MAML, and the paper's two baselines: a net trained
-on all curves together ('pretrained'), and one that gets amplitude and phase as inputs ('oracle'). Then adapts them to
-600 new curves from 5, 10 and 20 points, and prints the squared errors beside the paper's.
+The command trains five methods: 'maml' by the paper's recipe, 'first_order' MAML, the paper's baselines 'pretrained'
+(joint training on all curves) and 'oracle' (joint training with amplitude and phase as inputs), and 'steady'. It adapts
+each net to 600 new curves from 5, 10 and 20 points, and prints the squared errors beside the paper's.
 """
 
 import dataclasses
@@ -46,7 +46,13 @@ MethodName = Literal["maml", "first_order", "pretrained", "oracle", "steady"]
 
 @dataclasses.dataclass(frozen=True)
 class Config(command_line.RunOptions):
-    """MAML on sine curves, by a recipe of our own and by the paper's recipe."""
+    """MAML and baselines on sine curves. The defaults are the paper's settings.
+
+    The method 'steady' is MAML by a recipe of our own that keeps losses from diverging: 50 curves per meta-step with 5
+    support and 50 query points, weights 0.8 and 0.2 for the losses after one and two inner steps, an outer rate that
+    falls from 0.003 to 0, and inner gradients clipped to norm 40. The options --tasks, --shots, --queries,
+    --inner-rate, --inner-steps and --outer-rate do not change this recipe.
+    """
 
     steps: int = 70_000
     """Meta-steps of each method."""
@@ -61,22 +67,20 @@ class Config(command_line.RunOptions):
     inner_steps: int = 1
     """Inner steps in training."""
     outer_rate: float = 1e-3
-    """Adam's rate in the outer loop."""
+    """Learning rate of Adam in the outer loop."""
     test_tasks: int = 600
-    """Curves to evaluate on."""
+    """Number of test curves."""
     methods: tuple[MethodName, ...] = ("steady", "maml", "first_order", "pretrained", "oracle")
-    """Methods to train. 'steady' is MAML by a recipe of our own, against diverging losses: 50 curves with 5 support and
-    50 query points, the losses after one and two inner steps with weights 0.8 and 0.2, an outer rate that falls from
-    0.003 to 0, and inner gradients clipped to norm 40."""
+    """Methods to train."""
     seeds: tuple[int, ...] = (0,)
-    """Seeds, each a run of its own; the test curves are the same."""
+    """Seeds of the trainings. All seeds have the same test curves."""
 
     def check(self) -> None:
-        """Raises ValueError, naming the option, the value and the allowed values."""
+        """Raises ValueError if an option is not allowed. The message has the option, the value and what is allowed."""
         validation.meta_steps("steps", self.steps)
         for name in ("tasks", "shots", "queries", "inner_steps"):
             validation.at_least(name, getattr(self, name), 1)
-        validation.at_least("test_tasks", self.test_tasks, 2)  # One has no interval.
+        validation.at_least("test_tasks", self.test_tasks, 2)  # One curve gives no interval.
         for name in ("inner_rate", "outer_rate"):
             validation.positive(name, getattr(self, name))
         for name in ("methods", "seeds"):
@@ -86,13 +90,15 @@ class Config(command_line.RunOptions):
         if set(self.methods) == {"steady"}:
             for name in ("tasks", "shots", "queries", "inner_rate", "inner_steps", "outer_rate"):
                 if (given := getattr(self, name)) != getattr(Config, name):
-                    raise ValueError(f"{name} is for other methods than 'steady', which has its own, but got {given}.")
+                    raise ValueError(
+                        f"{name} has no effect on the method 'steady', but got {given}: add another method."
+                    )
         for seed in self.seeds:
             validation.seed("seeds", seed)
 
 
 class Method(NamedTuple):
-    """One row of the table: training and test of a net."""
+    """The settings of a method, in training and at test."""
 
     title: str
     training: maml_jax.InnerLearner
@@ -103,17 +109,17 @@ class Method(NamedTuple):
     rates: dict[str, Rate]
     """Rates of the training, for the message about a loss that is not finite."""
     test_rates: tuple[float, ...]
-    """Candidates for the inner rate at test; the best on other curves is taken."""
+    """Candidates for the inner rate at test. The best rate on other curves is used."""
     reveal: bool = False
     """Whether the net gets amplitude and phase."""
     step_weights: tuple[float, ...] | None = None
-    """Weights of the query loss before and after each inner step; None: only the loss after the last step counts."""
+    """Weights of the query losses before and after each inner step; None to use only the loss after the last step."""
     clip: float | None = None
     """Norm to which inner gradients are clipped, in training and at test."""
 
 
 def methods(config: Config) -> dict[MethodName, Method]:
-    """The compared methods: the same training code with different inner learners."""
+    """Returns the settings of all methods. They share the training code and differ in the inner learner."""
     rate, steps = config.inner_rate, config.inner_steps
     paper = {
         "outer": optax.adam(config.outer_rate),
@@ -149,7 +155,7 @@ def methods(config: Config) -> dict[MethodName, Method]:
 
 
 def descent(rate: float, clip: float | None) -> optax.GradientTransformation:
-    """Gradient descent on gradients clipped to norm `clip`."""
+    """Returns gradient descent, on gradients that are clipped to norm `clip` if it is given."""
     return optax.sgd(rate) if clip is None else optax.chain(optax.clip_by_global_norm(clip), optax.sgd(rate))
 
 
@@ -158,9 +164,9 @@ loss_fn = losses.mean_squared_error(models.apply_params(net))
 
 
 def meta_train(config: Config, run: RunDirectory, name: MethodName, seed: int) -> maml_jax.MetaState:
-    """Trains one net, or resumes its training; logs and saves to `run`."""
+    """Trains a net, or resumes the training. Writes metrics and checkpoints to `run`."""
     method = methods(config)[name]
-    # A single device is faster for so small a net.
+    # For so small a net, one device is faster than several.
     mesh = task_mesh(method.tasks) if processes.multiple() else None
     learner = maml_jax.maml(loss_fn, method.training, method.outer, step_weights=method.step_weights, mesh=mesh)
     init_key, task_key = jax.random.split(jax.random.key(seed))
@@ -180,12 +186,15 @@ def meta_train(config: Config, run: RunDirectory, name: MethodName, seed: int) -
 
 
 def tester(method: Method, rate: float) -> maml_jax.MetaLearner:
-    """A learner for adaptation at test; order and outer optimizer have no effect there."""
+    """Returns a meta-learner for adaptation at test, where the order and the outer optimizer have no effect."""
     return maml_jax.maml(loss_fn, maml_jax.unrolled(descent(rate, method.clip), steps=TEST_STEPS), optax.identity())
 
 
 def evaluate(config: Config, method: Method, state: maml_jax.MetaState, shots: int, key: jax.Array) -> dict:
-    """Adapts to the test curves. Of several rates, the best on as many other curves is taken."""
+    """Adapts to the test curves, and returns statistics of their errors after 0 to `TEST_STEPS` steps.
+
+    Of several test rates, the rate with the lowest error on the same number of other curves is used.
+    """
     test_key, tuning_key = jax.random.split(key)
     draw = partial(sinusoid.draw_tasks, shots=shots, queries=TEST_QUERIES, reveal=method.reveal)
 
@@ -223,7 +232,7 @@ APPENDABLE_FIELDS = ("methods", "seeds")
 
 
 def run_of(config: Config) -> dict[str, Any]:
-    """Arguments of `RunDirectory` that describe the run."""
+    """Returns the arguments of `RunDirectory` that describe the run."""
     return {
         "config": dataclasses.asdict(config),
         "mutable_fields": mutable_fields(config),
@@ -236,18 +245,26 @@ def prepare(config: Config) -> Config:
     """Checks the options and the work directory.
 
     Raises:
-      ValueError, OSError: saying what is wrong and what to do.
+      ValueError: if an option is not allowed.
+      OSError: if the work directory holds another run, or cannot be written.
     """
     config.check()
     for name in config.methods if processes.multiple() else ():
-        task_mesh(methods(config)[name].tasks)  # Raises if they cannot be divided.
+        task_mesh(methods(config)[name].tasks)  # Raises ValueError if the processes cannot share the tasks.
     RunDirectory.check(config.workdir, **run_of(config))
     check_steps(config.workdir, config.steps)
     return config
 
 
 def main(config: Config) -> dict:
-    """Runs the experiment; returns what it writes to `results.json`."""
+    """Trains and evaluates every method and seed.
+
+    Returns:
+      The content of `results.json`; an empty dict in processes other than 0.
+
+    Raises:
+      FloatingPointError: if a loss is not finite.
+    """
     run = RunDirectory(config.workdir, "sinusoid", **run_of(config))
     titles = ", ".join(methods(config)[name].title for name in config.methods)
     print(f"{config.steps:,} meta-steps of each: {titles}.\nWriting to {run.path}", flush=True)
@@ -280,16 +297,16 @@ def main(config: Config) -> dict:
     plots.sinusoid_errors(run.path / "errors.png", last, PAPER)
     rates = {(row["method"], row["shots"]): row["rate"] for row in rows}
     plots.sinusoid_fits(run.path / "fits.png", fits(config, states, rates))
-    print(f"Wrote {path}, and errors.png, fits.png and params.msgpack beside it.")
+    print(f"Wrote {path}, with errors.png, fits.png and params.msgpack in the same folder.")
     return results
 
 
 def fits(
     config: Config, states: dict[MethodName, maml_jax.MetaState], rates: dict[tuple[MethodName, int], float]
 ) -> list[dict]:
-    """Predictions for one curve from 5 and from 10 points, before and after 1 and 10 steps (paper, figure 2).
+    """Returns predictions for one curve from 5 and from 10 points, before and after 1 and 10 steps (paper, figure 2).
 
-    At most three methods are shown, first-order MAML and the oracle last.
+    At most three methods are shown. First-order MAML is shown only if there are fewer than three others.
     """
     shown = sorted(states, key=lambda name: (name in ("first_order", "oracle"), [*states].index(name)))[:3]
     panels = []
@@ -309,10 +326,10 @@ def fits(
 
 
 def table(config: Config, results: dict) -> str:
-    """Errors of every method, seed and number of points, beside the paper's.
+    """Formats the errors of every method, seed and number of points, beside the errors of the paper.
 
-    A cell has the mean over the curves with its interval. Where gradient descent diverged on some curves, so that the
-    mean is not finite or larger than before adaptation, the cell has the median.
+    A cell has the mean over the curves and its 95% interval. The cell has the median instead if gradient descent
+    diverged on some curves and the mean is not finite, or larger than before adaptation.
     """
     lines, medians = [results["protocol"], ""], False
     for shots in TEST_SHOTS:
@@ -331,7 +348,7 @@ def table(config: Config, results: dict) -> str:
                 lines.append(f"{'  in the paper':<28}{'':>17}" + "".join(f"{value:>17.2f}" for value in PAPER[name]))
         lines.append("")
     if medians:
-        lines.append("median: the mean is not finite, or larger than before adaptation, as some curves diverged.\n")
+        lines.append("median: some curves diverged; the mean is not finite, or larger than before adaptation.\n")
     return "\n".join(lines)
 
 

@@ -1,10 +1,10 @@
-"""Measures the shares of kinds of operations in the time of a compiled meta-step, from a trace.
+"""Measures from a trace how the time of a compiled meta-step divides among kinds of operations.
 
     python -m experiments.benchmarks.breakdown --workloads omniglot-20w1s miniimagenet-5w1s
 
-A meta-step falls short of the machine's limit because of operations other than matrix products and convolutions, and
-because of the rate of these. The trace is of one core, so that operations do not overlap. Prints the shares, and writes
-results.json and shares.png.
+A meta-step is slower than the machine's limit for two reasons: some operations are not matrix products or convolutions,
+and products and convolutions may be slower than the limit. The trace uses one core, so that operations do not overlap.
+The command prints the shares, and writes results.json and shares.png.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from jax.profiler import ProfileData
 from experiments.benchmarks import flops, measure
 from experiments.benchmarks.workloads import WorkloadName
 from experiments.shared import command_line, plots
+from experiments.shared.command_line import DefaultInHelp
 from maml_jax.runs.directory import RunDirectory
 
 PRODUCTS = "products and convolutions"
@@ -31,10 +32,10 @@ KINDS = {
     "copies and transposes": ("copy", "transpose"),
     "sums": ("reduce",),
 }
-"""Words in XLA's names of operations. An operation has the first kind that matches; all others are elementwise."""
+"""Kinds of operations by words in XLA's names. The first kind with a matching word applies, or else elementwise."""
 ELEMENTWISE = "each entry alone"
 CONTAINERS = ("while", "call", "conditional")
-"""Operations that contain others, whose time they include."""
+"""Operations whose time includes the time of other operations."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +43,11 @@ class Config:
     """Traces one meta-step of each workload."""
 
     workloads: tuple[WorkloadName, ...] = ("omniglot-5w1s", "omniglot-20w1s", "miniimagenet-5w1s")
-    """Workloads: a model with a meta-batch each."""
+    """Workloads. Each has a model and a meta-batch."""
     orders: tuple[Literal[1, 2], ...] = (2, 1)
-    """Order of the meta-gradient: second or first."""
-    workdir: Path | None = None
-    """Directory of the results. Default: a new directory below runs/."""
+    """Orders of the meta-gradient. 2: exact; 1: first-order approximation."""
+    workdir: DefaultInHelp[Path | None] = None
+    """Directory of the results. Default: a new directory in runs/."""
 
 
 def prepare(config: Config) -> Config:
@@ -58,7 +59,7 @@ def prepare(config: Config) -> Config:
     """
     for name in ("workloads", "orders"):
         if not getattr(config, name):
-            raise ValueError(f"{name} must name at least one, but got none.")
+            raise ValueError(f"{name} must have at least one value, but got none.")
     RunDirectory.check(config.workdir)
     return config
 
@@ -76,12 +77,12 @@ def main(config: Config) -> dict[str, Any]:
     results = {"config": dataclasses.asdict(config), "device": jax.devices()[0].device_kind, "rows": rows}
     path = run.write_results(results)
     plots.shares(run.path / "shares.png", {title(row): row["shares"] for row in rows}, "a meta-step's time")
-    print(f"Wrote {path}, and shares.png beside it.")
+    print(f"Wrote {path}, with shares.png in the same folder.")
     return results
 
 
 def breakdown(variant: measure.Variant) -> dict[str, Any]:
-    """Times of a meta-step and of its operations in ms, shares of the kinds, and the rate of the products.
+    """Returns the times of a meta-step and of its operations in ms, the shares of the kinds, and the rate of products.
 
     Raises:
       RuntimeError: if the trace has no matrix product with a known name.
@@ -103,7 +104,7 @@ def breakdown(variant: measure.Variant) -> dict[str, Any]:
         kinds[kind(name)] += milliseconds
     total = kinds.total()
     if not kinds[PRODUCTS]:
-        raise RuntimeError(f"The trace names no product of matrices, only {', '.join(operations) or 'nothing'}.")
+        raise RuntimeError(f"The trace has no matrix product. Its operations are: {', '.join(operations) or 'none'}.")
     return {
         "ms": 1e3 * wall,
         "ms_in_operations": total,
@@ -115,7 +116,7 @@ def breakdown(variant: measure.Variant) -> dict[str, Any]:
 
 
 def durations(trace: ProfileData) -> Counter[str]:
-    """Time of each XLA operation in ms, by its name without the number. Operations that contain others are left out."""
+    """Returns the time of XLA operations in ms, by name without number and without operations that contain others."""
     found: Counter[str] = Counter()
     for plane in trace.planes:
         for line in plane.lines:
@@ -128,17 +129,17 @@ def durations(trace: ProfileData) -> Counter[str]:
 
 
 def kind(name: str) -> str:
-    """The kind of an operation of that name."""
+    """Returns the kind of an operation by its name."""
     return next((kind for kind, words in KINDS.items() if any(word in name for word in words)), ELEMENTWISE)
 
 
 def title(row: dict[str, Any]) -> str:
-    """The variant of a row in words."""
+    """Describes the variant of a row."""
     return f"{row['workload']}, {'second' if row['order'] == 2 else 'first'} order"
 
 
 def summary(row: dict[str, Any]) -> str:
-    """One row as a line."""
+    """Formats a row as a line of text."""
     shares = ", ".join(f"{name} {share:.0%}" for name, share in row["shares"].items())
     rate = f"products at {row['products_of_limit']:.0%} of the limit"
     return f"{title(row)}, {row['ms']:.3g} ms with the trace: {shares}; {rate}"

@@ -1,6 +1,6 @@
 """Counts the floating-point operations of the matrix products and convolutions in a program.
 
-XLA counts the body of a loop once. Here it counts as often as it runs.
+XLA's own analysis counts the body of a loop once. This module multiplies the count of a scan by its length.
 """
 
 import math
@@ -10,7 +10,7 @@ from jax.extend.core import jaxprs_in_params
 
 
 def count(jaxpr: Any) -> int:
-    """The multiplications and additions of all products in a jaxpr."""
+    """Counts the multiplications and additions of all matrix products and convolutions in a jaxpr."""
     return sum(_equation(equation) for equation in jaxpr.eqns)
 
 

@@ -28,7 +28,7 @@ from maml_jax.parallel.task_axis import TaskBatchSize, task_mesh
 from maml_jax.types import MetaState, Task
 
 PRODUCT, ACCELERATOR_PRODUCT = 1024, 8192
-"""Rows of the square matrices whose product measures the limit of a CPU, and of an accelerator."""
+"""Size of the square matrices whose product measures the limit, of a CPU and of an accelerator."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Variant:
 
 
 class Program(NamedTuple):
-    """A meta-step with its arguments, not compiled."""
+    """A meta-step before compilation, with its arguments."""
 
     step: Callable[[MetaState, Task], tuple[MetaState, Any]]
     state: MetaState
@@ -55,7 +55,7 @@ class Program(NamedTuple):
 
 
 def program(variant: Variant) -> Program:
-    """The meta-step of a variant. Raises ValueError for more devices than there are."""
+    """Returns the meta-step of a variant. Raises ValueError if the variant needs more devices than JAX has."""
     if variant.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     work = workloads.build(variant.workload, variant.dtype, variant.implementation)
@@ -71,7 +71,15 @@ def program(variant: Variant) -> Program:
 
 
 def measure(variant: Variant, seconds: float) -> dict[str, Any]:
-    """Measures times of a meta-step in ms, memory in bytes, operations, and the machine's limit in GFLOP/s."""
+    """Measures a variant: times of a meta-step in ms, memory in bytes, operations, and the machine's limit in GFLOP/s.
+
+    Args:
+      variant: the variant.
+      seconds: the duration of the measurement.
+
+    Raises:
+      FloatingPointError: if the parameters are not finite after the measurement.
+    """
     step, state, tasks, mesh = program(variant)
     count = len(jax.tree.leaves(tasks)[0])
 
@@ -80,7 +88,7 @@ def measure(variant: Variant, seconds: float) -> dict[str, Any]:
 
     operations = flops.count(jax.make_jaxpr(step)(state, tasks).jaxpr)
     if mesh is not None:
-        operations *= mesh.size  # The program of one device.
+        operations *= mesh.size  # The count is that of one device's program.
     lowered = jax.jit(many, donate_argnums=0).lower(state, tasks, 1)
     start = time.perf_counter()
     run = lowered.compile()
@@ -97,7 +105,7 @@ def measure(variant: Variant, seconds: float) -> dict[str, Any]:
         state = jax.block_until_ready(run(state, tasks, per_call))
         times.append(1e3 * (time.perf_counter() - start) / per_call)
     if not np.isfinite(float(jnp.abs(jax.tree.leaves(state.params)[0]).max())):
-        raise FloatingPointError("The parameters are not finite any more, so the times are meaningless.")
+        raise FloatingPointError("The parameters are not finite after the measurement: the times are not meaningful.")
     return {
         "ms": times,
         "tasks": count,
@@ -113,8 +121,8 @@ def measure(variant: Variant, seconds: float) -> dict[str, Any]:
 def with_peak_memory(run: Callable[[], Any]) -> tuple[Any, int | None]:
     """Calls `run`, and measures the peak of its memory beyond the memory in use before.
 
-    On a CPU, Linux reports the peak of the process, for all devices together. It is too small by the freed memory that
-    is used again. On an accelerator, the allocator reports the peak of the first device.
+    On a CPU, Linux reports the peak of the process, for all devices together. The peak does not count memory that was
+    freed before the call and is reused. On an accelerator, the allocator reports the peak of the first device.
 
     Returns:
       The result of `run`, and the peak in bytes, or None if it is not reported.
@@ -140,7 +148,10 @@ def with_peak_memory(run: Callable[[], Any]) -> tuple[Any, int | None]:
 
 
 def limit(variant: Variant) -> float:
-    """The machine's limit in GFLOP/s on all cores. Small nets run on one core, so another process measures it."""
+    """Returns the machine's limit in GFLOP/s on all cores.
+
+    A process that measures a small net uses one core. It starts another process, with all cores, to measure the limit.
+    """
     if not is_small(variant) or jax.default_backend() != "cpu":
         return product_rate(variant.dtype)
     command = [sys.executable, "-m", "experiments.benchmarks.measure", json.dumps({"product": variant.dtype})]
@@ -155,7 +166,7 @@ def is_small(variant: Variant) -> bool:
 
 
 def product_rate(dtype: str, devices: Sequence[jax.Device] | None = None) -> float:
-    """The rate of products of large matrices on all devices at once, or on the given devices, in GFLOP/s."""
+    """Returns the rate of products of large matrices in GFLOP/s, on all devices at once or on the given devices."""
     size, repeats = PRODUCT if jax.default_backend() == "cpu" else ACCELERATOR_PRODUCT, 8
     devices = devices or jax.devices()
     factors = [jax.device_put(jnp.full((size, size), 1e-3, dtype), device) for device in devices]

@@ -2,9 +2,9 @@
 
     python -m experiments.benchmarks.rl_speed
 
-Measures in turn, several times: the rollouts of a batch of tasks, policy included; a meta-iteration with a policy
-gradient in place of TRPO; and the paper's meta-iteration. Prints environment steps and meta-iterations per second of
-processor time, over all cores, and writes results.json and shares.png.
+The command measures three parts for several rounds: the rollouts of a batch of tasks with the policy, a meta-iteration
+with a policy gradient in place of TRPO, and the paper's meta-iteration. It prints environment steps and meta-iterations
+per second of processor time over all cores, and writes results.json and shares.png.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ import maml_jax
 from experiments import locomotion, navigation
 from experiments.reinforcement import options
 from experiments.shared import command_line, plots
+from experiments.shared.command_line import DefaultInHelp
 from maml_jax import validation
 from maml_jax.parallel import backend
 from maml_jax.parallel.task_axis import task_axis, task_mesh
@@ -41,17 +42,17 @@ class Config:
     """Measures the meta-iterations of the paper's problems."""
 
     problems: tuple[ProblemName, ...] = ("navigation", "half-cheetah-velocity", "ant-velocity")
-    """Problems to measure. Those of locomotion need the extra `mujoco`."""
-    tasks: int | None = None
-    """Tasks per meta-iteration. Default: the paper's for each problem."""
-    episodes: int | None = None
-    """Episodes of each task before and after the inner step. Default: the paper's for each problem."""
+    """Problems to measure. Half-cheetah and ant need the extra `mujoco`."""
+    tasks: DefaultInHelp[int | None] = None
+    """Tasks per meta-iteration. Default: the paper's number for each problem."""
+    episodes: DefaultInHelp[int | None] = None
+    """Episodes of each task before and after the inner step. Default: the paper's number for each problem."""
     curvature_share: float = 1.0
     """Share of the tasks whose curvature TRPO computes."""
     rounds: int = 3
     """Number of measurements of each part."""
-    workdir: Path | None = None
-    """Directory of the results. Default: a new directory below runs/."""
+    workdir: DefaultInHelp[Path | None] = None
+    """Directory of the results. Default: a new directory in runs/."""
 
 
 class Problem(NamedTuple):
@@ -70,7 +71,7 @@ def prepare(config: Config) -> tuple[Config, list[Problem]]:
     """
     validation.at_least("rounds", config.rounds, 1)
     if not config.problems:
-        raise ValueError("problems must name at least one, but got none.")
+        raise ValueError("problems must have at least one value, but got none.")
     for name in ("tasks", "episodes"):
         if (count := getattr(config, name)) is not None:
             validation.at_least(name, count, 1)
@@ -84,16 +85,16 @@ def prepare(config: Config) -> tuple[Config, list[Problem]]:
 
 
 def paper_problem(name: ProblemName) -> Problem:
-    """The environment and settings of one of the paper's problems."""
+    """Returns the environment and the settings of one of the paper's problems."""
     if name == "navigation":
         return Problem(navigation.ENVIRONMENT, navigation.Config())
     return Problem(locomotion.environment(name), locomotion.PRESETS[name])
 
 
 def parts(config: Config, problem: Problem) -> tuple[dict[str, Callable[[], Any]], int]:
-    """The parts to measure, as functions that block until they are done; and the environment steps of a rollout.
+    """Returns the parts to measure, as functions that return when their results are computed.
 
-    Time steps after the end of an episode do not count.
+    Also returns the number of environment steps of a rollout, without time steps after the end of an episode.
     """
     environment, setting = problem
     tasks, episodes = config.tasks or setting.tasks, config.episodes or setting.episodes
@@ -151,14 +152,17 @@ def main(prepared: tuple[Config, list[Problem]]) -> dict[str, Any]:
     path = run.write_results(results)
     shares = {row["problem"]: row["shares"] for row in rows}
     plots.shares(run.path / "shares.png", shares, "a meta-iteration's processor time")
-    print(f"Wrote {path}, and shares.png beside it.")
+    print(f"Wrote {path}, with shares.png in the same folder.")
     return results
 
 
 def row(
     name: ProblemName, steps: int, processor: dict[str, list[float]], wall: dict[str, list[float]]
 ) -> dict[str, Any]:
-    """Speeds from the medians of the times. A meta-iteration has two rollouts, before and after the inner step."""
+    """Returns speeds and shares from the medians of the times.
+
+    A meta-iteration has two rollouts, before and after the inner step. The other parts are differences of times.
+    """
     seconds = {part: float(np.median(times)) for part, times in processor.items()}
     sampling = 2 * seconds["episodes"]
     spent = np.diff([0, sampling, seconds["gradient"], seconds["whole"]]) / seconds["whole"]
@@ -175,7 +179,7 @@ def row(
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Speeds, and the shares of the parts in a meta-iteration."""
+    """Formats the speeds and the shares of the parts in a meta-iteration."""
     width = max(len(name) for name in get_args(ProblemName) for name in (get_args(name) or (name,)))
     lines = [f"{'':{width}}   steps/CPU-s   iterations/CPU-s   iterations/s   share of the processor time"]
     for row in rows:

@@ -1,10 +1,11 @@
-"""The meta-steps of the benchmark in PyTorch, as its users write them.
+"""The meta-steps of the benchmark in PyTorch, written as users of PyTorch write them.
 
     python experiments/benchmarks/torch_peers.py '{"workload": "omniglot-5w1s", "peer": "loop"}'
 
-Needs PyTorch, and the package `higher` for the peer of that name (`pip install -e '.[torch]'`). The module imports
-nothing of this project, so that another Python can run it. The nets are those of `maml_jax.nets.models`: convolutions
-without bias, and normalisation with an offset that is not adapted and no scale. Prints a line of JSON.
+The module needs PyTorch, and the package `higher` for the implementation of that name (`pip install -e '.[torch]'`). It
+imports no other module of this project, so that a Python without JAX can run it. The nets are those of
+`maml_jax.nets.models`: convolutions have no bias, and normalisation has no scale and an offset that the inner loop does
+not adapt. The module prints a line of JSON.
 """
 
 import json
@@ -49,7 +50,7 @@ def conv_net(ways, size, channels, filters, pooled):
 
 
 def workload(name):
-    """Net, loss, inner steps, inner rate, and (support inputs, support targets, query inputs, query targets)."""
+    """Returns net, loss, inner steps, inner rate, and inputs and targets of the support sets and of the queries."""
     if name == "sinusoid":
         net = nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
         points = [torch.rand(25, 10, 1) * 10 - 5, torch.randn(25, 10, 1)]
@@ -63,7 +64,7 @@ def workload(name):
 
 
 def meta_step(peer, order, steps, net, loss, rate, data):
-    """A function that takes one meta-step with the outer Adam update."""
+    """Returns a function that takes one meta-step, including the update of Adam."""
     outer = torch.optim.Adam(net.parameters(), 1e-3)
     params = dict(net.named_parameters())
     fixed = {name: value for name, value in params.items() if name.endswith("offset")}
@@ -122,7 +123,7 @@ def meta_step(peer, order, steps, net, loss, rate, data):
 def main():
     given = {"order": 2, "seconds": 3.0, "threads": 2, "device": "cpu", "inner_steps": None, **json.loads(sys.argv[1])}
     torch.set_num_threads(given["threads"])
-    if given["device"] != "cpu":  # JAX's default: float32 products with fewer bits.
+    if given["device"] != "cpu":  # As JAX does by default: float32 products with reduced precision.
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)
     net, loss, steps, rate, data = workload(given["workload"])

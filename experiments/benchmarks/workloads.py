@@ -26,7 +26,7 @@ WorkloadName = Literal[
 WORKLOADS: tuple[WorkloadName, ...] = get_args(WorkloadName)
 
 SMALL: tuple[WorkloadName, ...] = ("sinusoid",)
-"""Workloads with nets that are too small for more than one thread."""
+"""Workloads with small nets, which one thread computes fastest."""
 
 
 class Images(NamedTuple):

@@ -1,1 +1,1 @@
-"""Shared parts of the few-shot experiments: the options of a run, the methods, evaluation."""
+"""Code that the few-shot experiments share: the options of a run, the methods, and the evaluation."""

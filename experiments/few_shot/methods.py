@@ -1,4 +1,8 @@
-"""The parts of a few-shot run: net, inner learner, outer optimizer, algorithm, tasks. Functions of the run alone."""
+"""Builds the parts of a few-shot run from its options: net, inner learner, outer optimizer, algorithm and tasks.
+
+References:
+  Nichol et al. 2018, arXiv:1803.02999 (Reptile). Rajeswaran et al. 2019, arXiv:1909.04630 (iMAML).
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +28,7 @@ from maml_jax.tasks.episodes import EpisodeShape, ImageClasses
 from maml_jax.types import LossFn, Task
 
 PROXIMAL_WEIGHT = 0.5
-"""Proximal weight of iMAML, chosen here."""
+"""Proximal weight of iMAML. The value is ours, not the paper's."""
 CG_STEPS = 5
 """Iterations of conjugate gradients of iMAML, as in Rajeswaran et al. 2019."""
 REPTILE_SHOTS = 10
@@ -34,16 +38,16 @@ JOINT_CLASSES = 64
 
 
 HIDDEN = (256, 128, 64, 64)
-"""Layers of the fully connected net (paper, section 5.2)."""
+"""Widths of the hidden layers of the fully connected net (paper, section 5.2)."""
 
 
 def network(run: Run, *, outputs: int | None = None, training: bool = False) -> nn.Module:
-    """The net of the paper's section 5.2: strided for small images, pooled for large ones.
+    """Returns the net of the paper's section 5.2, with strides for small images and pooling for large images.
 
     Args:
       run: the run.
-      outputs: classes; default: the ways of a task.
-      training: whether the net is for meta-training, where running statistics are not known yet.
+      outputs: the number of outputs; None for the ways of a task.
+      training: whether the net is for meta-training. There, batch statistics replace running statistics.
     """
     outputs = run.ways if outputs is None else outputs
     normalisation = "batch" if training and run.normalisation == "running" else run.normalisation
@@ -54,7 +58,7 @@ def network(run: Run, *, outputs: int | None = None, training: bool = False) -> 
 
 
 def inner_learner(run: Run, net: nn.Module) -> maml_jax.InnerLearner:
-    """Learning of one task, in training and at test."""
+    """Returns the inner learner of the run, for training and test."""
     rate = run.inner_rate
     options: dict[str, Any] = {"steps": run.inner_steps, "order": run.order, "trainable": models.all_but_norms}
     match run.method:
@@ -78,7 +82,7 @@ def inner_learner(run: Run, net: nn.Module) -> maml_jax.InnerLearner:
 
 
 def outer_rate(run: Run) -> float | Callable[[Any], Any]:
-    """The outer rate, or its schedule over the meta-steps."""
+    """Returns the outer rate, or its schedule over the meta-steps."""
     if run.method == "reptile":
         return optax.linear_schedule(run.outer_rate, 0.0, run.steps)  # Nichol et al. 2018, section 6.1.
     if run.outer_rate_falls:
@@ -87,18 +91,18 @@ def outer_rate(run: Run) -> float | Callable[[Any], Any]:
 
 
 def outer_optimizer(run: Run) -> optax.GradientTransformation:
-    """Adam; for Reptile, which moves a part of the way to the adapted parameters, SGD."""
+    """Returns Adam, or SGD for Reptile: SGD moves the parameters part of the way to the adapted parameters."""
     clip = optax.identity() if run.clip is None else optax.clip(run.clip)
     return optax.chain(clip, optax.sgd(outer_rate(run)) if run.method == "reptile" else optax.adam(outer_rate(run)))
 
 
 def learner(run: Run, net: nn.Module, loss_fn: LossFn, *, mesh: Mesh | None = None) -> MetaLearner:
-    """The algorithm of the run.
+    """Returns the meta-learner of the run.
 
     Args:
       run: the run.
       net: the net in training.
-      loss_fn: its loss.
+      loss_fn: the loss of the net.
       mesh: devices among which the tasks are divided.
     """
     inner, outer = inner_learner(run, net), outer_optimizer(run)
@@ -128,17 +132,17 @@ def learner(run: Run, net: nn.Module, loss_fn: LossFn, *, mesh: Mesh | None = No
 def draw_tasks(
     run: Run, classes: ImageClasses, key: jax.Array, mesh: Mesh | None = None
 ) -> tuple[Callable[[Any, Any], Task], Any]:
-    """`draw` and `data` for `train`: the tasks of each meta-step."""
+    """Returns `draw` and `data` for `maml_jax.train`: `draw(data, step)` gives the tasks of a meta-step."""
     shape = run.shape
-    if run.method == "reptile":
+    if run.method == "reptile":  # More shots than at test, if all classes have enough images.
         most = min(classes.counts) - shape.queries
         shape = shape._replace(shots=max(shape.shots, min(REPTILE_SHOTS, most)))
-    elif run.method == "pretrained":
+    elif run.method == "pretrained":  # One image of each of many classes.
         shape = EpisodeShape(min(JOINT_CLASSES, len(classes.counts)), 1, 1, shape.rotations, labels="classes")
     draw, data = host_memory.episodes_by_step(key, classes, run.tasks, shape, mesh=mesh)
     return lambda data, step: with_context(run, draw(data, step)), data
 
 
 def with_context(run: Run, tasks: Task) -> Task:
-    """Tasks whose queries bring the support set along, where the normalisation needs its statistics."""
+    """Adds the support set to the queries of each task if the normalisation needs statistics of the support set."""
     return losses.query_with_support(tasks) if run.normalisation in NEEDS_CONTEXT else tasks

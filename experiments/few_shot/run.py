@@ -1,11 +1,11 @@
-"""A few-shot run as one record: the options of the command line, which `resolved()` completes by the recipe."""
+"""A few-shot run as one record: the options of the command line. `resolved()` fills in the paper's recipe."""
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Optional, Self, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, get_args
 
 from experiments.shared import command_line
-from experiments.shared.command_line import RUN_OPTIONS
+from experiments.shared.command_line import RUN_OPTIONS, DefaultInHelp
 from maml_jax import validation
 from maml_jax.nets.normalisation import NORMALISATIONS, Normalisation
 from maml_jax.parallel import processes
@@ -36,7 +36,7 @@ WITHOUT_ORDER = ("reptile", "imaml", "pretrained")
 ANNEALED = ("maml++", "reptile")
 """Methods whose outer rate always falls over the meta-steps."""
 TEST_STEPS = 10
-"""Inner steps at test; accuracies are recorded after 0 to this many."""
+"""Inner steps at test. Accuracies are recorded after 0 to this number of steps."""
 
 
 class DataSet(NamedTuple):
@@ -52,79 +52,80 @@ class DataSet(NamedTuple):
     """Provenance of the data, for `results.json`."""
 
     def split(self, name: Split) -> ImageClasses:
+        """Returns the classes of a split."""
         return {"train": self.train, "val": self.val, "test": self.test}[name]
 
 
-# The command line sees an optional option, and mypy the type that it has after `resolved()`.
+# Type of an option whose default is the recipe's. At run time the option may be None. Type checkers see the type after
+# `resolved()`, so that code for resolved runs needs no check for None.
 T = TypeVar("T")
 if TYPE_CHECKING:
     FromRecipe = Annotated[T, "None until `resolved()`"]
 else:
-    FromRecipe = Optional
+    FromRecipe = DefaultInHelp[T | None]
 RECIPE: Any = None
-"""Default of the options that the recipe sets."""
+"""Value of an option that is not given and that the recipe sets."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Run(command_line.RunOptions):
     """Options of every few-shot experiment. Options that are not given follow the recipe.
 
-    `resolved()` completes a run by its recipe; the functions of `experiments.few_shot` take a resolved run. A subclass
-    for each experiment adds the options of its data.
+    `resolved()` fills in the recipe. The functions of `experiments.few_shot` take a resolved run. Each experiment has a
+    subclass with the options of its data.
     """
 
     ways: FromRecipe[int] = RECIPE
-    """Classes per task; default: 5."""
+    """Classes per task. Default: 5."""
     shots: FromRecipe[int] = RECIPE
-    """Support examples per class; default: 1."""
+    """Support examples per class. Default: 1."""
     net: FromRecipe[Net] = RECIPE
-    """The four-block convolutional net, or the fully connected net; default: conv."""
+    """'conv': four convolutional blocks; 'mlp': fully connected layers. Default: conv."""
     method: Method = "maml"
-    """The algorithm; 'pretrained' is joint training on all classes, then fine-tuning at test."""
+    """The algorithm. 'pretrained' trains jointly on all classes, and fine-tunes at test."""
     order: Literal[1, 2] = 2
     """2: exact meta-gradient; 1: first-order approximation."""
     normalisation: Normalisation = "batch"
-    """Statistics that normalise activations; with 'batch', as in the paper, the queries of a task share them."""
+    """Normalisation of activations. With 'batch', as in the paper, the queries of a task share their statistics."""
     rotations: Rotations = "none"
-    """Rotate each class of a task by a random multiple of 90 degrees, or make four classes of each, or neither."""
+    """'random': rotate each class of a task by a multiple of 90 degrees; 'classes': make each rotation a class."""
     steps: int = 60_000
-    """Meta-steps."""
+    """Number of meta-steps."""
     tasks: FromRecipe[int] = RECIPE
-    """Tasks per meta-step; default: the recipe's."""
+    """Tasks per meta-step. Default: the recipe's number."""
     queries: FromRecipe[int] = RECIPE
-    """Query examples per class, in training and at test; default: the recipe's."""
+    """Query examples per class, in training and at test. Default: the recipe's number."""
     inner_rate: FromRecipe[float] = RECIPE
-    """Inner step size for the MEAN cross-entropy over the support set; default: the recipe's."""
+    """Inner step size for the MEAN cross-entropy over the support set. Default: the recipe's rate."""
     tune: FromRecipe[bool] = RECIPE
-    """Fine-tune a pretrained net at the best of 0.03 to 3 times the inner rate on validation tasks; default: unless
-    --inner-rate is given."""
+    """Choose the fine-tuning rate of 'pretrained' on validation tasks. Default: True unless --inner-rate is given."""
     inner_steps: FromRecipe[int] = RECIPE
-    """Inner steps in training; default: the recipe's."""
+    """Inner steps in training. Default: the recipe's number."""
     outer_rate: FromRecipe[float] = RECIPE
-    """Learning rate of Adam in the outer loop, or Reptile's initial interpolation weight; default: 0.001, and 0.5."""
-    clip: float | None = None
-    """Largest absolute value of an entry of the meta-gradient of the mean loss; default: the recipe's."""
+    """Outer learning rate. Default: 0.001 for Adam; 0.5 for Reptile, where it is the first interpolation weight."""
+    clip: DefaultInHelp[float | None] = None
+    """Clip the entries of the meta-gradient of the mean loss to this absolute value. Default: the recipe's value."""
     anneal: bool = False
-    """Reduce the outer rate along a cosine to a hundredth over all meta-steps, as MAML++ always does."""
-    task_batch_size: int | None = None
+    """Decay the outer rate to 1% along a cosine over all meta-steps, as MAML++ always does."""
+    task_batch_size: DefaultInHelp[int | None] = None
     """Tasks that a device computes at once. Default: chosen by backend and net."""
     test_tasks: int = 600
-    """Tasks to evaluate on."""
+    """Number of test tasks."""
     evaluation: Literal["transductive", "both"] = "both"
-    """Evaluate with the queries of a task in one batch, or also inductively, each query alone: takes twice as long."""
+    """'transductive': the queries of a task form one batch; 'both': also evaluate each query alone (inductive)."""
     ensemble: bool = False
-    """Evaluate also the averaged predictions of the best models of the validation, as published for MAML++."""
+    """Also evaluate the average prediction of the best models in validation, as published for MAML++."""
     seed: int = 0
     """Seed of the parameters and of all tasks."""
     resampling: images.Resampling | Literal["nearest"] = "lanczos"
-    """Filter with which images are resized."""
-    cache_dir: Path | None = None
-    """Where resized images are kept; default: maml_jax in the user's cache directory."""
-    row: str | None = None
-    """Name of the run's row in the table of results; `experiments.reproduce` gives it."""
+    """Filter that resizes images."""
+    cache_dir: DefaultInHelp[Path | None] = None
+    """Folder of resized images. Default: maml_jax in the user's cache directory."""
+    row: DefaultInHelp[str | None] = None
+    """Name of the run's row in the table of results. `experiments.reproduce` sets this name. Default: no row."""
 
     experiment: ClassVar[str]
-    """Name of the module, under which `experiments.evaluate` finds it."""
+    """Name of the experiment in saved models and results."""
     val_tasks: ClassVar[int]
     """Tasks per validation."""
 
@@ -139,30 +140,33 @@ class Run(command_line.RunOptions):
         raise NotImplementedError
 
     def recipe(self) -> dict[str, Any]:
-        """Values of the options that are not given, for MAML with the ways and shots of this run."""
+        """Returns the recipe of MAML: values for the options that are not given. `ways` and `shots` must be set."""
         raise NotImplementedError
 
     def load(self) -> DataSet:
-        """Reads the data. Raises ValueError, DataError or OSError, saying what is wrong and what to do."""
+        """Reads the data. Raises ValueError, DataError or OSError if the data are missing or not valid."""
         raise NotImplementedError
 
     def published(self, data: DataSet) -> tuple[float, float] | None:
-        """Published accuracy of this run and the half width of its interval, in per cent."""
+        """Returns the published accuracy of this run and the half width of its 95% interval, in per cent.
+
+        Returns None if no accuracy is published.
+        """
         raise NotImplementedError
 
-    # From options to numbers
+    # Resolving the options
 
     def resolved(self) -> Self:
         """Returns the run with values for all options, checked as far as possible without data.
 
         Raises:
-          ValueError: naming the option, the value and the allowed values.
+          ValueError: if an option is not allowed. The message has the option, the value and the allowed values.
         """
         validation.one_of("method", self.method, get_args(Method))
         if self.method == "pretrained" and self.inner_steps is not None:
             raise ValueError(
-                f"inner_steps is for methods that adapt in training, unlike pretrained, but got {self.inner_steps}. "
-                f"Fine-tuning is evaluated after 0 to {TEST_STEPS} steps."
+                f"inner_steps is for methods that adapt in training, but got {self.inner_steps} with pretrained. "
+                f"Its fine-tuning at test is evaluated after 0 to {TEST_STEPS} steps."
             )
         run = self.with_defaults(
             ways=5, shots=1, net="conv", tune=self.method == "pretrained" and self.inner_rate is None
@@ -178,7 +182,7 @@ class Run(command_line.RunOptions):
         return dataclasses.replace(self, **{name: v for name, v in values.items() if getattr(self, name) is None})
 
     def check(self) -> None:
-        """Raises ValueError, naming the option, the value and the allowed values. The run must be resolved."""
+        """Raises ValueError if an option of this resolved run is not allowed."""
         validation.at_least("ways", self.ways, 2)
         for name in ("shots", "queries", "tasks", "inner_steps", "test_tasks"):
             validation.at_least(name, getattr(self, name), 1)
@@ -213,7 +217,10 @@ class Run(command_line.RunOptions):
                 "have: give 'batch', 'support', 'layer' or 'group'."
             )
         if self.normalisation == "running" and self.method == "pretrained":
-            raise ValueError("normalisation 'running' gathers statistics over inner steps, and pretrained takes none.")
+            raise ValueError(
+                "normalisation 'running' gathers statistics over the inner steps of training, but pretrained takes no "
+                "inner steps in training: give another normalisation."
+            )
         if self.normalisation == "running" and self.method == "reptile":
             raise ValueError(
                 "normalisation 'running' needs norm parameters that the inner steps leave unchanged, but reptile "
@@ -222,11 +229,13 @@ class Run(command_line.RunOptions):
         if self.tune and self.method != "pretrained":
             raise ValueError(f"tune is for the method pretrained, but got {self.method}.")
         if self.order == 1 and self.method in WITHOUT_ORDER:
-            raise ValueError(f"order 1 is for methods that differentiate the inner loop, and {self.method} does not.")
+            raise ValueError(f"order 1 is for methods that differentiate the inner loop, but got {self.method}.")
         if self.anneal and self.method in ANNEALED:
-            raise ValueError(f"anneal is for methods with a constant outer rate; the rate of {self.method} falls.")
+            raise ValueError(
+                f"anneal is for methods with a constant outer rate, but the outer rate of {self.method} always falls."
+            )
 
-    # Values that follow from the options
+    # Derived values
 
     @property
     def shape(self) -> EpisodeShape:
@@ -242,8 +251,8 @@ class Run(command_line.RunOptions):
     def selected_after(self) -> int:
         """Inner steps after which models are selected in validation and compared at test.
 
-        MAML++ has rates and norms for the inner steps of its training, and takes as many at test. Reptile takes 50 at
-        test (Nichol et al. 2018, appendix A), more than are recorded.
+        MAML++ learns rates and norms for each inner step of training, and takes the same number of steps at test.
+        Reptile takes 50 steps at test (Nichol et al. 2018, appendix A); only the first 10 are evaluated here.
         """
         if self.method == "reptile":
             return TEST_STEPS
@@ -252,7 +261,7 @@ class Run(command_line.RunOptions):
 
     @property
     def name(self) -> str:
-        """Name of the run's directory, where none is given."""
+        """Name of the run. A new run directory has this name."""
         parts = [self.experiment, f"{self.ways}way-{self.shots}shot", self.method]
         parts += ["mlp"] if self.net == "mlp" else []
         parts += [self.normalisation] if self.normalisation != "batch" else []
@@ -263,7 +272,7 @@ class Run(command_line.RunOptions):
     # Records of the run
 
     def record(self, data: DataSet | None = None) -> dict[str, Any]:
-        """Configuration of the run's directory, with which a resumed run must agree."""
+        """Returns the record of the run's directory. A resumed run must have the same record up to `mutable_fields`."""
         record = dataclasses.asdict(self) | {"selected_after": self.selected_after}
         return record if data is None else record | {"data_sha256": data.sha256}
 
@@ -274,7 +283,7 @@ class Run(command_line.RunOptions):
         return fields if self.outer_rate_falls else (*fields, "steps")
 
     def description(self, data: DataSet) -> dict[str, Any]:
-        """Description in saved models and results, from which `experiments.evaluate` restores the run."""
+        """Returns the description for saved models and results. `experiments.evaluate` restores the run from it."""
         left_out = (*NEUTRAL, "task_batch_size")
         return {
             "experiment": self.experiment,
@@ -284,13 +293,18 @@ class Run(command_line.RunOptions):
         }
 
     def check_workdir(self) -> None:
-        """Raises WorkdirError or FileExistsError if the work directory holds another run, before data are read."""
+        """Raises WorkdirError or FileExistsError if the work directory holds another run. Needs no data."""
         fields = (*self.mutable_fields, "data_sha256")
         RunDirectory.check(self.workdir, self.record(), mutable_fields=fields, wandb=self.wandb)
         check_steps(self.workdir, self.steps)
 
     def check_data(self, data: DataSet) -> None:
-        """Raises WorkdirError for a work directory with other data, ValueError for too few classes or images."""
+        """Checks the data against the run.
+
+        Raises:
+          WorkdirError: if the run in the work directory was trained on other data.
+          ValueError: if a split has too few classes or images.
+        """
         RunDirectory.check(self.workdir, self.record(data), mutable_fields=self.mutable_fields)
         for name in get_args(Split):
             try:
@@ -300,14 +314,14 @@ class Run(command_line.RunOptions):
 
 
 NEUTRAL = ("data_dir", "cache_dir", "download", "row", *RUN_OPTIONS)
-"""Options without effect on any number."""
+"""Options that do not change the results."""
 
 LEAST_STEPS = {"maml++": 5, "reptile": 5, "imaml": 16}
-"""Inner steps that a method needs at least; a recipe with fewer steps is changed to these."""
+"""Minimum number of inner steps by method. `for_method` raises the number of a recipe to this minimum."""
 
 
 def for_method(method: Method, recipe: dict[str, Any]) -> dict[str, Any]:
-    """The recipe for MAML, changed where the method needs other values."""
+    """Returns the recipe of MAML with the changes that a method needs."""
     values = {"outer_rate": 1e-3} | recipe
     values["inner_steps"] = max(values["inner_steps"], LEAST_STEPS.get(method, 1))
     if method == "imaml":
@@ -322,7 +336,9 @@ def prepare(options: Run) -> tuple[Run, DataSet]:
     """Resolves and checks the options, then reads the data.
 
     Raises:
-      ValueError, DataError, OSError: saying what is wrong and what to do.
+      ValueError: if an option is not allowed, or the data have too few classes or images.
+      DataError: if the data are damaged.
+      OSError: if a file cannot be read, or the work directory holds another run.
     """
     run = options.resolved()
     run.check_workdir()

@@ -25,20 +25,20 @@ from maml_jax.runs import model_file
 from maml_jax.types import InnerParams, MetaState, Params, Task
 
 FINE_TUNING_FACTORS = (0.03, 0.1, 0.3, 1.0, 3.0)
-"""Multiples of the recipe's inner rate that are tried to fine-tune a pretrained net."""
+"""Candidates for the fine-tuning rate of a pretrained net, as multiples of the inner rate."""
 
 Groups = Callable[[], Iterable[Task]]
-"""The same tasks at every call, in groups, as from `fixed_tasks`."""
+"""Returns the tasks of an evaluation in groups, the same tasks at every call, as `fixed_tasks` does."""
 
 
 # States
 
 
 def finished(run: Run, state: MetaState, train_tasks: Groups, steps: int = TEST_STEPS) -> MetaState:
-    """The state from which tasks are learned.
+    """Returns the state for evaluation.
 
-    It differs from the state of training for a pretrained net, which gets a head of zeros for the ways of a task, and
-    for running statistics, which are gathered here from `train_tasks` after 0 to `steps` inner steps.
+    A pretrained net gets a head of zeros with an output for each way of a task. With normalisation 'running', the
+    statistics are gathered from `train_tasks` after 0 to `steps` inner steps. Other states of training do not change.
     """
     params = state.params
     if run.method == "pretrained":
@@ -59,7 +59,7 @@ def _gatherer(run: Run, steps: int) -> Callable[[Params, InnerParams, Task], Par
 
 
 def load_state(run: Run, saved: model_file.Saved) -> MetaState:
-    """The state of a saved model, without that of the outer optimizer."""
+    """Returns the state of a saved model. The state of the outer optimizer is empty."""
     inner = methods.inner_learner(run, methods.network(run))
     like = jax.eval_shape(lambda params: inner.init_inner_params(adapted_part(inner, params)), saved.params)
     params, inner_params = jax.tree.map(jnp.asarray, saved.params), model_file.restore(like, saved.inner_params)
@@ -73,12 +73,12 @@ def load_state(run: Run, saved: model_file.Saved) -> MetaState:
 def evaluator(
     run: Run, query_mode: QueryMode = "transductive", only_last: bool = False
 ) -> Callable[[MetaState, Task, int], maml_jax.Evaluation]:
-    """`(state, tasks, steps) -> Evaluation`, whose aux are log probabilities of the queries, `[T, S + 1, Q, N]`."""
+    """Returns a compiled `(state, tasks, steps) -> Evaluation`. Its `aux` has log probabilities `[T, S + 1, Q, N]`."""
     net = methods.network(run, training=True)
     support_loss, inner = losses.cross_entropy(models.apply_params(net)), methods.inner_learner(run, net)
     if run.method == "imaml":
         inner = with_proximal_term(inner, methods.PROXIMAL_WEIGHT)
-    if run.normalisation == "running":  # One of the gathered statistics for each inner step.
+    if run.normalisation == "running":  # Each inner step uses the statistics that were gathered for this step.
         inner = inner._replace(params_at_step=select_step(models.norms_only))
     apply = models.apply_params(methods.network(run))
     query_loss = losses.log_probabilities(losses.inductive(apply) if query_mode == "inductive" else apply)
@@ -90,7 +90,7 @@ def evaluator(
 
 
 def predictor(run: Run, state: MetaState, steps: int, query_mode: QueryMode = "transductive") -> Predictor:
-    """Predictions of a finished state after 0 to `steps` inner steps."""
+    """Returns the `Predictor` of a finished state, for 0 to `steps` inner steps."""
 
     def predict(tasks: Task) -> tuple[jax.Array, jax.Array]:
         found = evaluator(run, query_mode)(state, tasks, steps)
@@ -100,7 +100,7 @@ def predictor(run: Run, state: MetaState, steps: int, query_mode: QueryMode = "t
 
 
 def accuracy(run: Run, state: MetaState, groups: Iterable[Task], steps: int) -> float:
-    """Mean transductive accuracy of a finished state after `steps` inner steps, without the accuracies before."""
+    """Returns the mean transductive accuracy of a finished state after exactly `steps` inner steps, from 0 to 1."""
     evaluate, correct = evaluator(run, only_last=True), []
     for tasks in groups:
         log_probabilities = evaluate(state, tasks, steps).aux[:, 0]
@@ -109,7 +109,7 @@ def accuracy(run: Run, state: MetaState, groups: Iterable[Task], steps: int) -> 
 
 
 def protocol(run: Run, data: DataSet, split: Split, tasks: int) -> Protocol:
-    """Protocol of an evaluation without adaptation, on tasks from the seed of the run."""
+    """Returns the protocol of tasks that are drawn with the seed of the run. `evaluate` adds the inner steps."""
     order = "" if run.method in WITHOUT_ORDER else f", order {run.order}"
     return Protocol(
         method=run.method + order,
@@ -138,14 +138,14 @@ def evaluate(
     steps: int = TEST_STEPS,
     query_mode: QueryMode = "transductive",
 ) -> Results:
-    """Accuracy of one model, or of several models whose predictions are averaged, after 0 to `steps` inner steps.
+    """Evaluates one model, or the average prediction of several models, after 0 to `steps` inner steps.
 
     Args:
       members: finished states, each with its run.
       groups: the tasks.
-      protocol: protocol of the tasks; the fields of the adaptation are filled in here.
+      protocol: protocol of the tasks. This function sets the fields that describe the adaptation.
       steps: inner steps.
-      query_mode: whether the queries of a task are one batch.
+      query_mode: 'transductive' if the queries of a task form one batch, 'inductive' if each query is alone.
     """
     run, state = members[0]
     learned = bool(jax.tree.leaves(state.inner_params))
@@ -160,7 +160,7 @@ def evaluate(
 
 
 def nearest(run: Run, state: MetaState, groups: Groups, protocol: Protocol) -> Results:
-    """Accuracy of the nearest neighbour in the features of a finished state."""
+    """Evaluates a nearest-neighbour classifier on the features of a finished state."""
     protocol = protocol._replace(method=f"nearest neighbour in the features of {protocol.method}")
     features = models.apply_params(methods.network(run), head=False)
     predict = evaluation.nearest_neighbour(features, state.params, run.ways)
@@ -168,9 +168,19 @@ def nearest(run: Run, state: MetaState, groups: Groups, protocol: Protocol) -> R
 
 
 def all_accuracies(run: Run, states: Sequence[MetaState], groups: Groups, protocol: Protocol) -> dict[str, Results]:
-    """Results of the best state by evaluation mode, and, where the run asks for it, of the ensemble of all states."""
+    """Returns the results of a finished run by label.
+
+    The labels are the query modes of the best state, 'ensemble' for the average prediction of all states if the run has
+    this option, and 'nearest neighbour' for a pretrained net.
+
+    Args:
+      run: the run.
+      states: finished states, the best first.
+      groups: the tasks.
+      protocol: protocol of the tasks.
+    """
     best, found = states[0], dict[str, Results]()
-    # With other normalisations the queries of a task are independent: both modes are the same.
+    # With a normalisation other than 'batch' the queries of a task are independent: the two query modes are the same.
     both = run.evaluation == "both" and run.normalisation == "batch"
     modes: tuple[QueryMode, ...] = ("transductive", "inductive") if both else ("transductive",)
     for mode in modes:
@@ -183,7 +193,7 @@ def all_accuracies(run: Run, states: Sequence[MetaState], groups: Groups, protoc
 
 
 def tuned(run: Run, state: MetaState, val_tasks: Groups) -> Run:
-    """The run with the inner rate that fine-tunes the pretrained `state` best on validation tasks."""
+    """Returns the run with the fine-tuning rate that is best for the pretrained `state` on validation tasks."""
     runs = [dataclasses.replace(run, inner_rate=run.inner_rate * factor) for factor in FINE_TUNING_FACTORS]
     best = max(runs, key=lambda each: accuracy(each, state, val_tasks(), each.selected_after))
     print(f"Fine-tuning at a rate of {best.inner_rate:g}, the best on validation tasks.")
@@ -191,7 +201,7 @@ def tuned(run: Run, state: MetaState, val_tasks: Groups) -> Run:
 
 
 def examples(run: Run, state: MetaState, groups: Groups, count: int = 3) -> list[dict[str, Any]]:
-    """First support image and query of each class of the first tasks, with predictions, for `plots.adaptation`."""
+    """Returns the input of `plots.adaptation`: one support image and one query of each class, for the first tasks."""
     tasks = next(iter(groups()))
     log_probabilities, _ = predictor(run, state, TEST_STEPS)(tasks)
     support, query, found = (

@@ -1,7 +1,7 @@
-"""The paper's evaluation of policies, and a table of it.
+"""Evaluates policies by the paper's protocol, and formats a table of the returns.
 
-Returns on 40 held-out tasks before and after 1 to 3 gradient steps, each step on new episodes (paper, section 5.3, and
-the numbers behind its figures in the authors' code).
+The protocol measures returns on 40 held-out tasks, before and after 1 to 3 gradient steps. Each step uses new episodes
+(paper, section 5.3, and the authors' code).
 """
 
 from collections.abc import Sequence
@@ -26,9 +26,9 @@ from maml_jax.rl.policy import Policy
 
 TEST_STEPS = 3
 TUNING_BATCHES = 8
-"""Batches of tasks that choose the inner rates, each as large as the test batch. With fewer, noise chooses."""
+"""Number of task batches on which inner rates are compared, each as large as the test batch. Fewer are too noisy."""
 TEST_SEED = 600
-"""No training seed gives the same keys, and all seeds have the same test tasks."""
+"""Seed of the test tasks. All training seeds have the same test tasks."""
 
 
 class Trained(NamedTuple):
@@ -38,11 +38,17 @@ class Trained(NamedTuple):
     policy: Policy
     state: maml_jax.MetaState
     inner_loss: InnerLossName
-    """The loss of its gradient steps."""
+    """Loss of the gradient steps."""
 
 
 def adaptation_learner(trained: Trained, rates: Rates, episodes: int) -> maml_jax.MetaLearner:
-    """A learner for adaptation at test, with the rates of the first gradient step and of later ones."""
+    """Returns a meta-learner for adaptation at test.
+
+    Args:
+      trained: the policy.
+      rates: inner rates of the first gradient step and of later steps.
+      episodes: episodes of each task for each gradient step.
+    """
     first, later = rates
     inner = maml_jax.unrolled(optax.sgd(lambda step: jnp.where(step == 0, first, later)), steps=TEST_STEPS)
     return maml_rl(
@@ -62,8 +68,13 @@ def evaluate(config: Config, trained: Trained, pairs: Sequence[Rates]) -> dict[s
     Args:
       config: gives the numbers of test tasks and of their episodes.
       trained: the policy.
-      pairs: the inner rates to choose from. Several pairs are compared on other tasks. Without any, the policy is
-        tested without adaptation.
+      pairs: pairs of inner rates. Of several pairs, the best on other tasks is used. If empty, the policy does not
+        adapt.
+
+    Returns:
+      The `rates`; the mean `return` over tasks and the `half_width` of its 95% interval before and after each gradient
+      step; the share of tasks that the first step `improved`; the mean `length` of episodes; the number of episodes
+      with a value that is not finite, `num_nonfinite`; and the entries of `returns_by_task`.
     """
     steps = TEST_STEPS if pairs else 0
     test_key, tuning_key = jax.random.split(jax.random.key(TEST_SEED))
@@ -99,9 +110,10 @@ def evaluate(config: Config, trained: Trained, pairs: Sequence[Rates]) -> dict[s
 
 
 def returns_by_task(tasks: np.ndarray, returns: np.ndarray) -> dict[str, Any]:
-    """Formats tasks `[T, ...]` and returns `[T, S + 1]`: a line of text for each entry of a task and each step.
+    """Formats tasks `[T, ...]` as a line of text for each entry of a task, and returns `[T, S + 1]` as a line for each
+    step.
 
-    Tasks of only two kinds, such as directions, also get the mean return of each kind.
+    If there are only two different tasks, such as directions, also returns the mean return of each.
     """
     kinds = np.unique(tasks, axis=0)
     few = kinds.ndim == 1 and len(kinds) <= 2 < len(tasks)
@@ -120,7 +132,17 @@ def mean_by_task(rows: Sequence[dict[str, Any]]) -> np.ndarray | None:
 
 
 def sample_episodes(trained: Trained, rates: Rates, episodes: int, tasks: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Observations `[T, S + 1, E, H, O]` and mask `[T, S + 1, E, H]` of episodes before and after each step."""
+    """Samples episodes before and after each gradient step.
+
+    Args:
+      trained: the policy.
+      rates: inner rates of the first gradient step and of later steps.
+      episodes: number of episodes `E`.
+      tasks: tasks `[T, ...]`.
+
+    Returns:
+      Observations `[T, S + 1, E, H, O]` and the mask `[T, S + 1, E, H]` of valid time steps.
+    """
     task_batch = TaskBatch(jax.random.split(jax.random.key(TEST_SEED + 1), len(tasks)), jnp.asarray(tasks))
     learner = adaptation_learner(trained, rates, episodes)
     _, info = jax.jit(jax.vmap(lambda one_task: learner.adapt(trained.state, one_task)))(task_batch)
@@ -129,23 +151,24 @@ def sample_episodes(trained: Trained, rates: Rates, episodes: int, tasks: Any) -
 
 
 def last_rates(rows: Sequence[dict[str, Any]], method: str) -> Rates:
-    """The inner rates at test of a method's last seed."""
+    """Returns the inner rates at test of a method's last seed."""
     return next(row["rates"] for row in reversed(rows) if row["method"] == method)
 
 
 def protocol(config: Config, environment: Environment) -> str:
-    """The protocol of the evaluation in words."""
+    """Describes the protocol of the evaluation."""
     return (
         f"{environment.name}: mean return over {config.test_tasks} held-out tasks before and after 1 to {TEST_STEPS} "
         f"gradient steps, each on {config.test_episodes} new episodes of at most {environment.horizon} time steps, "
-        "with the given rates (of the first and of later gradient steps); 95% intervals over the tasks"
+        "with the given inner rates of the first and of later gradient steps; 95% intervals over the tasks"
     )
 
 
 def table(results: dict[str, Any]) -> str:
-    """Returns of every method and seed, the mean over seeds, and the paper's returns."""
-    title = f"{'':<18}seed       rates" + "".join(f"{f'{step} steps':>18}" for step in range(TEST_STEPS + 1))
-    lines = [results["protocol"], "", title + "   better after 1   CPU seconds per meta-iteration"]
+    """Formats the returns of every method and seed, the mean over seeds, and the paper's returns."""
+    heads = [f"{step} step{'s' * (step != 1)}" for step in range(TEST_STEPS + 1)]
+    title = f"{'':<18}seed       rates" + "".join(f"{head:>18}" for head in heads)
+    lines = [results["protocol"], "", title + " improved after 1   CPU seconds per meta-iteration"]
     for method in dict.fromkeys(row["method"] for row in results["rows"]):
         rows = [row for row in results["rows"] if row["method"] == method]
         for row in rows:

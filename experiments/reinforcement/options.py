@@ -7,6 +7,7 @@ import optax
 
 from experiments.reinforcement.paper import MethodName
 from experiments.shared import command_line
+from experiments.shared.command_line import DefaultInHelp
 from maml_jax import validation
 from maml_jax.parallel import processes
 from maml_jax.parallel.task_axis import task_mesh
@@ -24,8 +25,7 @@ class Config(command_line.RunOptions):
     """One run: meta-training of policies and their evaluation. The defaults are the paper's for 2D navigation."""
 
     methods: tuple[MethodName, ...] = ("maml",)
-    """Methods to train and evaluate. 'pretrained' and 'oracle' train on all tasks jointly, with as many episodes per
-    meta-iteration as 'maml'; the oracle observes the task. 'random' is the untrained policy."""
+    """Methods to train and evaluate."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of the training runs. All seeds have the same test tasks."""
     steps: int = 100
@@ -39,28 +39,26 @@ class Config(command_line.RunOptions):
     inner_steps: int = 1
     """Inner steps in training, each on new episodes."""
     inner_loss: InnerLossName = "logp"
-    """Loss of the inner steps in training and at test. 'logp' is the paper's; 'lvc' and 'dice' have the second
-    derivatives that 'logp' lacks."""
+    """Loss of the inner steps. 'logp' is the paper's; 'lvc' and 'dice' have second derivatives that 'logp' lacks."""
     sampling_term: bool = False
-    """Also credit the sampling of the support episodes in the meta-gradient (E-MAML)."""
+    """Add the gradient of the sampling of support episodes to the meta-gradient, as E-MAML does."""
     outer: OuterName = "trpo"
     """The outer step. 'policy_gradient' and 'promp' use Adam."""
     kl_limit: float = 0.01
     """Trust region of 'trpo': the largest mean KL divergence of the adapted policies, in nats."""
-    curvature_tasks: int | None = None
-    """Number of tasks whose curvature 'trpo' computes. Default: all."""
+    curvature_tasks: DefaultInHelp[int | None] = None
+    """Number of tasks whose curvature 'trpo' computes. Default: all tasks."""
     outer_rate: float = 1e-3
     """Learning rate of Adam for 'policy_gradient' and 'promp'."""
-    test_rates: tuple[float, float] | None = None
-    """Inner step sizes at test, of the first gradient step and of later steps, for all methods. Default: the paper's
-    for each method, for navigation the best of several pairs on other tasks."""
+    test_rates: DefaultInHelp[tuple[float, float] | None] = None
+    """Inner rates at test, of the first and of later gradient steps. Default: the paper's rates of each method."""
     test_tasks: int = 40
     """Number of test tasks."""
     test_episodes: int = 40
     """Episodes of each test task for each gradient step."""
 
     def run_options(self) -> dict[str, Any]:
-        """The arguments of `RunDirectory` that say which run its directory may hold."""
+        """Returns the arguments of `RunDirectory` that describe the run."""
         return {
             "config": dataclasses.asdict(self),
             "mutable_fields": MUTABLE_FIELDS,
@@ -69,7 +67,7 @@ class Config(command_line.RunOptions):
         }
 
     def outer_step(self) -> Outer:
-        """The outer step with its options."""
+        """Returns the outer step."""
         if self.outer == "trpo":
             return trpo(self.kl_limit, curvature_tasks=self.curvature_tasks)
         return {"policy_gradient": policy_gradient, "promp": promp}[self.outer](optax.adam(self.outer_rate))
@@ -137,7 +135,7 @@ def check(config: Config, defaults: Config) -> None:
                 f"curvature_tasks must be at most tasks, {config.tasks}, but got {config.curvature_tasks}."
             )
     if config.sampling_term and config.tasks < 2:
-        raise ValueError("sampling_term compares the tasks of a meta-iteration: it needs --tasks of at least 2.")
+        raise ValueError(f"tasks must be at least 2 with sampling_term, which compares tasks, but got {config.tasks}.")
     for name, outers in OUTERS_OF_OPTION.items():
         if (given := getattr(config, name)) != getattr(defaults, name) and config.outer not in outers:
             raise ValueError(f"{name} is for --outer {' or '.join(outers)}, but got {given} with {config.outer}.")

@@ -1,11 +1,11 @@
-"""Numbers of the paper: returns behind its figures, and inner rates at test."""
+"""Numbers of the paper's experiments: the returns in the figures, and the inner rates at test."""
 
 from typing import Literal
 
 MethodName = Literal["maml", "first_order", "pretrained", "random", "oracle"]
 
 Rates = tuple[float, float]
-"""Inner rates at test, of the first gradient step and of the later ones."""
+"""Inner rates at test, of the first gradient step and of later steps."""
 
 RETURNS: dict[str, dict[MethodName, tuple[float, ...]]] = {
     "navigation": {
@@ -49,7 +49,7 @@ TEST_RATES: dict[str, tuple[Rates, ...]] = {
     "ant-velocity": ((0.1, 0.05),),
     "ant-direction": ((0.1, 0.001),),
 }
-"""Inner rates at test by environment. Of several pairs, the best on other tasks is taken."""
+"""Inner rates at test by environment. Of several pairs, the best on other tasks is used."""
 
 METHOD_TEST_RATES: dict[tuple[str, MethodName], Rates] = {
     ("half-cheetah-velocity", "pretrained"): (0.02, 0.01),
@@ -64,6 +64,6 @@ METHOD_TEST_RATES: dict[tuple[str, MethodName], Rates] = {
 
 
 def rates_at_test(environment: str, method: MethodName) -> tuple[Rates, ...]:
-    """The pairs of inner rates to choose from at test."""
+    """Returns the pairs of inner rates at test. Of several pairs, the best on other tasks is used."""
     own = METHOD_TEST_RATES.get((environment, method))
     return TEST_RATES[environment] if own is None else (own,)

@@ -20,7 +20,7 @@ def returns(
     rows: Sequence[dict[str, Any]],
     paper: Mapping[Any, Sequence[float]],
 ) -> None:
-    """Plots returns over meta-iterations, after adaptation (left), and over gradient steps on the test tasks (right).
+    """Plots returns after adaptation over meta-iterations (left), and test returns over gradient steps (right).
 
     Args:
       path: the file of the figure.
@@ -70,7 +70,7 @@ def returns_over_tasks(
       oracle: rows of the oracle, drawn in every panel.
 
     Returns:
-      Whether there was anything to plot.
+      Whether a panel had rows to plot, so that the file was written.
     """
     panels = {name: found for name, rows in methods.items() if (found := _by_task(rows)) is not None}
     if not panels:
@@ -133,7 +133,7 @@ def navigation_paths(path: Path, goals: Sequence[Sequence[float]], paths: np.nda
             axes.grid(alpha=0.3)
     for step, axes in enumerate(grid[0]):
         axes.set(title=_after(step))
-    # Paths that leave the square of goals are cut off.
+    # The axes cut off paths that leave the area of the goals.
     grid[0, 0].set(xlim=(-1, 1), ylim=(-1, 1))
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -7,7 +7,8 @@ from maml_jax.parallel import processes
 from maml_jax.runs.files import read_json
 
 FEWEST = 9
-"""Meta-iterations that a measurement needs. While one is logged, the next already runs."""
+"""Minimum number of meta-iterations in a measurement. Short measurements are not exact: a meta-iteration starts before
+the previous one is logged."""
 
 
 class Timer:
@@ -17,12 +18,12 @@ class Timer:
         self._updates = 0
         self._start = (0, 0.0)
         self.seconds: float | None = None
-        """Mean processor time of a meta-iteration; None until there are enough of them."""
+        """Mean processor time of a meta-iteration in seconds; None until `FEWEST` meta-iterations have ended."""
 
     def update(self, step: int) -> None:
         """Records that the meta-iteration `step` has ended."""
         self._updates += 1
-        # Start at the second update: the first comes from a checkpoint or includes compilation.
+        # The measurement starts at the second update. The first comes from a checkpoint or includes compilation.
         if self._updates == 2:
             self._start = (step, time.process_time())
         elif self._updates > 2 and (count := step - self._start[0]) >= FEWEST:
@@ -30,7 +31,7 @@ class Timer:
 
 
 def earlier_seconds(directory: Path) -> dict[tuple[str, int], float | None]:
-    """The measured times of a run that is resumed, by method and seed."""
+    """Returns the times that an earlier start of the run measured, by method and seed; empty except in process 0."""
     results = directory / "results.json"
     if not (processes.is_leader() and results.exists()):
         return {}

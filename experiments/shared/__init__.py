@@ -1,1 +1,1 @@
-"""Shared parts of all experiments: the command line and pictures."""
+"""Code that all experiments share: the command line and plots."""

@@ -1,13 +1,14 @@
-"""The command line of every experiment, made from a dataclass, with one-line messages for wrong input."""
+"""Runs an experiment from the command line. A dataclass defines the options; wrong input ends in a one-line message."""
 
 import dataclasses
 import hashlib
+import inspect
 import os
 import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import jax
 import tyro
@@ -18,6 +19,10 @@ from maml_jax.tasks.cache import DataError
 
 Config = TypeVar("Config")
 Prepared = TypeVar("Prepared")
+T = TypeVar("T")
+
+DefaultInHelp = Annotated[T, tyro.conf.arg(help_behavior_hint="")]
+"""Type of an option whose help states the default in words: tyro adds no `(default: None)`."""
 
 
 def run(
@@ -30,34 +35,37 @@ def run(
     small: bool = False,
     calls_host: bool = False,
 ) -> None:
-    """Parses the command line into `config_type`, checks and loads with `prepare`, and runs the experiment.
+    """Parses the command line into `config_type`, calls `prepare` with the options, and runs the experiment.
 
-    Exit status: 2, with one line on standard error, for wrong input, which `prepare` finds before anything long
-    starts; 1 for a loss that is not finite and a work directory that cannot be written; 130 or 143 after SIGINT or
-    SIGTERM in training, which saves the state first (`maml_jax.runs.signals`).
+    The help shows the title and the examples from the docstring of the command's module, then the docstring of
+    `config_type`. The exit status is 2 for wrong input, with one line on
+    standard error. It is 1 if a loss is not finite or the work directory cannot be written. SIGINT and SIGTERM in
+    training save the state (`maml_jax.runs.signals`), and the status is 130 or 143.
 
     Args:
       config_type: dataclass of the options.
-      prepare: raises ValueError, DataError or OSError for wrong input.
-      experiment: the experiment, given what `prepare` returns.
-      several: whether the command has the options of `Hosts`, for several processes that train together. All processes
-        exit if one finds wrong input or is lost.
+      prepare: checks the options and loads the data. Raises ValueError, DataError or OSError for wrong input.
+      experiment: runs the experiment with the result of `prepare`.
       default: the defaults of the options, if they differ from those of `config_type`.
-      small, calls_host: as in `use_cores`.
+      several: whether several processes may train together. The command then has the options of `Hosts`, and all
+        processes exit if one finds wrong input or is lost.
+      small, calls_host: see `use_cores`.
     """
     use_cores(small, calls_host)
     given: Any = dataclasses.field() if default is None else dataclasses.field(default=default)
     parts: list[tuple[str, Any, Any]] = [("experiment", config_type, given)]
     parts += [("hosts", Hosts, dataclasses.field(kw_only=True))] if several else []
+    module = sys.modules[config_type.__module__]
     options: Any = tyro.cli(
         dataclasses.make_dataclass("Options", parts),
-        description=config_type.__doc__,
+        prog=f"python -m {getattr(module.__spec__, 'name', module.__name__)}",
+        description="\n\n".join((inspect.getdoc(module) or "").split("\n\n")[:2]),
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
     )
     try:
         if several:
             processes.connect(**dataclasses.asdict(options.hosts))
-        # Several processes must compile together: a process with a cached program would not take part.
+        # Several processes compile together. A process with a cached program would not join them, so none has a cache.
         if not processes.multiple():
             keep_compiled(Path("runs") / "compiled")
     except ValueError as error:
@@ -88,53 +96,52 @@ def run(
 
 
 LOST = ("Gloo", "UNAVAILABLE", "ABORTED", "onnection")
-"""Parts of JAX's messages when a process cannot be reached."""
+"""Parts of JAX's error messages for a process that cannot be reached."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
     """Options of every training: its directory and its monitoring."""
 
-    workdir: Path | None = None
-    """Where the run writes; default: a new directory below runs/."""
-    wandb: str | None = None
-    """Project of Weights & Biases for a copy of the metrics (pip install wandb)."""
+    workdir: DefaultInHelp[Path | None] = None
+    """Directory of the run. Default: a new directory in runs/."""
+    wandb: DefaultInHelp[str | None] = None
+    """Weights & Biases project for a copy of the metrics (pip install wandb). Default: no copy."""
     profile: bool = False
-    """Trace the second and the third call of each training to `profile` in the run's directory."""
+    """Record a profiler trace of the second and third call of each training in `profile` of the run directory."""
 
 
 RUN_OPTIONS = tuple(field.name for field in dataclasses.fields(RunOptions))
-"""Names of these options, which change no number."""
+"""Names of the options of `RunOptions`. They do not change the results."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Hosts:
-    """Several processes as one run: the same command for each, with a different --process."""
+    """Several processes that train one run. Start the same command in each, with a different --process."""
 
-    coordinator: str | None = None
-    """HOST:PORT of process 0 if several processes train together; 'auto' on Cloud TPU and under Slurm or Open MPI,
-    where the other two options are not needed."""
-    processes: int | None = None
-    """Number of processes."""
-    process: int | None = None
-    """Number of this process, from 0. Only process 0 writes files."""
+    coordinator: DefaultInHelp[str | None] = None
+    """HOST:PORT of process 0, or 'auto' on Cloud TPU, Slurm and Open MPI. Default: one process alone."""
+    processes: DefaultInHelp[int | None] = None
+    """Number of processes. Not needed with --coordinator auto."""
+    process: DefaultInHelp[int | None] = None
+    """Number of this process, from 0; only process 0 writes files. Not needed with --coordinator auto."""
 
 
 def check_output(path: Path) -> None:
-    """Raises ValueError unless a JSON file can be written to `path`, and beside it a PNG of the same name."""
+    """Raises ValueError unless a JSON file can be written to `path`, and a PNG to the same path with suffix .png."""
     if not path.parent.is_dir():
         raise ValueError(f"output must be in a directory that exists, but {path.parent} does not.")
     if path.is_dir() or path.suffix == ".png":
         raise ValueError(
-            f"output must be a file for JSON, beside which its picture is written as .png, but got {path}."
+            f"output must be the path of a JSON file, but got {path}. The plot gets the same path with suffix .png."
         )
 
 
 def keep_compiled(folder: Path) -> None:
     """Caches compiled programs in `folder`, so that the same run starts sooner the next time.
 
-    `JAX_COMPILATION_CACHE_DIR` takes precedence. Programs depend on the features of the processor, so each kind of
-    processor has its own folder.
+    `JAX_COMPILATION_CACHE_DIR` takes precedence. Programs depend on the features of the processor, so `folder` has a
+    subfolder for each kind of processor.
     """
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
@@ -150,16 +157,16 @@ def keep_compiled(folder: Path) -> None:
 def use_cores(small: bool = False, calls_host: bool = False) -> None:
     """Sets the CPU devices and threads of JAX. Call it before the first computation. No effect on an accelerator.
 
-    By default there is one device for each core, and each device computes its share of the tasks: this uses the cores
-    better than dividing single matrix products.
+    By default there is one device for each core, and each device computes a share of the tasks. Dividing single matrix
+    products among the cores is slower.
 
     Args:
       small: use one device with one thread. For meta-steps below a millisecond, passing work to other threads takes
         longer than the work.
       calls_host: use one more thread than devices, for programs that call simulators on the host. XLA copies a large
-        argument of a call in a thread of its pool while the thread of the device waits; if all threads wait, the
-        program hangs (jax-ml/jax#24255). In jaxlib 0.10, so do many large linear systems at once, as those of the
-        ant's baseline.
+        argument of a call in a thread of its pool while the thread of the device waits. If all threads wait, the
+        program hangs (jax-ml/jax#24255). With jaxlib 0.10 it also hangs if many large linear systems are solved at
+        once, such as those of the ant's baseline.
     """
     if not small:
         jax.config.update("jax_num_cpu_devices", backend.cores())

@@ -1,4 +1,4 @@
-"""Pictures of results. Only this file and `reinforcement/plots.py` import matplotlib."""
+"""Plots of results. Only this file and `reinforcement/plots.py` import matplotlib."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,13 +6,19 @@ from typing import Any, BinaryIO
 
 import matplotlib
 
-matplotlib.use("Agg")  # Pictures are files: no display is needed.
+matplotlib.use("Agg")  # Plots are written to files, without a display.
 import matplotlib.pyplot as plt
 import numpy as np
 
 
 def few_shot(path: Path, history: Sequence[dict[str, Any]], results: dict[str, Any]) -> None:
-    """Accuracy over training (left), and over inner steps on the test tasks (right)."""
+    """Plots the accuracy over training (left), and over inner steps on the test tasks (right).
+
+    Args:
+      path: file to write the PNG to.
+      history: rows of `metrics.jsonl`.
+      results: content of `results.json`.
+    """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     steps = np.array([row["step"] for row in history])
     accuracy = 100 * np.array([row["accuracy"] for row in history])
@@ -34,7 +40,7 @@ def few_shot(path: Path, history: Sequence[dict[str, Any]], results: dict[str, A
 def training(
     target: Path | BinaryIO, curves: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]
 ) -> None:
-    """Metrics over meta-steps, a panel for each metric and a line for each training.
+    """Plots metrics over meta-steps, with a panel for each metric and a line for each training.
 
     Args:
       target: file to write the PNG to.
@@ -53,7 +59,7 @@ def training(
             axes.plot(*_smoothed(np.array(steps), np.array(values)), color=colour, marker=marker, label=label)
         axes.set(title=metric, xlabel="meta-steps")
         axes.grid(alpha=0.3)
-    # A dollar sign in a name begins no formula.
+    # Escaped dollar signs: matplotlib would typeset names with dollar signs as formulas.
     handles = [plt.Line2D([], [], color=colour, label=label.replace("$", r"\$")) for label, colour in colours.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize="small")
     figure.savefig(target, dpi=120, format="png")
@@ -61,7 +67,7 @@ def training(
 
 
 def inner_steps(target: Path | BinaryIO, found: Mapping[str, dict[str, Any]]) -> None:
-    """Accuracy over inner steps, with a line for each evaluation.
+    """Plots the accuracy over inner steps, with a line for each evaluation.
 
     Args:
       target: file to write the PNG to.
@@ -78,7 +84,13 @@ def inner_steps(target: Path | BinaryIO, found: Mapping[str, dict[str, Any]]) ->
 def predictions(
     path: Path, labelled: Mapping[str, Sequence[np.ndarray]], predicted: Sequence[tuple[np.ndarray, str, float]]
 ) -> None:
-    """Labelled pictures, a column for each class, and below them the classified ones with class and confidence."""
+    """Shows labelled pictures in a column for each class, and below these the classified pictures.
+
+    Args:
+      path: file to write the PNG to.
+      labelled: pictures by class.
+      predicted: picture, class and confidence of each classified picture.
+    """
     columns = max(len(labelled), 5)
     examples = max(len(pictures) for pictures in labelled.values())
     rows = examples + -(-len(predicted) // columns)
@@ -97,8 +109,10 @@ def predictions(
 
 
 def adaptation(path: Path, examples: Sequence[Mapping[str, np.ndarray]]) -> None:
-    """Adaptation to some tasks, three rows for each task: a support image and a query of each class, and the predicted
-    probability of the query's class over the inner steps. At most five classes are shown.
+    """Shows the adaptation to some tasks, for at most five classes.
+
+    Each task has three rows: a support image of each class, a query of each class, and the predicted probability of the
+    query's class over the inner steps.
 
     Args:
       path: file to write the PNG to.
@@ -138,22 +152,23 @@ def adaptation(path: Path, examples: Sequence[Mapping[str, np.ndarray]]) -> None
 def _over_inner_steps(axes: Any, found: Mapping[str, dict[str, Any]]) -> None:
     for number, (label, summary) in enumerate(found.items()):
         mean, half_width = np.asarray(summary["accuracy"]), np.asarray(summary["half_width"])
-        style = {"linestyle": ("-", "--", ":")[number // 10 % 3], "marker": "o", "markersize": 3}  # Ten colours.
+        # There are ten colours: every ten lines have another style.
+        style = {"linestyle": ("-", "--", ":")[number // 10 % 3], "marker": "o", "markersize": 3}
         axes.errorbar(range(len(mean)), mean, half_width, capsize=2, label=label, **style)
     axes.set(xlabel="inner steps", ylabel="accuracy (%)", title="Test tasks, 95% intervals")
 
 
 def _smoothed(steps: np.ndarray, values: np.ndarray, points: int = 200) -> tuple[np.ndarray, np.ndarray]:
-    """Means over at most `points` groups of neighbouring values."""
+    """Returns means over at most `points` groups of neighbouring values."""
     groups = np.array_split(np.arange(len(steps)), min(points, len(steps)))
     return np.array([steps[g].mean() for g in groups]), np.array([values[g].mean() for g in groups])
 
 
 def sinusoid_errors(path: Path, rows: Sequence[dict[str, Any]], paper: Mapping[str, Sequence[float]]) -> None:
-    """Error over gradient steps, a panel for each number of points, as in the paper's figure 3.
+    """Plots the error over gradient steps, with a panel for each number of points, as in the paper's figure 3.
 
-    Lines are medians over the curves and bands their quartiles, which diverged curves do not dominate. Stars are the
-    paper's means.
+    Lines are medians over the curves, and bands are quartiles: unlike means, these are robust to diverged curves. Stars
+    are the paper's means.
     """
     shots = sorted({row["shots"] for row in rows})
     figure, panels = plt.subplots(1, len(shots), figsize=(4.2 * len(shots), 4.6), sharey=True, layout="constrained")
@@ -176,9 +191,9 @@ def sinusoid_errors(path: Path, rows: Sequence[dict[str, Any]], paper: Mapping[s
 
 
 def sinusoid_fits(path: Path, panels: Sequence[dict[str, Any]]) -> None:
-    """Predictions before and after adaptation to the marked points, as in the paper's figure 2; two rows.
+    """Plots predictions before and after adaptation to the marked points in two rows, as in the paper's figure 2.
 
-    The true curves set the axes: a prediction that diverged leaves the panel.
+    The true curves set the limits of the axes. A diverged prediction leaves the panel.
     """
     columns = len(panels) // 2
     figure, grid = plt.subplots(
@@ -206,7 +221,10 @@ def sinusoid_fits(path: Path, panels: Sequence[dict[str, Any]]) -> None:
 
 
 def benchmark(path: Path, rows: Sequence[dict[str, Any]], peers: Mapping[str, str]) -> None:
-    """Time of a meta-step by workload, ours and PyTorch's; or time and memory over inner steps, if these vary."""
+    """Plots the time of a meta-step by workload, ours and PyTorch's.
+
+    If the number of inner steps varies, plots time and memory over inner steps instead.
+    """
     rows = [row for row in rows if "ms" in row]
     swept = len({row["inner_steps"] for row in rows}) > 1
     figure, panels = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
@@ -220,7 +238,7 @@ def benchmark(path: Path, rows: Sequence[dict[str, Any]], peers: Mapping[str, st
             steps = [row["inner_steps"] for row in same]
             panels[0].plot(steps, [row["ms"] for row in same], **style)
             panels[1].plot(steps, [(row["memory_compiled"] or np.nan) / 1e6 for row in same], **style)
-        for axes, label in zip(panels, ("ms a meta-step", "MB of intermediate values")):
+        for axes, label in zip(panels, ("ms per meta-step", "MB of intermediate values")):
             axes.set(xlabel="inner steps", ylabel=label, xscale="log", yscale="log")
             axes.grid(alpha=0.3)
         panels[1].legend(fontsize="small")
@@ -237,7 +255,7 @@ def benchmark(path: Path, rows: Sequence[dict[str, Any]], peers: Mapping[str, st
                 ]
                 bars = axes.bar(at, [row["ms"] for row in same], 0.8 / len(kinds), label=kind)
                 axes.bar_label(bars, fmt="%.3g", fontsize="x-small", rotation=90, padding=2)
-            axes.set(yscale="log", ylabel="ms a meta-step", title="Second order" if order == 2 else "First order")
+            axes.set(yscale="log", ylabel="ms per meta-step", title="Second order" if order == 2 else "First order")
             axes.set_xticks(range(len(workloads)), workloads, rotation=20, ha="right")
             axes.margins(y=0.15)
         panels[0].legend(fontsize="small")
@@ -255,7 +273,13 @@ def _kind(row: dict[str, Any], peers: Mapping[str, str]) -> str:
 
 
 def shares(path: Path, rows: Mapping[str, Mapping[str, float]], whole: str) -> None:
-    """Shares of the parts of a `whole`, which is named, with a bar for each row."""
+    """Plots shares of parts, with a bar for each row.
+
+    Args:
+      path: file to write the PNG to.
+      rows: by row, the share of each part.
+      whole: name of the quantity that is divided.
+    """
     figure, axes = plt.subplots(figsize=(8, 1.2 + 0.5 * len(rows)), layout="constrained")
     for number, (name, parts) in enumerate(rows.items()):
         left = 0.0

@@ -1,1 +1,1 @@
-"""The table of all rows beside the published numbers."""
+"""The table of results beside published numbers, and its pages."""

@@ -1,4 +1,4 @@
-"""Results of runs by the rows of the table, with published accuracies and paired differences."""
+"""Groups the results of runs by row of the table, with published accuracies and paired differences."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +13,7 @@ from maml_jax import evaluation
 from maml_jax.evaluation import Difference, Protocol
 
 TRANSDUCTIVE, INDUCTIVE, NEAREST, ENSEMBLE = "transductive", "inductive", "nearest neighbour", "ensemble"
-"""Evaluations in `results.json`."""
+"""Labels of the evaluations in `results.json`."""
 
 
 class Run(NamedTuple):
@@ -21,10 +21,10 @@ class Run(NamedTuple):
 
     path: Path
     row: Row | None
-    """None for a run that is no row of the table."""
+    """Row of the table; None if the run belongs to no row."""
     seed: int
     trained: int
-    """Meta-steps done."""
+    """Number of meta-steps that the run has taken."""
     results: dict[str, Any] | None
     """Content of `results.json`; None before the first evaluation."""
 
@@ -40,7 +40,7 @@ class Run(NamedTuple):
         return self.results["made_by"]
 
     def cost(self, label: str = "") -> str:
-        """Hours, hardware, commit and day, and the evaluated model, in words."""
+        """Describes the time, the hardware, the commit, the day and the evaluated model."""
         assert self.results is not None
         count, took, selected = len(starts(self.made_by)), hours(self.made_by), self.results["selected"]
         time = "time not recorded" if took is None else f"{took:.2f} hours{f' in {count} starts' * (count > 1)}"
@@ -51,12 +51,12 @@ class Run(NamedTuple):
 
 
 def starts(made_by: dict[str, Any]) -> list[dict[str, Any]]:
-    """Provenance of each start of a run, from first to last."""
+    """Returns the provenance of each start of a run, from first to last."""
     return [*made_by.get("earlier_starts", []), made_by]
 
 
 def hours(made_by: dict[str, Any]) -> float | None:
-    """Hours over all starts of a run; None where a time is not recorded."""
+    """Returns the hours of all starts of a run; None if a time is not recorded."""
     *earlier, last = starts(made_by)
     seconds = 0.0
     for start, end in [*((each, each.get("until")) for each in earlier), (last, last["finished"])]:
@@ -67,15 +67,15 @@ def hours(made_by: dict[str, Any]) -> float | None:
 
 
 def over_starts(made_by: dict[str, Any], key: str) -> str:
-    """An entry of the provenance, such as 'hardware' or 'commit', of all starts: a run may be resumed elsewhere."""
+    """Joins an entry of the provenance, such as 'hardware', over all starts: each may be on another machine."""
     return ", then ".join(dict.fromkeys(str(start.get(key)) for start in starts(made_by)))
 
 
 def read(path: Path) -> Run | None:
-    """Reads the run in a directory; None if it holds no run of few-shot classification.
+    """Reads the run in a directory. Returns None if the directory holds no few-shot run.
 
     Raises:
-      ValueError: if its `results.json` or `run.json` is damaged.
+      ValueError: if `results.json` or `run.json` of the directory is damaged.
     """
     trained = _trained(path / "metrics.jsonl")
     name = "results.json" if (path / "results.json").exists() else "run.json"
@@ -96,7 +96,7 @@ def read(path: Path) -> Run | None:
 
 
 def find(folders: Iterable[Path]) -> list[Run]:
-    """The runs in folders; each folder is the directory of a run, or holds such directories."""
+    """Finds the few-shot runs in folders. Each folder is a run directory or holds run directories."""
     found = []
     for folder in folders:
         alone = (folder / "results.json").exists() or (folder / "run.json").exists()
@@ -106,7 +106,7 @@ def find(folders: Iterable[Path]) -> list[Run]:
 
 
 def _trained(metrics: Path) -> int:
-    """The last step in `metrics.jsonl`, whose last line may be incomplete."""
+    """Returns the last step in `metrics.jsonl`. The last line may be incomplete."""
     lines = metrics.read_text().splitlines() if metrics.exists() else []
     for line in reversed(lines):
         try:
@@ -117,7 +117,10 @@ def _trained(metrics: Path) -> int:
 
 
 def labels(row: Row, evaluation: Literal["transductive", "both"] = "both") -> tuple[str, ...]:
-    """Evaluations of a row's run. With other normalisations than 'batch' both modes are the same."""
+    """Returns the labels of the evaluations of a row's run.
+
+    With a normalisation other than 'batch' the two query modes are the same.
+    """
     both = evaluation == "both" and row.options.get("normalisation", "batch") == "batch"
     return (TRANSDUCTIVE, *(INDUCTIVE,) * both, *(ENSEMBLE,) * row.options.get("ensemble", False))
 
@@ -137,11 +140,11 @@ class Line(NamedTuple):
 
     row: Row
     label: str
-    """Evaluation in `results.json`."""
+    """Label of the evaluation in `results.json`."""
     runs: list[Run]
-    """Evaluated runs with equal numbers of meta-steps; none if the row has no result yet."""
+    """Evaluated runs with the same number of meta-steps, one for each seed. Empty if the row has no result yet."""
     trained: int
-    """Meta-steps done by any run of the row."""
+    """Largest number of meta-steps that a run of the row has taken."""
 
     @property
     def method(self) -> str:
@@ -169,13 +172,14 @@ class Line(NamedTuple):
         return 0 if self.label == NEAREST else self.row.inner_steps
 
     def summaries(self, label: str | None = None) -> Iterator[tuple[Run, dict[str, Any]]]:
+        """Yields each run that has this evaluation, or the evaluation `label`, with the summary of the evaluation."""
         for run in self.runs:
             test = (run.results or {})["test"]
             if (label or self.label) in test:
                 yield run, test[label or self.label]
 
     def numbers(self, label: str | None = None) -> list[Number]:
-        """Accuracies by seed, of this evaluation or another."""
+        """Returns the accuracies by seed of this evaluation, or of the evaluation `label`."""
         at = self.inner_steps
         return [
             Number(found["accuracy"][at], found["half_width"][at], at, run.seed, str(Protocol(**found["protocol"])))
@@ -183,13 +187,13 @@ class Line(NamedTuple):
         ]
 
     def inductive(self) -> list[Number]:
-        """Inductive accuracies by seed."""
+        """Returns the inductive accuracies by seed; empty if there are none."""
         if self.label in (NEAREST, ENSEMBLE):
             return []
         return self.numbers(INDUCTIVE if INDUCTIVE in labels(self.row) else TRANSDUCTIVE)
 
     def curve(self) -> dict[str, list[float]]:
-        """Accuracy after each number of inner steps, mean over seeds, and the half width of its interval."""
+        """Returns the mean accuracy over seeds after each number of inner steps, and its half width."""
         both = [[found[name] for _, found in self.summaries()] for name in ("accuracy", "half_width")]
         mean, half_width = (np.asarray(each, np.float64) for each in both)
         return {
@@ -215,11 +219,11 @@ class Group(NamedTuple):
     """At least one for each row."""
     paired: list[Paired]
     others: dict[str, Published]
-    """Published accuracies of methods without a line."""
+    """Published accuracies of methods that have no line."""
 
 
 def group(rows: Sequence[Row], runs: Sequence[Run]) -> list[Group]:
-    """The given rows and the rows of the given runs, by data set and setting."""
+    """Groups the given rows, and the rows of the given runs, by data set and setting."""
     shown = [row for row in ROWS if row in rows or any(run.row is row for run in runs)]
     groups = []
     for key in dict.fromkeys((row.data, row.setting) for row in shown):
@@ -241,15 +245,15 @@ def _lines(row: Row, runs: Sequence[Run]) -> Iterator[Line]:
     if not done:
         yield Line(row, TRANSDUCTIVE, [], trained)
     for data, steps in sorted({(_data(run), run.steps) for run in done}, key=lambda key: (-key[1], key[0])):
-        same = _one_a_seed([run for run in done if (_data(run), run.steps) == (data, steps)])
+        same = _latest_by_seed([run for run in done if (_data(run), run.steps) == (data, steps)])
         yield Line(row, TRANSDUCTIVE, same, trained)
         for label in (ENSEMBLE, NEAREST):
             if having := [run for run in same if label in (run.results or {})["test"]]:
                 yield Line(row, label, having, trained)
 
 
-def _one_a_seed(runs: Sequence[Run]) -> list[Run]:
-    """The latest run of each seed: the same run may stand in `runs/` and, committed, in `results/`."""
+def _latest_by_seed(runs: Sequence[Run]) -> list[Run]:
+    """Returns the latest run of each seed. A run may exist twice, for example in `runs/` and in `results/`."""
     latest: dict[int, Run] = {}
     for run in sorted(runs, key=lambda run: (run.results or {})["made_by"]["finished"]):
         latest[run.seed] = run
@@ -261,9 +265,9 @@ def _data(run: Run) -> str:
 
 
 def _paired(lines: Sequence[Line]) -> Iterator[Paired]:
-    """Second-order MAML against every other line of the same schedule, where the tasks were the same.
+    """Yields the differences of second-order MAML and every other line with the same schedule and the same tasks.
 
-    Of a row without a line of the same schedule, the longest schedules are compared.
+    If a method has no line with a schedule of MAML, the longest schedules of the two are compared.
     """
     done = [line for line in lines if line.runs]
     mine = [line for line in done if line.method == "maml" and line.label == TRANSDUCTIVE]

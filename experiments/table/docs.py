@@ -39,24 +39,24 @@ PAPER_STEPS = {
     "ant-velocity": 375,
     "ant-direction": 575,
 }
-"""Meta-iterations behind the paper's figures."""
+"""Number of meta-iterations in the paper's figures."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Tables of README.md and docs/ from results."""
+    """Writes the tables of README.md and docs/."""
 
     results: Path = Path("results")
-    """Folder of runs, each with its results.json."""
+    """Folder of run directories, each with a results.json."""
     root: Path = Path(".")
-    """Folder of the README."""
+    """Folder of README.md and docs/."""
 
 
 def render(text: str, results: Path) -> str:
-    """The text of a page with new contents in all its regions.
+    """Returns the text of a page with new contents in all regions.
 
     Raises:
-      ValueError: if a page has a region with an unknown name, or one without an end.
+      ValueError: if a region of the page has an unknown name or no end.
     """
     names = re.findall(r"<!-- ([\w -]+): begin -->", text)
     for name in names:
@@ -71,7 +71,7 @@ def render(text: str, results: Path) -> str:
 
 
 def paper(results: Path) -> str:
-    """One row for each of the paper's experiments."""
+    """Our results beside the paper's, one row for each experiment of the paper."""
     rows = [_sine_row(results)]
     for group in groups(results):
         for line in [line for line in group.lines if line.row.method == "maml" and line.runs][:1]:
@@ -168,7 +168,7 @@ def protocols(results: Path) -> str:
 
 
 def runs(results: Path) -> str:
-    """Origin of each accuracy."""
+    """Provenance of each accuracy."""
     return page.provenance(groups(results))
 
 
@@ -235,7 +235,7 @@ def _return_cells(line: returns.Line) -> list[str]:
 
 
 def rl_runs(results: Path) -> str:
-    """Where the returns come from."""
+    """Provenance of the returns."""
     rows = []
     for folder in sorted(dict.fromkeys(line.folder for line in returns.found(results))):
         found = read_json(Path(folder) / "results.json")
@@ -387,10 +387,10 @@ REGIONS: dict[str, Callable[[Path], str]] = {
 
 
 def prepare(config: Config) -> Config:
-    """Checks that the folders are there. Raises ValueError."""
+    """Checks the paths. Raises ValueError if the folder of results or a page does not exist."""
     for path in (config.results, *(config.root / name for name in PAGES)):
         if not path.exists():
-            raise ValueError(f"There is no {path}. Run this in the folder of the README.")
+            raise ValueError(f"{path} does not exist. Run the command in the folder of the README, or give --root.")
     return config
 
 

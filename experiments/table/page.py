@@ -38,14 +38,14 @@ LEGEND = (
 
 
 def interval(number: Number | Published) -> str:
-    """Accuracy and half width; a published accuracy has as many digits as it was published with."""
+    """Formats accuracy and half width. A published accuracy keeps the published digits."""
     digits = ".2f" if isinstance(number, Number) else "g"
     half_width = "" if number.half_width is None else f" ± {number.half_width:{digits}}"
     return f"{number.accuracy:{digits}}{half_width}"
 
 
 def over_seeds(numbers: Sequence[Number]) -> str:
-    """The accuracy of one seed, or mean and range of several seeds."""
+    """Formats the accuracy of one seed, or the mean and range of several seeds."""
     if len(numbers) == 1:
         return interval(numbers[0])
     found = [number.accuracy for number in numbers]
@@ -53,7 +53,7 @@ def over_seeds(numbers: Sequence[Number]) -> str:
 
 
 def short(groups: Sequence[Group]) -> list[str]:
-    """Rows short of the full schedule, with the meta-steps so far."""
+    """Lists the rows that have no result of the full schedule, with their meta-steps so far."""
     lines = [line for group in groups for line in _longest(group)]
     return [f"{line.row.name}: {_so_far(line)}" for line in lines if line.steps < line.row.steps]
 
@@ -64,22 +64,23 @@ def _schedules(pair: Paired) -> str:
 
 
 def _longest(group: Group) -> list[Line]:
-    """The line of the longest schedule of each row."""
+    """Returns the line with the longest schedule of each row."""
     return list({line.row.name: line for line in reversed(group.lines)}.values())[::-1]
 
 
 def _so_far(line: Line) -> str:
-    of = f"{line.row.steps:,} meta-steps"
+    schedule = f"{line.row.steps:,} meta-steps"
     if line.runs:
-        return f"{line.steps:,} of {of}" + (f", trained on to {line.trained:,}" if line.trained > line.steps else "")
-    return f"in training, {line.trained:,} of {of}" if line.trained else f"not begun, {of}"
+        further = f", in training, {line.trained:,}" if line.trained > line.steps else ""
+        return f"{line.steps:,} of {schedule}{further}"
+    return f"in training, {line.trained:,} of {schedule}" if line.trained else f"not started, {schedule}"
 
 
 # HTML
 
 
 def head(title: str) -> str:
-    """Beginning of a page, up to its body."""
+    """Returns the HTML of a page up to the start of its body."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -87,24 +88,33 @@ def head(title: str) -> str:
     )
 
 
-def html(groups: Sequence[Group], strays: Sequence[Run]) -> str:
-    """The whole page."""
+def html(groups: Sequence[Group], without_row: Sequence[Run]) -> str:
+    """Returns the HTML page.
+
+    Args:
+      groups: from `compare.group`.
+      without_row: runs that belong to no row of the table, which are listed at the end.
+    """
     lines = [line for group in groups for line in _longest(group)]
-    begun = [line for line in lines if line.runs]
-    full = [line for line in begun if line.steps >= line.row.steps]
-    summary = f"{len(lines)} rows: {len(full)} of the full schedule, {len(begun) - len(full)} short of it, "
-    summary += f"{len(lines) - len(begun)} without a result."
+    evaluated = [line for line in lines if line.runs]
+    full = [line for line in evaluated if line.steps >= line.row.steps]
+    shorter, missing = len(evaluated) - len(full), len(lines) - len(evaluated)
+    summary = f"{len(lines)} rows: {len(full)} with the full schedule, {shorter} with a shorter schedule, "
+    summary += f"{missing} without a result."
     parts = [
         head("maml_jax: reproduction"),
         f"<h1>Few-shot classification, reproduced</h1><p>{summary} {LEGEND}</p>",
         *map(_section, groups),
     ]
-    if still := short(groups):
-        listed = "".join(f"<li>{escape(each)}</li>" for each in still)
-        parts.append(f"<h2>Short of the full schedule</h2><ul>{listed}</ul>")
-    if strays:
-        listed = "".join(f"<li><code>{escape(str(run.path))}</code>: {escape(_command(run))}</li>" for run in strays)
-        parts.append(f"<h2>Runs that are no row of the table</h2><ul>{listed}</ul>")
+    if unfinished := short(groups):
+        listed = "".join(f"<li>{escape(each)}</li>" for each in unfinished)
+        parts.append(f"<h2>Rows without the full schedule</h2><ul>{listed}</ul>")
+    if without_row:
+        commands = {run.path: _command(run) for run in without_row}
+        listed = "".join(
+            f"<li><code>{escape(str(path))}</code>: {escape(each)}</li>" for path, each in commands.items()
+        )
+        parts.append(f"<h2>Runs that belong to no row of the table</h2><ul>{listed}</ul>")
     return "\n".join([*parts, "</body></html>\n"])
 
 
@@ -118,8 +128,8 @@ def _section(group: Group) -> str:
     if group.paired:
         parts.append("<h3>Differences on the same tasks, paired bootstrap, 95%</h3><ul>")
         for pair in group.paired:
-            what = f"{pair.first.title} minus {pair.second.title}, seed {pair.seed}, {_schedules(pair)} meta-steps"
-            parts.append(f"<li>{escape(what)}: <b>{pair.difference}</b></li>")
+            name = f"{pair.first.title} minus {pair.second.title}, seed {pair.seed}, {_schedules(pair)} meta-steps"
+            parts.append(f"<li>{escape(name)}: <b>{pair.difference}</b></li>")
         parts.append("</ul>")
     if any(line.runs for line in group.lines):
         parts.append(image(curves(group), f"{group.title}: accuracy over inner steps"))
@@ -169,7 +179,7 @@ def curves(group: Group) -> bytes:
 
 
 def image(png: bytes, alt: str) -> str:
-    """A PNG inside the page."""
+    """Returns the HTML of a PNG that is embedded in the page."""
     return f'<img alt="{escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
@@ -181,16 +191,16 @@ def _command(run: Run) -> str:
 
 
 def markdown(groups: Sequence[Group], *, unfinished: bool = True) -> str:
-    """All tables: the summary, the methods of each setting, protocols and provenance.
+    """Returns all tables: the summary, the methods of each setting, protocols and provenance.
 
     Args:
       groups: from `compare.group`.
-      unfinished: whether to list the rows short of the full schedule.
+      unfinished: whether to list the rows that have no result of the full schedule.
     """
     parts = [textwrap.fill(LEGEND, 120), summary(groups), accuracies(groups)]
     parts += ["### Protocols\n", protocols(groups), "### Runs\n", provenance(groups)]
     if unfinished and (still := short(groups)):
-        parts.append("\n".join(["Short of the full schedule:", "", *(f"- {each}" for each in still), ""]))
+        parts.append("\n".join(["Rows without the full schedule:", "", *(f"- {each}" for each in still), ""]))
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -274,7 +284,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _schedule(line: Line) -> str:
-    """Meta-steps, and those of the full schedule where a line is short of it."""
+    """Formats the meta-steps of a line, with the number of the full schedule if the line has fewer."""
     return f"{line.steps or line.trained:,}" + ("" if line.steps >= line.row.steps else f" of {line.row.steps:,}")
 
 
@@ -287,12 +297,12 @@ def _listed(values: Iterable[Any]) -> str:
 
 
 def with_region(text: str, content: str, begin: str, end: str) -> str:
-    """The text with another content between two marks.
+    """Returns the text with `content` between the marks `begin` and `end`.
 
     Raises:
-      ValueError: unless each mark stands in the text once, in this order.
+      ValueError: unless the text has each mark once, in this order.
     """
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ValueError(f"The file must hold the lines {begin.strip()!r} and {end!r} once each, in this order.")
+        raise ValueError(f"The text must have the marks {begin.strip()!r} and {end!r} once each, in this order.")
     before, rest = text.split(begin)
     return f"{before}{begin}{content}{end}{rest.split(end)[1]}"

@@ -1,8 +1,8 @@
-"""The runs of reinforcement learning in a folder of results, and plots of their returns over tasks.
+"""Finds the runs of reinforcement learning in a folder of results, and plots their returns over tasks.
 
     python -m experiments.table.returns --results results
 
-The command plots returns over tasks, for each environment whose tasks are velocities.
+The command writes a plot for each environment with goal velocities.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ TRAINING_OPTIONS = {
     "curvature_tasks": "curvature of {} tasks",
     "outer_rate": "outer rate {}",
 }
-"""The same for options that have no effect on an untrained policy."""
+"""Further such options. They have no effect on an untrained policy, and are left out of its description."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Config:
     """Plots returns over tasks."""
 
     results: Path = Path("results")
-    """Folder of runs, each with a results.json."""
+    """Folder of run directories, each with a results.json."""
 
 
 class Line(NamedTuple):
@@ -76,7 +76,7 @@ class Line(NamedTuple):
 
     @property
     def steps(self) -> int:
-        """Meta-iterations."""
+        """Number of meta-iterations; 0 for the untrained policy."""
         return 0 if self.method == "random" else self.results["config"]["steps"]
 
 
@@ -94,7 +94,7 @@ def prepare(config: Config) -> tuple[Config, list[Line]]:
 
 
 def found(folder: Path) -> list[Line]:
-    """Finds the methods of all runs in a folder that have returns, sorted by method and meta-iterations."""
+    """Returns the methods of all reinforcement-learning runs in a folder, sorted by method and meta-iterations."""
     lines = []
     for path in sorted(folder.glob("*/results.json")):
         results = read_json(path)
@@ -106,7 +106,7 @@ def found(folder: Path) -> list[Line]:
 
 
 def main(prepared: tuple[Config, list[Line]]) -> None:
-    """Writes `ENVIRONMENT-tasks.png` beside the runs."""
+    """Writes `ENVIRONMENT-tasks.png` to the folder of results."""
     config, lines = prepared
     for environment in TITLES:
         chosen = [line for line in lines if line.environment == environment]
@@ -123,7 +123,7 @@ def main(prepared: tuple[Config, list[Line]]) -> None:
 
 
 def description(line: Line) -> str:
-    """The method, with the options that differ from the paper's settings."""
+    """Describes the method of a line by its name and by the options that differ from the paper's settings."""
     presets: dict[Any, options.Config] = {**locomotion.PRESETS, "navigation": navigation.Config()}
     config, defaults = line.results["config"], presets[line.environment]
     named = OPTIONS if line.method == "random" else OPTIONS | TRAINING_OPTIONS

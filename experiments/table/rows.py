@@ -1,4 +1,4 @@
-"""The rows of the table to reproduce: the options of each, and the accuracies published by others."""
+"""The rows of the table of few-shot results: the options of each row, and published accuracies."""
 
 import dataclasses
 import difflib
@@ -11,7 +11,7 @@ from experiments import miniimagenet, omniglot
 from experiments.few_shot.run import Run
 
 EXPERIMENTS: dict[str, type[Run]] = {"omniglot": omniglot.Run, "miniimagenet": miniimagenet.Run}
-"""The runs of each experiment, by the name in saved models and results."""
+"""The class of the runs of each experiment, by the experiment's name in saved models and results."""
 FULL = 60_000
 """Meta-steps of the paper's schedule, for every data set."""
 
@@ -21,13 +21,13 @@ class Published(NamedTuple):
 
     accuracy: float
     half_width: float | None
-    """Half width of its 95% interval, where one is published."""
+    """Half width of its 95% interval; None if it is not published."""
     source: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One training of the table. Results refer to their row by its name."""
+    """One training in the table. Results name the row that they belong to."""
 
     name: str
     data: str
@@ -35,9 +35,9 @@ class Row:
     setting: str
     """Ways and shots, such as '5w1s'."""
     method: str
-    """A key of `METHODS`, which tells the rows of one data set and setting apart."""
+    """A key of `METHODS`. No two rows of a data set and setting have the same method."""
     experiment: str
-    """A key of `EXPERIMENTS`, and the module of the command."""
+    """A key of `EXPERIMENTS`, and the name of the command's module."""
     options: Mapping[str, Any]
     """Options of the run, without directories, steps and seed."""
     steps: int = FULL
@@ -45,7 +45,7 @@ class Row:
 
     @cached_property
     def inner_steps(self) -> int:
-        """Inner steps at test, by the published protocol; at most 10, as many as are recorded."""
+        """Inner steps at test, by the published protocol, but at most `TEST_STEPS`."""
         return EXPERIMENTS[self.experiment](**self.options).resolved().selected_after
 
     @property
@@ -79,7 +79,7 @@ METHODS = {
     "COMLN": "COMLN",
     "NPBML": "NPBML",
 }
-"""Titles of the methods of rows, and of methods with published accuracies only."""
+"""Titles of the methods of rows, and of methods that have only published accuracies."""
 
 DATA = {"omniglot": "Omniglot", "miniimagenet": "MiniImagenet", "images": "A folder of images"}
 SETTINGS = {
@@ -178,15 +178,18 @@ BY_NAME = {row.name: row for row in ROWS}
 
 
 def choose(patterns: Sequence[str]) -> list[Row]:
-    """The rows of these names or glob patterns, in the order of `ROWS`.
+    """Returns the rows whose names match the patterns, in the order of `ROWS`.
+
+    Args:
+      patterns: names of rows, or glob patterns.
 
     Raises:
-      ValueError: if a pattern matches no row, with similar names.
+      ValueError: if a pattern matches no row. The message has similar names.
     """
     names = [row.name for row in ROWS]
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             near = difflib.get_close_matches(pattern, names, n=4, cutoff=0.5)
             similar = f"; similar rows are {', '.join(near)}" if near else ""
-            raise ValueError(f"rows: no row matches {pattern!r}{similar}. --list prints all rows.")
+            raise ValueError(f"rows: no row matches {pattern!r}{similar}. --list --rows '*' prints all rows.")
     return [row for row in ROWS if any(fnmatch.fnmatch(row.name, pattern) for pattern in patterns)]

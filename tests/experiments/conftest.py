@@ -15,6 +15,6 @@ def characters(shared_data, omniglot_cache):
 
 @pytest.fixture
 def small_net(monkeypatch):
-    """A small fully connected net, and few validation tasks."""
+    """Makes the fully connected net small, and the validation tasks few."""
     monkeypatch.setattr(methods, "HIDDEN", (16, 8))
     monkeypatch.setattr(omniglot.Run, "val_tasks", 20)

@@ -1,4 +1,4 @@
-"""A folder of pictures is classified by a saved model; a wrong folder is refused before."""
+"""A saved model classifies the pictures of a folder. A folder with a wrong layout raises."""
 
 import json
 
@@ -19,7 +19,7 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (20, 40, 210)}
 
 @pytest.fixture
 def model(tmp_path, monkeypatch):
-    """A net that was never trained, with features that distinguish colours, which suffices for prototypes."""
+    """An untrained net with a head from prototypes: its random features distinguish colours."""
     return untrained(tmp_path, monkeypatch, "layer")
 
 
@@ -60,8 +60,8 @@ def test_pictures_are_classified_and_shown(model, folder, tmp_path, capsys):
         assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 100
 
 
-def test_a_picture_is_classified_as_if_it_were_alone(folder, tmp_path, monkeypatch):
-    """Also by a model that was trained with batch normalisation."""
+def test_predictions_do_not_depend_on_the_other_pictures(folder, tmp_path, monkeypatch):
+    """The model was trained with batch normalisation."""
     path = untrained(tmp_path, monkeypatch, "batch")
     options = {"steps": 3, "output": tmp_path / "found.json"}
     together = adapt.main(adapt.prepare(adapt.Config(path, folder, **options)))
@@ -88,7 +88,7 @@ def test_pictures_are_resized_as_in_training(model, folder, monkeypatch):
     assert used == ["box"]
 
 
-def test_inner_steps_are_those_that_the_model_was_selected_after(model, folder):
+def test_the_default_of_steps_is_that_of_the_selection(model, folder):
     assert adapt.prepare(adapt.Config(model, folder)).steps == 10
     content = model_file.load(model)
     model_file.save(model, content.params, (), content.description | {"selected_after": 3})
@@ -96,13 +96,13 @@ def test_inner_steps_are_those_that_the_model_was_selected_after(model, folder):
     assert adapt.prepare(adapt.Config(model, folder, steps=0)).steps == 0
 
 
-def test_a_wrong_folder_is_refused(model, folder, tmp_path):
+def test_a_wrong_layout_or_output_raises(model, folder, tmp_path):
     def refused(message, **options):
         with pytest.raises(ValueError, match=message):
             adapt.prepare(adapt.Config(**{"model": model, "folder": folder, **options}))
 
     refused("output must be in a directory that exists", output=tmp_path / "nowhere" / "out.json")
-    refused("output must be a file for JSON, beside which its picture", output=tmp_path / "out.png")
+    refused("output must be the path of a JSON file, but got", output=tmp_path / "out.png")
     paint(folder / "red" / "deeper" / "x.png", (0, 0, 0), 0)
     refused("lies too deep")
     (folder / "red" / "deeper" / "x.png").unlink()
@@ -116,8 +116,8 @@ def test_a_wrong_folder_is_refused(model, folder, tmp_path):
     refused("There are no pictures to classify")
 
 
-def test_drawings_are_seen_as_in_training(tmp_path, monkeypatch):
-    """For a model of characters ink is 1 and paper 0, whatever the colour mode of the file."""
+def test_drawings_are_inverted_as_in_training(tmp_path, monkeypatch):
+    """A model of characters gets 1 for ink and 0 for paper."""
     net = models.ConvNet(5)
     prepared = adapt.Prepared(
         adapt.Config(tmp_path, tmp_path),

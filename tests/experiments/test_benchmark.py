@@ -65,7 +65,7 @@ def test_a_row_is_the_median_of_its_rounds():
 
 
 def test_the_peers_have_our_settings():
-    """Parsed, not imported, as the import needs PyTorch."""
+    """The test parses the file: importing it needs PyTorch."""
     tree = ast.parse(Path(workloads.__file__).with_name("torch_peers.py").read_text())
     (table,) = [ast.literal_eval(node.value) for node in tree.body
                 if isinstance(node, ast.Assign) and node.targets[0].id == "IMAGES"]  # fmt: skip
@@ -123,7 +123,7 @@ def test_the_peers_take_the_same_step(order):
     np.testing.assert_allclose(sums[1:], [sums[0], sums[0]], rtol=1e-3)
 
 
-def test_end_to_end(tmp_path):
+def test_benchmark_end_to_end(tmp_path):
     options = ("--workloads", "sinusoid", "--inner-steps", "2", "--remat", "none", "mixflow")
     done = launch(
         "experiments.benchmark", *options, "--rounds", "1", "--seconds", "0.1", "--workdir", "run", cwd=tmp_path
@@ -139,7 +139,7 @@ def test_end_to_end(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Only Linux reports the peak.")
 def test_peak_memory_of_a_large_and_a_small_call():
-    """An array of 256 MB, and almost nothing."""
+    """The large call allocates 256 MB, the small call almost nothing."""
     size = 1 << 26
     large = jax.jit(lambda x: x + jnp.arange(size, dtype=jnp.float32)).lower(1.0).compile()
     result, peak = measure.with_peak_memory(lambda: large(1.0))
@@ -157,7 +157,7 @@ def test_peak_memory_of_a_large_and_a_small_call():
         (["--seconds", "nan"], "seconds must be positive and finite"),
     ],
 )
-def test_bad_input(options, message):
+def test_wrong_input_ends_the_command(options, message):
     done = launch("experiments.benchmark", *options)
     assert done.returncode == 2 and message in done.stderr
 
@@ -216,7 +216,7 @@ def test_loops_are_not_counted_beside_their_bodies():
 
 @pytest.fixture
 def commands(monkeypatch):
-    """The commands of processes that would have started."""
+    """Records the commands of processes in place of starting them."""
     started = []
 
     def run(command, **_):
@@ -240,5 +240,5 @@ def test_against_torch_on_accelerators(commands, monkeypatch):
         monkeypatch.setattr(benchmark, "where", lambda backend=backend: (backend, ""))
         assert benchmark.prepare(config).devices == devices
     monkeypatch.setattr(benchmark, "where", lambda: ("tpu", ""))
-    with pytest.raises(ValueError, match="on CPUs and GPUs, but JAX has a tpu here"):
+    with pytest.raises(ValueError, match="on CPUs and GPUs, but the backend of JAX is tpu"):
         benchmark.prepare(config)

@@ -1,4 +1,4 @@
-"""Saved models are evaluated as they were trained, compared on the same tasks, and checked before."""
+"""Saved models are checked, evaluated with the options of their training, and compared on the same tasks."""
 
 import json
 
@@ -25,20 +25,20 @@ def saved(characters, tmp_path, small_net, monkeypatch):
     return write
 
 
-def test_what_does_not_fit_a_model_is_refused_before_anything_is_evaluated(saved, characters, tmp_path, monkeypatch):
+def test_options_that_do_not_fit_a_model_raise(saved, characters, tmp_path, monkeypatch):
     path = saved("model", method="maml++")
     _, (model,) = evaluate.prepare(evaluate.Config((path,)))
     assert model.selected_after == 4 and model.run.method == "maml++"
     for options, message in (
-        ({"inner_rate": 0.1}, "its rates are learned"),
+        ({"inner_rate": 0.1}, "the inner rates of this model are learned"),
         ({"normalisation": "tasknorm"}, "normalisation cannot be 'tasknorm'"),
         ({"normalisation": "running"}, "normalisation cannot be 'running'"),
         ({"shots": 0}, "shots must be an integer of at least 1, but got 0"),
         ({"queries": 200}, "shots \\+ queries must be at most 20"),
         ({"seed": -1}, "seed must be an integer of at least 0, but got -1"),
         ({"output": tmp_path / "nowhere" / "out.json"}, "output must be in a directory that exists"),
-        ({"output": tmp_path / "out.png"}, "output must be a file for JSON"),
-        ({"models": ()}, "at least one file"),
+        ({"output": tmp_path / "out.png"}, "output must be the path of a JSON file"),
+        ({"models": ()}, "at least one model file"),
         ({"models": (tmp_path,)}, "is a folder"),
         ({"models": (path, path)}, "models must be different"),
         ({"compare_step": 11}, "compare_step must be from 0 to steps, 10, but got 11"),
@@ -79,13 +79,13 @@ def test_two_models_are_compared_on_the_same_tasks(saved, tmp_path):
         difference = of_second["first_minus_this"]
         assert difference["inner_steps"] == 1 and difference["low"] <= difference["mean"] <= difference["high"]
         assert difference["mean"] == pytest.approx(of_first["accuracy"][1] - of_second["accuracy"][1])
-        # A query that is normalised by itself alone has no information.
+        # Batch normalisation of a single query gives zeros: the two models then have the same accuracy.
         assert (of_first["accuracy"][1] != of_second["accuracy"][1]) == (mode == "transductive")
     made_by = json.loads(output.read_text())["made_by"]
     assert made_by["started"] <= made_by["finished"] and made_by["versions"]["mujoco"]
 
 
-def test_models_that_learn_in_different_ways_are_no_ensemble(saved):
+def test_models_with_different_protocols_cannot_be_an_ensemble(saved):
     paths = tuple(saved(str(order), order=order) for order in (1, 2))
     evaluate.prepare(evaluate.Config(paths))
     with pytest.raises(ValueError, match=r"(?s)learn a task in the same way.*order 1.*order 2"):
@@ -97,7 +97,7 @@ def test_models_that_learn_in_different_ways_are_no_ensemble(saved):
         evaluate.prepare(evaluate.Config((saved("a", seed=1), saved("b", seed=2))))
 
 
-def test_a_model_of_another_experiment_is_refused(tmp_path):
+def test_a_model_of_another_experiment_raises(tmp_path):
     path = model_file.save(tmp_path / "curves.msgpack", {"w": jnp.ones(2)}, (), {"experiment": "sinusoid"})
-    with pytest.raises(ValueError, match="not a few-shot classifier, but of the experiment 'sinusoid'"):
+    with pytest.raises(ValueError, match="must be a few-shot classifier, but is a model of experiment 'sinusoid'"):
         evaluate.prepare(evaluate.Config((path,)))

@@ -19,27 +19,27 @@ from maml_jax.tasks.fixed import fixed_tasks
 
 
 def test_models_are_selected_after_the_inner_steps_of_the_test(characters, tmp_path, small_net, monkeypatch):
-    """Not after as many inner steps as training takes. Inductive evaluation is left out where not asked for."""
-    asked, whole = [], testing.accuracy
+    """The inner steps of training do not matter. With evaluation='transductive' there is no inductive evaluation."""
+    validated, original = [], testing.accuracy
 
     def accuracy(run, state, groups, steps):
-        asked.append((steps, whole(run, state, groups, steps)))
-        return asked[-1][1]
+        validated.append((steps, original(run, state, groups, steps)))
+        return validated[-1][1]
 
     monkeypatch.setattr(testing, "accuracy", accuracy)
     options = {"steps": 40, "tasks": 4, "test_tasks": 5, "evaluation": "transductive", "row": "omniglot-5w1s-mlp"}
     run = small_run(tmp_path, **options)
     results = omniglot.main((run, characters))
-    assert run.inner_steps == 1 and [steps for steps, _ in asked] == [3, 3]
+    assert run.inner_steps == 1 and [steps for steps, _ in validated] == [3, 3]
     assert results["selected"]["by"] == "accuracy on validation tasks after 3 inner steps"
-    assert results["selected"]["step"] == (40 if asked[1][1] >= asked[0][1] else 20)
+    assert results["selected"]["step"] == (40 if validated[1][1] >= validated[0][1] else 20)
     assert list(results["test"]) == ["transductive"]
     assert results["row"] == "omniglot-5w1s-mlp" and results["config"]["tasks"] == 4
     (best,) = [path for path in (tmp_path / "run" / "best").iterdir() if str(results["selected"]["step"]) in path.name]
     assert model_file.load(best).description["selected_after"] == 3
 
 
-def test_the_best_models_are_an_ensemble_where_asked(characters, tmp_path, small_net):
+def test_the_ensemble_averages_the_best_models(characters, tmp_path, small_net):
     run = small_run(tmp_path, steps=60, tasks=4, test_tasks=6, ensemble=True)
     found = omniglot.main((run, characters))["test"]
     assert list(found) == ["transductive", "inductive", "ensemble"]
@@ -53,15 +53,15 @@ def test_the_best_models_are_an_ensemble_where_asked(characters, tmp_path, small
     assert (found["ensemble"]["accuracy"] != found["transductive"]["accuracy"]).any()
 
 
-def test_a_pretrained_model_is_evaluated_again_as_it_was(characters, tmp_path, small_net, monkeypatch):
-    """Fine-tuned at the rate that its training chose."""
+def test_a_saved_pretrained_model_is_evaluated_at_its_fine_tuning_rate(characters, tmp_path, small_net, monkeypatch):
+    """`experiments.evaluate` reads the rate that `experiments.omniglot` has chosen."""
     monkeypatch.setattr(testing, "FINE_TUNING_FACTORS", (0.03, 0.1))
     monkeypatch.setattr(omniglot.Run, "load", lambda run: characters)
     options = {"steps": 20, "tasks": 2, "test_tasks": 6, "evaluation": "transductive"}
     run = small_run(tmp_path, method="pretrained", **options)
     found = omniglot.main((run, characters))
     (path,) = (tmp_path / "run" / "best").iterdir()
-    # A run that was stopped before its first validation, and ends there, is evaluated too.
+    # A trained run that has no validated model is evaluated too.
     path.unlink()
     assert to_jsonable(omniglot.main((run, characters))["test"]) == to_jsonable(found["test"])
     again = evaluate.main(evaluate.prepare(evaluate.Config((path,), tasks=6)))
@@ -72,8 +72,8 @@ def test_a_pretrained_model_is_evaluated_again_as_it_was(characters, tmp_path, s
     assert model_file.load(path).description["config"] == to_jsonable(found["config"])
 
 
-def test_the_schedule_of_the_outer_rate_is_given_to_the_training(characters, tmp_path, small_net, monkeypatch):
-    """For the message about a loss that stops being finite."""
+def test_training_gets_the_schedule_of_the_outer_rate(characters, tmp_path, small_net, monkeypatch):
+    """The message about a loss that is not finite shows the rate."""
     given = []
 
     def stopped(*_, rates, **options):
@@ -89,10 +89,10 @@ def test_the_schedule_of_the_outer_rate_is_given_to_the_training(characters, tmp
     assert annealed["outer"](0) == pytest.approx(1e-3) and annealed["outer"](100) == pytest.approx(1e-5)
 
 
-def test_omniglot_from_beginning_to_end(shared_data, omniglot_cache, tmp_path):
+def test_omniglot_end_to_end(shared_data, omniglot_cache, tmp_path):
     workdir = tmp_path / "run"
     common = ["--data-dir", shared_data / "omniglot", "--cache-dir", omniglot_cache, "--workdir", workdir]
-    # The fully connected net: the programs of the other take most of the time to compile, and other tests run them.
+    # The fully connected net compiles fast. Other tests run the convolutional net.
     options = ["--net", "mlp", "--split", "vinyals", "--steps", 200, "--tasks", 8, "--test-tasks", 40]
     ended = launch("experiments.omniglot", *common, *options)
     assert ended.returncode == 0, ended.stderr
@@ -123,7 +123,7 @@ def test_omniglot_from_beginning_to_end(shared_data, omniglot_cache, tmp_path):
     assert output.with_suffix(".png").stat().st_size > 10_000
 
 
-def test_characters_in_two_processes_with_no_directory_in_common(shared_data, omniglot_cache, tmp_path):
+def test_omniglot_in_two_processes_without_a_shared_directory(shared_data, omniglot_cache, tmp_path):
     options = (
         "--net mlp --normalisation layer --split vinyals --steps 40 --tasks 8 --test-tasks 8 --workdir run".split()
     )

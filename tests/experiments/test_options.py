@@ -1,11 +1,12 @@
-"""Hypothesis looks for an option that is wrong and gets through, or is right and does not.
+"""Hypothesis searches for a wrong option that is accepted, and for a right option that raises.
 
-The allowed values are stated here independently of the code that checks them.
+This file defines the allowed values independently of the code that checks them.
 """
 
 import collections
 import dataclasses
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -91,7 +92,7 @@ FIELDS = {
 
 
 def contradicts(name, given):
-    """Whether options that are allowed one by one do not go together."""
+    """Whether options contradict each other, each of which is allowed."""
     if name == "sinusoid":
         own = {"tasks", "shots", "queries", "inner_rate", "inner_steps", "outer_rate"} & given.keys()
         changed = {field for field in own if float(given[field]) != getattr(sinusoid.Config, field)}
@@ -133,8 +134,8 @@ def contradicts(name, given):
     )
 
 
-def settle(name, config):
-    """The checks of an experiment before it reads data."""
+def check_options(name, config):
+    """Runs the checks that an experiment makes before it reads data."""
     if name == "sinusoid":
         config.check()
     elif name == "navigation":
@@ -159,8 +160,8 @@ def options(draw, name):
     return {field: draw(fields[field].values | st.sampled_from(JUNK)) for field in chosen}
 
 
-def checker(name, chosen, capsys):
-    """Gives options to an experiment; returns what they are: 'wrong', 'contradicting' or 'right'."""
+def check_outcome(name, chosen, capsys):
+    """Gives options to an experiment and checks its message. Returns 'wrong', 'contradicting' or 'right'."""
     arguments = [part for field, text in chosen.items() for part in (f"--{field.replace('_', '-')}", text)]
     wrong = [field for field, text in chosen.items() if not FIELDS[name][field].allowed(text)]
     kind = "wrong" if wrong else "contradicting" if contradicts(name, chosen) else "right"
@@ -173,28 +174,28 @@ def checker(name, chosen, capsys):
         message = "".join(capsys.readouterr())
     else:
         try:
-            settle(name, config)
+            check_options(name, config)
         except ValueError as error:
             message = str(error)
     capsys.readouterr()
     if kind == "right":
         assert message is None, (chosen, message)
         return kind
-    assert message is not None, f"{chosen} got through"
-    # One that is wrong may stand beside two that contradict, and either may be told first.
-    told = [field for field in chosen if field in message or field.replace("_", "-") in message]
-    assert any(_shown(chosen[field], message) for field in told), (chosen, message)
+    assert message is not None, f"{chosen} did not raise"
+    # The message names an option and its value. It may name any of several wrong or contradicting options.
+    named = [field for field in chosen if field in message or field.replace("_", "-") in message]
+    assert any(_shown(chosen[field], message) for field in named), (chosen, message)
     return kind
 
 
 @pytest.mark.parametrize("name", sorted(FIELDS))
-def test_what_is_wrong_is_told_and_what_is_right_goes_on(name, capsys):
+def test_wrong_options_raise_and_right_options_pass(name, capsys):
     found = collections.Counter()
 
     @settings(max_examples=200, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(options(name))
     def check(chosen):
-        found[checker(name, chosen, capsys)] += 1
+        found[check_outcome(name, chosen, capsys)] += 1
 
     check()
     assert found["wrong"] > 20 and found["right"] > 20, found
@@ -220,13 +221,13 @@ PAIRS = [
 
 
 @pytest.mark.parametrize("name, chosen", PAIRS)
-def test_each_pair_that_contradicts_is_told(name, chosen, capsys):
-    assert checker(name, chosen, capsys) == "contradicting"
-    for field, text in chosen.items():  # Each alone is right, or is so with what the other is by default.
-        assert checker(name, {field: text}, capsys) == "right" or field in ("outer_rate", "curvature_tasks")
+def test_each_contradicting_pair_raises(name, chosen, capsys):
+    assert check_outcome(name, chosen, capsys) == "contradicting"
+    for field, text in chosen.items():  # Each option alone is right, up to two that contradict a default.
+        assert check_outcome(name, {field: text}, capsys) == "right" or field in ("outer_rate", "curvature_tasks")
 
 
-def test_fewer_steps_than_are_done_are_told_before_anything_is_written(tmp_path):
+def test_fewer_steps_than_done_raise_before_anything_is_written(tmp_path):
     done = tmp_path / "checkpoints" / "maml-0" / "7"
     done.mkdir(parents=True)
     options = {"steps": 5, "workdir": tmp_path}
@@ -241,7 +242,7 @@ def test_fewer_steps_than_are_done_are_told_before_anything_is_written(tmp_path)
 
 
 def _shown(text, message):
-    """Whether the message says what was given, be it as a number or as it was typed."""
+    """Whether the message shows the given value, as it was typed or as a number."""
     if text.strip() in message:
         return True
     try:
@@ -250,8 +251,8 @@ def _shown(text, message):
         return False
 
 
-def test_every_number_of_the_options_is_looked_at():
-    """A new option has to be said here, too."""
+def test_fields_has_every_numeric_option():
+    """A new option must be added to `FIELDS`."""
     for name, config in CONFIGS.items():
-        numbers = {field.name for field in dataclasses.fields(config) if "int" in str(field.type) or "float" in str(field.type)}  # fmt: skip # noqa: E501
+        numbers = {field.name for field in dataclasses.fields(config) if re.search(r"\b(int|float)\b", str(field.type))}
         assert numbers - {"test_rates"} <= FIELDS[name].keys(), name

@@ -1,4 +1,4 @@
-"""The reinforcement-learning experiments from their command line: short runs, and messages for bad input."""
+"""The reinforcement-learning experiments from the command line: short runs, and messages for wrong input."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ BAD = [
         "outer_rate is for --outer policy_gradient or promp, but got 0.01 with trpo",
     ),
     (navigation, ["--curvature-tasks", "5", "--outer", "promp"], "curvature_tasks is for --outer trpo"),
-    (navigation, ["--sampling-term", "--tasks", "1"], "it needs --tasks of at least 2"),
+    (navigation, ["--sampling-term", "--tasks", "1"], "tasks must be at least 2 with sampling_term"),
     (
         navigation,
         ["--sampling-term", "--methods", "oracle"],
@@ -48,7 +48,7 @@ BAD = [
     (locomotion, ["--preset", "snail"], "preset"),
     (locomotion, ["--physics", "aristotle"], "physics"),
     (rl_speed, ["--curvature-share", "0"], "curvature_share must be above 0 and at most 1, but got 0"),
-    (rl_speed, ["--problems"], "problems must name at least one, but got none"),
+    (rl_speed, ["--problems"], "problems must have at least one value, but got none"),
     (rl_speed, ["--rounds", "0"], "rounds must be an integer of at least 1, but got 0"),
     (locomotion, ["--inner-steps", "0"], "inner_steps must be an integer of at least 1, but got 0"),
 ]
@@ -65,7 +65,7 @@ def start(module, arguments, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(("module", "arguments", "message"), BAD)
-def test_bad_input_ends_the_command_before_it_starts(module, arguments, message, monkeypatch, capsys, tmp_path):
+def test_wrong_input_ends_a_command_before_training(module, arguments, message, monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit) as end:
         start(module, arguments, monkeypatch, tmp_path)
     assert end.value.code == 2
@@ -111,8 +111,8 @@ print(jax.device_count(), float(jax.jit(divided if mesh else through_host)(x).mi
 """
 
 
-def test_large_calls_to_the_host_from_all_devices_at_once_end():
-    """Without a spare thread every device waits for a copy that no thread makes."""
+def test_large_calls_to_the_host_from_all_devices_do_not_hang():
+    """Without a spare thread, every device waits for a copy, and no thread is left to copy."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"NPROC": "1"}
     command = [sys.executable, "-c", CALLS_FROM_ALL_DEVICES]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -121,7 +121,7 @@ def test_large_calls_to_the_host_from_all_devices_at_once_end():
 
 @pytest.fixture
 def quickly_compiled():
-    """Compiles programs without optimisation, as they run once."""
+    """Compiles programs without optimisation: each program runs once."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -165,14 +165,14 @@ def untrained(inner_loss="logp"):
 
 
 def test_gradient_steps_at_test_use_the_chosen_loss(quickly_compiled):
-    """The first derivative of DiCE differs from that of 'logp'."""
+    """The losses 'dice' and 'logp' have different first derivatives."""
     config = navigation.Config(test_tasks=2, test_episodes=3)
     logp, dice = (evaluation.evaluate(config, untrained(loss), ((0.1, 0.05),)) for loss in ("logp", "dice"))
     assert abs(dice["return"][1:] - logp["return"][1:]).min() > 0.01 and dice["return"][0] == logp["return"][0]
 
 
 def test_locomotion_end_to_end(tmp_path):
-    """In a new process, as the engine chooses its OpenGL at import."""
+    """Runs in a new process: the engine chooses the OpenGL library at import."""
     command = [sys.executable, "-m", "experiments.locomotion", "--methods", "random", "--test-tasks", "2",
                "--test-episodes", "1", "--workdir", str(tmp_path / "run")]  # fmt: skip
     environment = {"MUJOCO_GL": "egl", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **os.environ}
@@ -202,7 +202,7 @@ def test_locomotion_end_to_end(tmp_path):
         assert strip.size == (8 * 160, 2 * 4 * 120) and len(strip.getcolors(1 << 24)) > 100
 
 
-def test_methods_may_have_test_rates_of_their_own():
+def test_methods_may_have_separate_test_rates():
     assert paper.rates_at_test("ant-velocity", "random") == ((1.0, 0.5),)
     assert paper.rates_at_test("ant-velocity", "maml") == ((0.1, 0.05),)
     assert len(paper.rates_at_test("navigation", "random")) == 5
@@ -210,8 +210,8 @@ def test_methods_may_have_test_rates_of_their_own():
 
 
 @pytest.mark.parametrize(("pairs", "expected"), [(((0.7, 0.6),), (0.7, 0.6)), (((9.0, 9.0), (0.1, 0.05)), (0.1, 0.05))])
-def test_the_best_rates_on_other_tasks_are_taken(pairs, expected, quickly_compiled):
-    """Rates that ruin the policy are not."""
+def test_the_best_rates_on_other_tasks_are_used(pairs, expected, quickly_compiled):
+    """The rates 9.0 ruin the policy."""
     config = navigation.Config(test_tasks=2, test_episodes=2)
     assert evaluation.evaluate(config, untrained(), pairs)["rates"] == expected
 

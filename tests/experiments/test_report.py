@@ -1,4 +1,4 @@
-"""The page of a run holds what the run recorded, needs nothing else, and says what is not there."""
+"""The page shows everything that a run recorded, needs no other file, and names missing parts."""
 
 import io
 import json
@@ -33,30 +33,30 @@ def runs(tmp_path_factory):
     return folder
 
 
-def test_from_beginning_to_end(runs):
+def test_report_end_to_end(runs):
     done = launch("experiments.report", "short", "long", "--output", "page.html", cwd=runs)
     assert done.returncode == 0, done.stderr
     page = (runs / "page.html").read_text()
-    assert not re.search(r"(src|href)=.(?!data:)", page)  # Opens with no network.
+    assert not re.search(r"(src|href)=.(?!data:)", page)  # The page opens without a network.
     assert re.search(r"<td>steps</td><td><code>200</code></td><td><code>400</code></td>", page)
-    assert "<td>seeds</td>" not in page.split("Training")[0]  # In which they do not differ.
+    assert "<td>seeds</td>" not in page.split("Training")[0]  # The runs do not differ in this option.
     for name in ("short", "long"):
         assert page.count(f"<h2>{name}</h2>") == 1
     assert len(re.findall("data:image/png;base64,", page)) == 1 + 2 * len(list((runs / "short").glob("*.png")))
 
 
-ASKED = """<script>addEventListener("load", () => {
+REPORT_SIZES = """<script>addEventListener("load", () => {
   document.title = JSON.stringify([...document.images].map(image => [image.complete, image.naturalWidth]));
 });</script>"""
 
 
-def test_a_browser_shows_all_plots_and_complains_of_nothing(runs, tmp_path):
+def test_a_browser_shows_all_plots_without_errors(runs, tmp_path):
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         (pytest.fail if os.environ.get("CI") else pytest.skip)("There is no chromium to open the page with.")
     html = report.html([report.read(runs / name) for name in ("short", "long")])
     page = tmp_path / "page.html"
-    page.write_text(html.replace("</body>", f"{ASKED}</body>"))
+    page.write_text(html.replace("</body>", f"{REPORT_SIZES}</body>"))
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND",
                f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=5000",
                "--dump-dom", page.as_uri()]  # fmt: skip
@@ -76,7 +76,7 @@ def test_curves_are_the_metrics(runs):
         expected = [(row["step"], row["loss"]) for row in rows if row["seed"] == seed]
         (line,) = [line for name, line in curves["loss"].items() if name.endswith(f"seed {seed}")]
         np.testing.assert_array_equal(np.transpose(line), expected)
-    # With a second run, whose each line is.
+    # With a second run, the name of each line starts with the name of its run.
     both = report.training_curves([run, report.read(runs / "long")])
     assert {name.split(",")[0] for name in both["loss"]} == {"short", "long"}
 
@@ -93,8 +93,8 @@ def test_the_picture_shows_every_line(monkeypatch):
     plt.close("all")
 
 
-def test_a_run_that_is_at_work(runs, tmp_path, capsys):
-    """No results yet, and a last line that is half written."""
+def test_a_run_that_is_still_training(runs, tmp_path, capsys):
+    """The run has no results, and the last line of its metrics is incomplete."""
     for name in ("run.json", "metrics.jsonl"):
         (tmp_path / name).write_bytes((runs / "short" / name).read_bytes())
     with open(tmp_path / "metrics.jsonl", "a") as file:
@@ -126,7 +126,7 @@ def test_accuracy_over_inner_steps_and_cost(tmp_path):
 
 
 def test_names_and_options_are_text(tmp_path):
-    """Neither HTML nor formulas; two runs of one name are told apart, and lines that are no training left out."""
+    """Names are not read as HTML or formulas. Runs of equal names show their paths. Rows without a step are skipped."""
     paths = [tmp_path / folder / "<b>$x$" for folder in ("first", "second")]
     for number, path in enumerate(paths):
         path.mkdir(parents=True)
@@ -139,11 +139,11 @@ def test_names_and_options_are_text(tmp_path):
     page = report.html(runs)
     assert not {"<b>", "<i>", "<script>"} & set(re.findall("<[^>]*>", page.split("<body>")[1]))
     (paths[0] / "metrics.jsonl").write_text("[]\n")
-    with pytest.raises(WorkdirError, match="a line of it is no JSON object"):
+    with pytest.raises(WorkdirError, match="a line is not a JSON object"):
         report.read_all(paths)
 
 
-def test_a_finished_run_that_is_at_work_again():
+def test_a_finished_run_that_is_training_again():
     run = report.Run(
         Path("x"), "x", {}, [{"started": "2026-01-01T08:00:00Z", "until": "2026-01-01T09:00:00Z"}], [], None
     )
@@ -155,9 +155,9 @@ def test_a_finished_run_that_is_at_work_again():
 
 @pytest.mark.parametrize(
     "content, message",
-    [(None, "holds no run: there is neither a run.json nor a results.json"), ("{", "run.json cannot be read")],
+    [(None, "holds no run: run.json and results.json are missing"), ("{", "run.json cannot be read")],
 )
-def test_what_is_no_run(content, message, tmp_path):
+def test_a_directory_without_a_readable_run_raises(content, message, tmp_path):
     if content is not None:
         (tmp_path / "run.json").write_text(content)
     done = launch("experiments.report", str(tmp_path))

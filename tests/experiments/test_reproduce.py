@@ -1,4 +1,4 @@
-"""The processes that run the table's rows: what is finished, fails, is over its budget or ended by a signal."""
+"""The processes that run rows of the table: finished and failed runs, the time budget, and signals."""
 
 import os
 import signal
@@ -36,7 +36,7 @@ if behaviour in ("hangs", "stubborn"):
 
 @pytest.fixture
 def stub(tmp_path, monkeypatch):
-    """Runs a small program in place of the experiments; gives a function that sets what each row does."""
+    """Runs a small program in place of the experiments. Returns a function that sets the behaviour of each row."""
     program, behaviours = tmp_path / "stub.py", {}
     program.write_text(STUB)
 
@@ -58,7 +58,7 @@ def stub(tmp_path, monkeypatch):
     return behaviours.update
 
 
-def test_a_row_that_fails_stops_no_other_and_what_is_finished_is_skipped(stub, tmp_path, capfd):
+def test_other_rows_run_after_a_failure_and_finished_rows_are_skipped(stub, tmp_path, capfd):
     chosen = ("omniglot-5w1s", "omniglot-5w1s-order1")
     stub({"omniglot-5w1s": "fails"})
     with pytest.raises(SystemExit) as end:
@@ -88,7 +88,7 @@ def test_a_row_that_fails_stops_no_other_and_what_is_finished_is_skipped(stub, t
     assert order.read_text().split() == ["omniglot-5w1s-seed0"]
 
 
-def test_any_images_are_finished_only_where_they_are_the_same(tmp_path):
+def test_a_row_of_own_images_is_finished_only_for_the_same_folder(tmp_path):
     made_up(tmp_path / "images-5w1s-seed0", "images-5w1s", steps=100)
     places = {"rows": ("images-5w1s",), "steps": 100, "workdir": tmp_path}
     same = miniimagenet.Run().data_dir
@@ -102,14 +102,14 @@ def test_any_images_are_finished_only_where_they_are_the_same(tmp_path):
         assert ("--evaluation transductive" in str(job)) == (evaluation == "transductive")
 
 
-def test_at_the_end_of_the_budget_the_run_saves_and_the_rest_is_left(stub, tmp_path, capfd):
+def test_at_the_end_of_the_budget_the_run_saves_and_no_other_run_starts(stub, tmp_path, capfd):
     stub({"omniglot-5w1s-order1": "hangs"})
     begun = time.monotonic()
     start(tmp_path, rows=("omniglot-5w?s-order1",), hours=3 / 3600)
     assert 3 <= time.monotonic() - begun < 20
     output = capfd.readouterr().out
     assert "omniglot-5w1s-order1-seed0: stopped after 40 of 60,000 meta-steps: the budget is over" in output
-    assert "; --rows omniglot-5w1s-order1 --seeds 0 --steps 40 evaluates it as it is, unless its outer rate" in output
+    assert "with --rows omniglot-5w1s-order1 --seeds 0 --steps 40 it evaluates the stopped model, unless" in output
     assert "omniglot-5w5s-order1-seed0: not run: the budget is over" in output
     assert (tmp_path / "work" / "omniglot-5w1s-order1-seed0" / "saved").exists()
     assert not (tmp_path / "work" / "omniglot-5w5s-order1-seed0").exists()
@@ -125,7 +125,7 @@ def test_a_run_that_ignores_the_signal_is_killed(stub, tmp_path, monkeypatch, ca
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_and_then_the_program(number, tmp_path):
-    """A real process: its run is saved by one SIGTERM, the page is rendered, and the status is 128 + the signal."""
+    """The run gets one SIGTERM and saves, the page is rendered, and the exit status is 128 plus the signal's number."""
     work = tmp_path / "work"
     (tmp_path / "stub.py").write_text(STUB)
     program = (
@@ -154,18 +154,18 @@ def test_a_signal_ends_the_run_and_then_the_program(number, tmp_path):
 
 BAD = [
     ({"rows": ("omniglot-5w1z",)}, "no row matches 'omniglot-5w1z'; similar rows are omniglot-5w1s, omniglot-5w5s"),
-    ({"rows": ()}, "at least one row"),
+    ({"rows": ()}, "at least one"),
     ({"steps": 0}, "steps must be an integer of at least 1, but got 0"),
     ({"hours": float("nan")}, "hours must be positive and finite"),
     ({"seeds": (1, 1)}, r"must be different from each other, but got 1, 1"),
     ({"seeds": (-1,)}, "seeds must be an integer of at least 0, but got -1"),
-    ({"rows": ("images-*",), "image_dir": Path("nowhere")}, "image_dir: nowhere does not exist, and images-5w1s needs"),
-    ({"results": (Path("nowhere"),)}, "there is no folder nowhere"),
+    ({"rows": ("images-*",), "image_dir": Path("nowhere")}, "nowhere does not exist, but the row images-5w1s needs"),
+    ({"results": (Path("nowhere"),)}, "results must be folders that exist, but nowhere"),
 ]
 
 
 @pytest.mark.parametrize(("options", "message"), BAD)
-def test_bad_options_end_before_anything_starts(options, message, tmp_path):
+def test_wrong_options_raise_before_a_run_starts(options, message, tmp_path):
     config = reproduce.Config(**{"data_dir": tmp_path, "workdir": tmp_path / "work", **options})
     with pytest.raises(ValueError, match=message):
         reproduce.prepare(config)

@@ -1,4 +1,4 @@
-"""Every method learns real characters; outer rates, tasks of the methods."""
+"""Every method learns real characters. Outer rates and tasks of the methods."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ METHODS = Method.__args__
     [*((method, 2, "batch") for method in METHODS), ("maml", 1, "batch"), ("maml", 2, "running")],
 )
 def test_every_method_learns_real_characters(method, order, normalisation, characters, tmp_path, monkeypatch):
-    """A small net, a few meta-steps: better than at first by more than three standard errors."""
+    """A few meta-steps raise the accuracy of a small net by more than three standard errors."""
     monkeypatch.setattr(methods, "HIDDEN", (64, 32))
     options = {"inner_rate": 0.2 if method == "imaml" else 1.0, "queries": 5, "tasks": 8}
     if method != "reptile":
@@ -42,7 +42,7 @@ def test_every_method_learns_real_characters(method, order, normalisation, chara
         finished = testing.finished(run, state, train_tasks, run.inner_steps)
         protocol = testing.protocol(run, characters, "test", 200)
         found = testing.evaluate([(run, finished)], tasks, protocol, steps=run.inner_steps)
-        # Validation, which evaluates only after the last step, agrees.
+        # The accuracy of validation, which evaluates only the last step, is the same.
         last = testing.accuracy(run, finished, tasks(), run.inner_steps)
         assert last == pytest.approx(found.accuracy[:, -1].mean(), abs=1e-3)
         return found.accuracy[:, -1]
@@ -55,7 +55,7 @@ def test_every_method_learns_real_characters(method, order, normalisation, chara
     assert better.mean() > 3 * better.std() / np.sqrt(200), (better.mean(), better.std())
 
 
-def test_joint_training_draws_the_same_from_host_memory(characters, tmp_path, monkeypatch):
+def test_joint_training_draws_equal_tasks_from_device_and_host_memory(characters, tmp_path, monkeypatch):
     run = small_run(tmp_path, method="pretrained", tasks=2)
     draw, data = methods.draw_tasks(run, characters.train, jax.random.key(3))
     on_device = jax.jit(draw)(data, 7)
@@ -69,8 +69,8 @@ def test_joint_training_draws_the_same_from_host_memory(characters, tmp_path, mo
 @pytest.mark.parametrize(
     "method, anneal, falls", [("maml", False, False), ("maml", True, True), ("maml++", False, True)]
 )
-def test_the_outer_rate_falls_where_it_should(method, anneal, falls):
-    """Along a cosine over all meta-steps, to a hundredth: by the steps of Adam under a constant gradient."""
+def test_the_outer_rate_decays_if_annealed(method, anneal, falls):
+    """The rate falls to 1% along a cosine over all meta-steps. Adam's steps under a constant gradient show the rate."""
     steps = 10
     run = omniglot.Run(method=method, anneal=anneal, outer_rate=1e-2, steps=steps).resolved()
     outer = methods.outer_optimizer(run)

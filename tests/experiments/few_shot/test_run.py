@@ -1,4 +1,4 @@
-"""One record of a run: recipes, what follows from the options, and what a resumed run must agree with."""
+"""The record of a run: recipes, derived values, and the fields that a resumed run must share."""
 
 import dataclasses
 
@@ -33,7 +33,7 @@ def test_recipes_are_the_papers():
         ("reptile", 0.05, 5, 0.5, None),
     ],
 )
-def test_a_recipe_is_changed_where_the_method_needs_it(method, inner_rate, inner_steps, outer_rate, clip):
+def test_methods_change_the_recipe(method, inner_rate, inner_steps, outer_rate, clip):
     run = miniimagenet.Run(method=method).resolved()
     assert (run.inner_rate, run.inner_steps, run.outer_rate) == (inner_rate, inner_steps, outer_rate)
     assert run.clip == (None if clip is None else pytest.approx(clip))
@@ -41,11 +41,11 @@ def test_a_recipe_is_changed_where_the_method_needs_it(method, inner_rate, inner
     assert omniglot.Run(method=method, inner_steps=1, inner_rate=3.0).resolved().inner_steps == 1
 
 
-def test_every_field_of_a_resolved_run_has_a_value():
+def test_resolving_sets_every_option_of_the_recipe():
     for run in (omniglot.Run(), miniimagenet.Run(), omniglot.Run(method="pretrained")):
         empty = {name for name, value in dataclasses.asdict(run.resolved()).items() if value is None}
-        places = {"workdir", "wandb", "cache_dir", "row", "task_batch_size", "preset", "expect"}
-        assert empty <= {*places, *(("clip",) if run.experiment == "omniglot" else ())}
+        allowed = {"workdir", "wandb", "cache_dir", "row", "task_batch_size", "preset", "expect"}
+        assert empty <= {*allowed, *(("clip",) if run.experiment == "omniglot" else ())}
 
 
 def test_only_a_pretrained_net_without_a_given_rate_is_tuned():
@@ -56,7 +56,7 @@ def test_only_a_pretrained_net_without_a_given_rate_is_tuned():
         omniglot.Run(tune=True).resolved()
 
 
-def test_methods_are_selected_after_the_steps_that_they_are_tested_with():
+def test_selection_uses_the_inner_steps_of_the_test():
     def after(**options):
         return omniglot.Run(**options).resolved().selected_after
 
@@ -65,11 +65,11 @@ def test_methods_are_selected_after_the_steps_that_they_are_tested_with():
 
 
 @pytest.mark.parametrize("options, falls", [({}, False), ({"anneal": True}, True), ({"method": "maml++"}, True)])
-def test_more_steps_are_another_run_where_the_outer_rate_falls(options, falls):
+def test_steps_may_change_on_resuming_unless_the_outer_rate_falls(options, falls):
     assert ("steps" in omniglot.Run(**options).mutable_fields) is not falls
 
 
-def test_a_run_is_resumed_with_its_own_data_and_selection_alone(characters, tmp_path, monkeypatch):
+def test_a_run_resumes_only_with_the_same_data_and_selection(characters, tmp_path, monkeypatch):
     run = small_run(tmp_path)
     RunDirectory(run.workdir, "run", run.record(characters)).close()
     run.check_workdir()

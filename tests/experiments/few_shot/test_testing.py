@@ -1,4 +1,4 @@
-"""Evaluation of runs: saved states, and fine-tuning."""
+"""Evaluation of runs: saved states and fine-tuning."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from maml_jax.tasks.fixed import fixed_tasks
 
 @pytest.mark.parametrize("method", ["maml++", "meta-curvature"])
 def test_a_saved_state_is_restored(method, characters, tmp_path, small_net):
-    """With its learned rates, in the structure of the state."""
+    """Also the learned inner parameters, in the tree structure of the state."""
     run = small_run(tmp_path, method=method)
     _, state = initial(run)
     state = jax.tree.map(lambda leaf: leaf + 0.01 if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, state)
@@ -24,7 +24,7 @@ def test_a_saved_state_is_restored(method, characters, tmp_path, small_net):
     jax.tree.map(np.testing.assert_array_equal, loaded[1:3], state[1:3])
 
 
-def test_fine_tuning_takes_the_rate_that_is_best_in_validation(characters, tmp_path, small_net, monkeypatch):
+def test_fine_tuning_uses_the_best_rate_on_validation_tasks(characters, tmp_path, small_net, monkeypatch):
     run = small_run(tmp_path, method="pretrained")
     _, state = initial(run, 10)
     state = testing.finished(run, state, lambda: ())
@@ -34,7 +34,7 @@ def test_fine_tuning_takes_the_rate_that_is_best_in_validation(characters, tmp_p
 
     def accuracy(each, state, groups, steps):
         assert len(list(groups)) == len(list(tasks())) and steps == run.selected_after
-        # The rate is that of the inner learner.
+        # One step on x ** 2 / 2 from x = 1 shows the rate of the inner learner.
         inner = methods.inner_learner(each, methods.network(each))
         adapted, _ = inner_loop(inner, quadratic, {"x": jnp.array(1.0)}, (), None, steps=1)
         rates.append(1 - float(adapted["x"]))

@@ -1,4 +1,4 @@
-"""Wrong input ends a command soon, with a message."""
+"""The help of the commands, and messages for wrong input."""
 
 import sys
 import time
@@ -6,9 +6,34 @@ import time
 import pytest
 from helpers.commands import launch
 
-from experiments import miniimagenet, omniglot, sinusoid
+from experiments import adapt, benchmark, evaluate, miniimagenet, omniglot, report, reproduce, sinusoid
 from experiments.few_shot import run as few_shot
 from experiments.shared import command_line
+
+OPTIONS = (
+    adapt.Config,
+    benchmark.Config,
+    evaluate.Config,
+    miniimagenet.Run,
+    omniglot.Run,
+    report.Config,
+    reproduce.Config,
+    sinusoid.Config,
+)
+
+
+@pytest.mark.parametrize("options_type", OPTIONS, ids=lambda each: each.__module__)
+def test_the_help_names_the_command_and_every_default(options_type, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["program", "--help"])
+    monkeypatch.setattr(command_line.jax.config, "update", lambda *_: None)  # This process has its devices already.
+    with pytest.raises(SystemExit) as end:
+        command_line.run(options_type, lambda options: options, lambda prepared: None, several=True)
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: python -m {options_type.__module__} ")
+    assert f"    python -m {options_type.__module__}" in text  # An example.
+    assert "(default: None)" not in text and "(default: )" not in text
+
 
 BAD = [
     ("sinusoid", ["--steps", "0"], "steps must be an integer of at least 1, but got 0"),
@@ -25,9 +50,9 @@ BAD = [
     ("omniglot", ["--shots", "12", "--queries", "9"], "shots + queries must be at most 20"),
     ("omniglot", ["--inner-rate", "inf"], "inner_rate must be positive and finite, but got inf"),
     ("omniglot", ["--inner-steps", "0"], "inner_steps must be an integer of at least 1, but got 0"),
-    ("omniglot", ["--preset", "20w1s", "--ways", "10"], "give either it or them, not both"),
+    ("omniglot", ["--preset", "20w1s", "--ways", "10"], "leave these out, or leave preset out, but got ways 10"),
     ("omniglot", ["--task-batch-size", "5"], "task_batch_size must divide the tasks of one device, 16, but got 5"),
-    ("omniglot", ["--preset", "20w5s", "--ways", "5"], "give either it or them, not both"),
+    ("omniglot", ["--preset", "20w5s", "--ways", "5"], "leave these out, or leave preset out, but got ways 5"),
     ("omniglot", ["--rotations", "up"], "rotations"),
     ("omniglot", ["--method", "magic"], "method"),
     ("omniglot", ["--method", "reptile", "--order", "1"], "order 1 is for methods that differentiate the inner loop"),
@@ -41,8 +66,8 @@ BAD = [
 
 
 @pytest.mark.parametrize(("name", "options", "message"), BAD)
-def test_bad_input_ends_before_anything_long_starts(name, options, message, monkeypatch, capsys, tmp_path, request):
-    """In this process, to be quick; the exit status of a real one is tested below."""
+def test_wrong_input_ends_a_command_before_training(name, options, message, monkeypatch, capsys, tmp_path, request):
+    """Runs commands in this process, which is fast. The next test starts a process."""
     options_type, prepare, main = {
         "sinusoid": (sinusoid.Config, sinusoid.prepare, sinusoid.main),
         "omniglot": (omniglot.Run, few_shot.prepare, omniglot.main),
@@ -62,7 +87,7 @@ def test_bad_input_ends_before_anything_long_starts(name, options, message, monk
     assert not (tmp_path / "runs").exists()
 
 
-def test_bad_input_ends_a_real_process_with_status_2_and_soon(tmp_path):
+def test_wrong_input_ends_a_process_quickly_with_status_2(tmp_path):
     start = time.monotonic()
     ended = launch("experiments.omniglot", "--data-dir", tmp_path, "--cache-dir", tmp_path)
     assert ended.returncode == 2 and time.monotonic() - start < 30

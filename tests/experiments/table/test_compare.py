@@ -1,4 +1,4 @@
-"""Runs by row: which runs count, costs, paired differences, evaluations."""
+"""Runs by row of the table: reading, costs, paired differences, evaluations, seeds."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from maml_jax.runs.directory import RunDirectory
 from maml_jax.runs.files import utc
 
 
-def test_a_run_is_of_the_row_that_it_names(tmp_path):
+def test_a_run_belongs_to_the_row_that_its_results_name(tmp_path):
     path = tmp_path / "run" / "results.json"
     made_up(path.parent, "omniglot-5w1s")
     assert compare.read(path.parent).row is BY_NAME["omniglot-5w1s"]
@@ -29,14 +29,14 @@ def test_a_run_is_of_the_row_that_it_names(tmp_path):
         compare.find([tmp_path])
 
 
-def test_a_run_without_results_is_known_by_its_directory(tmp_path):
+def test_a_run_without_results_belongs_to_the_row_in_run_json(tmp_path):
     unfinished(tmp_path / "a", "omniglot-5w1s-anil", seed=3)
     (run,) = compare.find([tmp_path])
     assert (run.row, run.seed, run.trained, run.steps) == (BY_NAME["omniglot-5w1s-anil"], 3, 1240, 0)
     (tmp_path / "b").mkdir()
-    assert compare.read(tmp_path / "b") is None  # Holds no run.
+    assert compare.read(tmp_path / "b") is None  # The directory holds no run.
     (tmp_path / "b" / "run.json").write_text('{"config": null}')
-    assert compare.read(tmp_path / "b") is None  # Holds a run of something else.
+    assert compare.read(tmp_path / "b") is None  # The directory holds a run without a configuration.
     (tmp_path / "b" / "run.json").write_text("{")
     with pytest.raises(ValueError, match=r"run\.json is damaged"):
         compare.find([tmp_path])
@@ -50,7 +50,7 @@ def test_a_curve_is_the_mean_over_seeds(tmp_path):
     np.testing.assert_allclose(curve["half_width"], np.hypot(*(each["half_width"] for each in both)) / 2)
 
 
-def test_the_time_of_a_run_is_that_of_all_its_starts(tmp_path):
+def test_the_time_of_a_run_is_the_sum_over_its_starts(tmp_path):
     made_up(tmp_path / "made", "omniglot-5w1s")
     results = json.loads((tmp_path / "made" / "results.json").read_text())
     run = RunDirectory(tmp_path / "run", "made up", {"a": 1})
@@ -72,8 +72,8 @@ def test_the_time_of_a_run_is_that_of_all_its_starts(tmp_path):
 def test_differences_are_paired_over_the_same_tasks_and_schedule(tmp_path):
     second = made_up(tmp_path / "a", "omniglot-5w1s", 0, 10_000, accuracy=0.9)
     first = made_up(tmp_path / "b", "omniglot-5w1s-order1", 0, 10_000, accuracy=0.5)
-    made_up(tmp_path / "c", "omniglot-5w1s-anil", 1, 10_000)  # Of another seed: other tasks.
-    made_up(tmp_path / "d", "omniglot-5w1s-boil", 0, 60_000)  # Of another schedule, and there is none of the same.
+    made_up(tmp_path / "c", "omniglot-5w1s-anil", 1, 10_000)  # Another seed has other tasks.
+    made_up(tmp_path / "d", "omniglot-5w1s-boil", 0, 60_000)  # The only schedule of this row.
     made_up(tmp_path / "e", "omniglot-5w1s-order1", 0, 20_000)
     (group,) = compare.group([], compare.find([tmp_path]))
     pair, other = group.paired
@@ -85,7 +85,7 @@ def test_differences_are_paired_over_the_same_tasks_and_schedule(tmp_path):
     assert f"<b>{pair.difference}</b>" in page.html([group], [])
 
 
-def test_pretraining_gives_two_lines_and_images_are_named_as_what_they_are(tmp_path):
+def test_pretraining_has_two_lines_and_a_group_of_images_has_the_name_of_the_data(tmp_path):
     made_up(tmp_path / "a", "images-5w1s-pretrained", 0, 500, nearest_neighbour=0.4)
     made_up(tmp_path / "b", "images-5w1s", 0, 500)
     (group,) = compare.group([], compare.find([tmp_path]))
@@ -99,7 +99,7 @@ def test_pretraining_gives_two_lines_and_images_are_named_as_what_they_are(tmp_p
     assert page.html([group], []).count("<tr><td>") == 3
 
 
-def test_an_ensemble_has_a_line_of_its_own(tmp_path):
+def test_an_ensemble_has_a_separate_line(tmp_path):
     made_up(tmp_path / "a", "omniglot-5w1s-maml++", ensemble=0.95)
     made_up(tmp_path / "b", "omniglot-5w1s", inductive=0.2)
     (group,) = compare.group([], compare.find([tmp_path]))
@@ -125,8 +125,8 @@ def test_independent_queries_have_one_accuracy(tmp_path):
     assert batch.inductive() == [] and tasknorm.inductive() == tasknorm.numbers() != []
 
 
-def test_a_run_that_is_there_twice_is_one_seed(tmp_path):
-    """For instance in a work directory and in `results`: the latest run of each seed counts."""
+def test_the_latest_run_of_each_seed_counts(tmp_path):
+    """A run may exist twice, for instance in a work directory and in `results`."""
     made_up(tmp_path / "first", "omniglot-5w1s", accuracy=0.5)
     made_up(tmp_path / "second", "omniglot-5w1s", accuracy=0.9)
     path = tmp_path / "second" / "results.json"

@@ -1,4 +1,4 @@
-"""The HTML page and the Markdown tables show all measurements, their protocols, and missing results."""
+"""The HTML page and the Markdown tables show all accuracies, their protocols, and missing results."""
 
 import re
 
@@ -52,26 +52,26 @@ def test_missing_results_are_listed(rendered):
     *_, text, table = rendered
     assert "| ANIL |  |  | 3 | 1,240 of 60,000 |  |" in table and "| BOIL |  |  | 3 | 0 of 60,000 |  |" in table
     for each in (text, table):
-        missing = each[each.index("Short of the full schedule") :]
+        missing = each[each.index("Rows without the full schedule") :]
         assert "omniglot-5w1s: 10,000 of 60,000 meta-steps" in missing
         assert "omniglot-5w1s-anil: in training, 1,240 of 60,000 meta-steps" in missing
-        assert "omniglot-5w1s-boil: not begun, 60,000 meta-steps" in missing
-        assert "order1" not in missing  # It has a result of the full schedule.
-    assert "4 rows: 1 of the full schedule, 1 short of it, 2 without a result." in text
+        assert "omniglot-5w1s-boil: not started, 60,000 meta-steps" in missing
+        assert "order1" not in missing  # This row has a result of the full schedule.
+    assert "4 rows: 1 with the full schedule, 1 with a shorter schedule, 2 without a result." in text
 
 
 def test_the_page_needs_no_other_file(rendered):
-    """The one picture is in the page."""
+    """The only plot is embedded in the page."""
     assert re.findall(r'(?:src|href)="([^"]{0,22})', rendered[2]) == ["data:image/png;base64,"]
 
 
-def test_runs_that_are_no_row_are_listed(tmp_path):
+def test_runs_that_belong_to_no_row_are_listed(tmp_path):
     made_up(tmp_path / "run", "omniglot-5w1s")
     (run,) = compare.find([tmp_path])
     assert "&lt;made &amp; up&gt;" in page.html(compare.group([], []), [run._replace(row=None)])
 
 
-def test_only_the_region_between_the_marks_is_written():
+def test_only_the_text_between_the_marks_changes():
     text = page.with_region("Before. <a>old</a> After.", "new", "<a>", "</a>")
     assert text == "Before. <a>new</a> After."
     for wrong in ("no marks", "</a><a>", "<a></a><a></a>"):

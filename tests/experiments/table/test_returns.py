@@ -1,4 +1,4 @@
-"""Runs of reinforcement learning, and plots of returns over tasks."""
+"""Runs of reinforcement learning in a folder of results, and plots of their returns over tasks."""
 
 import json
 from pathlib import Path
@@ -85,7 +85,7 @@ def test_a_folder_without_returns_raises(tmp_path):
         returns.prepare(returns.Config(tmp_path))
 
 
-def test_the_committed_results_have_all_environments():
+def test_the_committed_results_cover_all_environments():
     lines = returns.found(ROOT / "results")
     assert {line.environment for line in lines} == returns.TITLES.keys()
     assert returns.description(lines[0]).startswith("MAML")

@@ -1,4 +1,4 @@
-"""The rows of the table are the paper's settings, and each is a valid run."""
+"""Each row of the table is a valid run. Published accuracies, and the choice of rows."""
 
 from pathlib import Path
 
@@ -34,14 +34,14 @@ def test_rows_have_different_names_and_runs():
     assert len(set(keys)) == len(keys)
 
 
-def test_published_accuracies_are_by_row():
+def test_rows_have_their_published_accuracies():
     for setting in ("5w1s", "5w5s", "20w1s", "20w5s"):
         assert BY_NAME[f"omniglot-{setting}"].published and BY_NAME[f"omniglot-{setting}-order1"].published
     assert BY_NAME["omniglot-5w5s-mlp"].published == (97.5, 0.6, rows.FINN)
     assert BY_NAME["miniimagenet-5w1s"].published == (48.70, 1.84, rows.FINN)
     assert BY_NAME["omniglot-20w1s-maml++"].published.accuracy == 97.65
     for method in ("", "-order1", "-anil", "-meta-sgd", "-maml++", "-pretrained"):
-        assert BY_NAME[f"images-5w5s{method}"].published is None  # There is no publication on these images.
+        assert BY_NAME[f"images-5w5s{method}"].published is None  # Nobody has published accuracies on these images.
 
 
 def test_inner_steps_are_those_of_the_published_protocol():
