@@ -89,7 +89,7 @@ class ConvNet(nn.Module):
     def __call__(self, x: jax.Array, context: jax.Array | None = None, *, head: bool = True) -> jax.Array:
         if self.pooled and min(x.shape[1:3]) < 16:
             raise ValueError(
-                "With pooled=True the images must have at least 16x16 pixels, as four max-poolings reduce them to one, but "
+                "With pooled=True the images must have at least 16x16 pixels, one after four max-poolings, but "
                 f"have {x.shape[1]}x{x.shape[2]}: give larger images, or pooled=False."
             )
         x, support = _with_context(x, context, self.normalisation)
