@@ -5,6 +5,7 @@ from maml_jax.algorithms.imaml import imaml
 from maml_jax.algorithms.maml_plus_plus import maml_plus_plus
 from maml_jax.algorithms.meta_curvature import meta_curvature
 from maml_jax.algorithms.reptile import reptile
+from maml_jax.autodiff.clipping import clip_by_global_norm
 from maml_jax.check import MetaGradientReport, check_meta_gradient
 from maml_jax.inner import InnerLearner, adapt, no_adaptation, sgd, unrolled
 from maml_jax.meta import MetaLearner, maml
@@ -28,6 +29,7 @@ __all__ = [
     "unrolled",
     "no_adaptation",
     "adapt",
+    "clip_by_global_norm",
     # Training, and the check of the meta-gradient.
     "train",
     "task_mesh",

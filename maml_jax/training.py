@@ -229,7 +229,10 @@ def _not_finite(one_more, state, data, count, metrics) -> NotFiniteError:
     else:
         where, step = f"Between meta-steps {first} and {last}, but not when they were repeated one by one,", last
     if np.isfinite(metrics["loss"]):
-        hint = "The loss itself is finite: look for an infinite derivative, such as that of a square root at zero"
+        hint = (
+            "The loss itself is finite: look for an infinite derivative, such as that of a square root at zero. In the "
+            "inner loop clip with maml_jax.clip_by_global_norm, not with optax's, and give Adam eps_root > 0"
+        )
     else:
         hint = "A smaller inner or outer rate, or optax.clip_by_global_norm before the outer optimizer, usually helps"
     return NotFiniteError(
