@@ -8,6 +8,7 @@ each net to 600 new curves from 5, 10 and 20 points, and prints the squared erro
 """
 
 import dataclasses
+import textwrap
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -207,10 +208,9 @@ def evaluate(config: Config, method: Method, state: maml_jax.MetaState, shots: i
     rates = method.test_rates
     rate = rates[0] if len(rates) == 1 else min(rates, key=final_loss)
     evaluation = adapted(rate, draw(test_key, config.test_tasks))
-    mean, half_width = interval(np.asarray(evaluation.loss))
-    lower, median, upper = np.quantile(
-        np.nan_to_num(np.asarray(evaluation.loss), nan=np.inf), (0.25, 0.5, 0.75), axis=0
-    )
+    loss = np.nan_to_num(np.asarray(evaluation.loss), nan=np.inf)
+    mean, half_width = interval(loss)
+    lower, median, upper = np.quantile(loss, (0.25, 0.5, 0.75), axis=0, method="nearest")
     return {
         "rate": rate,
         "mean": mean,
@@ -284,8 +284,8 @@ def main(config: Config) -> dict:
         "config": dataclasses.asdict(config),
         "protocol": (
             f"{config.test_tasks} new curves, mean squared error on {TEST_QUERIES} points of each, after 0 to "
-            f"{TEST_STEPS} gradient steps on K points; intervals are 95% over the curves; a curve counts as diverged "
-            "where gradient descent has made its support loss larger"
+            f"{TEST_STEPS} gradient steps on 5, 10 and 20 points. Intervals are 95% over the curves. A curve counts as "
+            "diverged if gradient descent makes its support loss larger."
         ),
         "paper": PAPER,
         "rows": rows,
@@ -331,7 +331,7 @@ def table(config: Config, results: dict) -> str:
     A cell has the mean over the curves and its 95% interval. The cell has the median instead if gradient descent
     diverged on some curves and the mean is not finite, or larger than before adaptation.
     """
-    lines, medians = [results["protocol"], ""], False
+    lines, medians = [textwrap.fill(results["protocol"], 110), ""], False
     for shots in TEST_SHOTS:
         heads = ("before", *(f"{s} step{'s' * (s > 1)}" for s in SHOWN_STEPS[1:]))
         lines.append(f"{f'{shots} points':<28}" + "".join(f"{head:>17}" for head in heads) + f"{'diverged':>11}")
@@ -354,7 +354,7 @@ def table(config: Config, results: dict) -> str:
 
 def _cell(row: dict[str, Any], step: int) -> str:
     mean = row["mean"][step]
-    if step and not mean <= row["mean"][0] and row["divergence"][step]:
+    if step and not mean <= max(row["mean"][0], 1.0) and row["divergence"][step]:
         return f"median {row['median'][step]:.2f}"
     return f"{mean:.2f} ± {row['half_width'][step]:.2f}"
 

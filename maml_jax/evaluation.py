@@ -218,7 +218,8 @@ class Interval(NamedTuple):
 def interval(values: Any) -> Interval:
     """Mean over the first axis (tasks) and 1.96 standard errors: `[T, ...] -> [...]` each.
 
-    The half width is NaN if a value is infinite, such as the loss of a task on which the inner loop diverged.
+    The half width is NaN or infinite if a value is infinite or its square overflows, such as the loss of a task on which
+    the inner loop diverged.
 
     Example:
       >>> from maml_jax.evaluation import interval
@@ -227,7 +228,7 @@ def interval(values: Any) -> Interval:
       2.00 +- 1.39
     """
     values = np.asarray(values, np.float64)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         return Interval(values.mean(0), 1.96 * values.std(0) / np.sqrt(len(values)))
 
 

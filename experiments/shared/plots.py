@@ -181,7 +181,7 @@ def sinusoid_errors(path: Path, rows: Sequence[dict[str, Any]], paper: Mapping[s
             for name, values in paper.items():
                 label = "the paper (means)" if name == "maml" else None
                 axes.plot((1, 5, 10), values, "k*", markersize=8, label=label)
-        axes.set(xlabel="gradient steps", title=f"{count} points", yscale="log", ylim=(5e-4, 10))
+        axes.set(xlabel="gradient steps", title=f"{count} points", yscale="log", ylim=(2e-3, 10))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("squared error on new curves")
     figure.suptitle("Sine curves: error after adaptation, median and quartiles over the curves")
