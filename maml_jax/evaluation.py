@@ -218,7 +218,7 @@ class Interval(NamedTuple):
 def interval(values: Any) -> Interval:
     """Mean over the first axis (tasks) and 1.96 standard errors: `[T, ...] -> [...]` each.
 
-    The half width is NaN or infinite if a value is infinite or its square overflows, such as the loss of a task on which
+    The half width is NaN or infinite if a value or its square is infinite, such as the loss of a task on which
     the inner loop diverged.
 
     Example:
