@@ -12,8 +12,6 @@ from experiments.few_shot.run import Run
 
 EXPERIMENTS: dict[str, type[Run]] = {"omniglot": omniglot.Run, "miniimagenet": miniimagenet.Run}
 """The class of the runs of each experiment, by the experiment's name in saved models and results."""
-FULL = 60_000
-"""Meta-steps of the paper's schedule, for every data set."""
 
 
 class Published(NamedTuple):
@@ -40,7 +38,7 @@ class Row:
     """A key of `EXPERIMENTS`, and the name of the command's module."""
     options: Mapping[str, Any]
     """Options of the run, without directories, steps and seed."""
-    steps: int = FULL
+    steps: int
     """Meta-steps of the full schedule."""
 
     @cached_property
@@ -58,6 +56,7 @@ METHODS = {
     "order1": "MAML, first order",
     "mlp": "MAML, no convolutions",
     "annealed": "MAML, 16 tasks a meta-step, outer rate falling from 0.01",
+    "fast": "MAML, second order, by the fast recipe",
     "anil": "ANIL",
     "boil": "BOIL",
     "meta-sgd": "Meta-SGD",
@@ -116,8 +115,11 @@ def _published() -> dict[tuple[str, str], dict[str, Published]]:
         method = "mlp" if net == "mlp" else "maml" if order == 2 else "order1"
         source = FINN if order == 2 else f"{NICHOL}, table 2"
         found["omniglot", f"{ways}w{shots}s"][method] = Published(*number, source)
+        if method == "maml":
+            found["omniglot", f"{ways}w{shots}s"]["fast"] = Published(*number, source)
     for (shots, order), number in miniimagenet.PUBLISHED.items():
-        found["miniimagenet", f"5w{shots}s"]["maml" if order == 2 else "order1"] = Published(*number, FINN)
+        for method in ("maml", "fast") if order == 2 else ("order1",):
+            found["miniimagenet", f"5w{shots}s"][method] = Published(*number, FINN)
     for method, source, numbers in _QUOTED:
         for column, quoted in zip(columns, numbers):
             if quoted is not None:
@@ -142,12 +144,16 @@ def _row(data: str, setting: str, method: str) -> Row:
         options["normalisation"] = method.removeprefix("norm-")
     elif method == "annealed":
         options |= {"anneal": True, "tasks": 16, "outer_rate": 0.01}
+    elif method == "fast":
+        options["recipe"] = "fast"
     elif method != "maml":
         options["method"] = method
     if method == "maml++":
         options["ensemble"] = True
     name = f"{data}-{setting}" if method == "maml" else f"{data}-{setting}-{method}"
-    return Row(name, data, setting, method, "omniglot" if data == "omniglot" else "miniimagenet", options)
+    experiment = "omniglot" if data == "omniglot" else "miniimagenet"
+    steps = EXPERIMENTS[experiment](**options).resolved().steps
+    return Row(name, data, setting, method, experiment, options, steps)
 
 
 def _rows() -> list[Row]:
@@ -155,7 +161,7 @@ def _rows() -> list[Row]:
     norms = ("norm-support", "norm-tasknorm", "norm-layer", "norm-group", "norm-running")
     paper = [_row("omniglot", setting, method) for setting in SETTINGS for method in ("maml", "order1")]
     paper += [_row("omniglot", setting, "mlp") for setting in ("5w1s", "5w5s")]
-    paper += [_row("omniglot", setting, "annealed") for setting in SETTINGS]
+    paper += [_row("omniglot", setting, method) for method in ("annealed", "fast") for setting in SETTINGS]
     by_family = [
         _row("omniglot", setting, method)
         for setting in SETTINGS
@@ -166,7 +172,7 @@ def _rows() -> list[Row]:
         _row(data, setting, method)
         for data in ("miniimagenet", "images")
         for setting in ("5w1s", "5w5s")
-        for method in ("maml", "order1", "anil", "meta-sgd", "maml++", "pretrained", "reptile", "imaml")
+        for method in ("maml", "order1", "fast", "anil", "meta-sgd", "maml++", "pretrained", "reptile", "imaml")
         if ((data, setting) not in PUBLISHED or method in PUBLISHED[data, setting])
         and not (data == "images" and method in ("reptile", "imaml"))
     ]
