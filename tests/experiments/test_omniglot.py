@@ -152,7 +152,7 @@ def test_the_fast_recipe_from_the_command_line(shared_data, omniglot_cache, tmp_
 
 
 def test_a_fast_run_that_was_stopped_goes_on_to_the_same_bits(characters, tmp_path, small_net, monkeypatch):
-    options = {"recipe": "fast", "steps": 60, "train_ways": 6, "test_tasks": 4, "evaluation": "transductive"}
+    options = {"recipe": "fast", "flips": True, "steps": 60, "train_ways": 6, "test_tasks": 4}
     whole = omniglot.main((small_run(tmp_path, **options), characters))
     monkeypatch.setattr(omniglot, "SAVE_EVERY", 20)
 

@@ -143,13 +143,16 @@ def test_images_of_training_are_downscaled_and_flipped(characters, tmp_path):
     for run in (plain, other):
         draw, data = methods.draw_tasks(run, characters.train, key)
         drawn.append([jax.jit(draw)(data, step) for step in (4, 5)])
+    flips = []
     for (support, query), (small_support, small_query) in zip(*drawn):
         for images, small in ((support[0], small_support[0]), (query[0], small_query[0])):
             halved = np.asarray(augment(key, images, downscale=2))
-            flipped = (np.asarray(small) != halved).any((-3, -2, -1))
+            flipped = ~np.isclose(small, halved).all((-3, -2, -1))
             np.testing.assert_allclose(np.where(flipped[..., None, None, None], halved[..., ::-1, :], halved), small)
-    first, second = (np.asarray(tasks.support[0]) for tasks in drawn[1])
-    assert first.shape == (2, 5, 14, 14, 1) and (first != second).any()
+            flips.append(flipped)
+    # Other images are flipped in each set and in each meta-step.
+    assert len({each.tobytes() for each in flips}) == 4 and 0.2 < np.mean(flips) < 0.8
+    assert drawn[1][0].support[0].shape == (2, 5, 14, 14, 1)
     assert (drawn[1][0].support[1] == drawn[0][0].support[1]).all()
 
 
@@ -182,9 +185,10 @@ def test_a_run_starts_from_a_model_with_as_many_ways(characters, tmp_path, small
     methods.check_start(run)
 
 
-def test_a_run_starts_from_a_model_with_other_ways(characters, tmp_path, small_net):
+@pytest.mark.parametrize("method", ["maml", "zero-head", "meta-sgd"])
+def test_a_run_starts_from_a_model_with_other_ways(method, characters, tmp_path, small_net):
     """With a head of its own. Rates that are not learned in both are its own, too."""
-    model, saved = saved_model(tmp_path, characters, method="maml", ways=7)
+    model, saved = saved_model(tmp_path, characters, method=method, ways=7)
     run = small_run(tmp_path, method="zero-head", start_from=tmp_path / "model.msgpack", **HEAD_RATES)
     _, state = initial(run)
     params, inner_params = methods.start_from(run, saved, state.meta_params)
