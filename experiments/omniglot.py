@@ -2,8 +2,10 @@
 
     python -m experiments.omniglot --ways 5 --shots 1 --data-dir data/omniglot --download
 
-The command trains by the paper's recipe for the number of ways, and evaluates on 600 test tasks of held-out characters.
-It writes metrics, results, the best models and plots to the work directory.
+    python -m experiments.omniglot --ways 20 --shots 1 --recipe fast --data-dir data --download
+
+The command trains by the paper's recipe for the number of ways, or by the fast recipe, and evaluates on 600 test tasks
+of held-out characters. It writes metrics, results, the best models, the last model and plots to the work directory.
 """
 
 import dataclasses
@@ -15,13 +17,14 @@ import jax.numpy as jnp
 
 from experiments.few_shot import methods, testing
 from experiments.few_shot import run as few_shot
-from experiments.few_shot.run import DataSet, Net
+from experiments.few_shot.run import FAST, DataSet, Net
 from experiments.shared import command_line, plots
 from experiments.shared.command_line import DefaultInHelp
 from maml_jax import losses, validation
 from maml_jax.nets import models
 from maml_jax.parallel import processes
-from maml_jax.parallel.task_axis import task_mesh
+from maml_jax.parallel.task_axis import task_axis, task_mesh
+from maml_jax.runs import model_file
 from maml_jax.runs.best import Best
 from maml_jax.runs.directory import RunDirectory
 from maml_jax.runs.progress import Progress
@@ -59,7 +62,7 @@ def main(prepared: tuple[few_shot.Run, DataSet]) -> dict[str, Any]:
     All processes train. Process 0 validates and evaluates.
 
     Args:
-      prepared: the resolved run and its data, from `few_shot.prepare`.
+      prepared: the resolved run and its data, from `methods.prepare`.
 
     Returns:
       The content of `results.json`; an empty dict in processes other than 0.
@@ -79,6 +82,9 @@ def main(prepared: tuple[few_shot.Run, DataSet]) -> dict[str, Any]:
     mesh = task_mesh(run.tasks)
     learner = methods.learner(run, net, loss_fn, mesh=mesh)
     state = learner.init(net.init(init_key, jnp.zeros((1, *run.image_shape)))["params"])
+    if run.start_from is not None:
+        start = methods.start_from(run, model_file.load(run.start_from), processes.local(state.meta_params))
+        state = state._replace(**task_axis(None, mesh).replicate(start)._asdict())
 
     # Tasks. Each meta-step draws new tasks. All validations use the same tasks.
     draw, train_data = methods.draw_tasks(run, data.train, train_key, mesh)
@@ -120,6 +126,10 @@ def main(prepared: tuple[few_shot.Run, DataSet]) -> dict[str, Any]:
     # Evaluation of the best models on the test tasks.
     if not best.paths():  # The run was stopped before its first validation, and took no further meta-steps.
         validate(processes.local(state))
+    last = testing.finished(run, processes.local(state), statistics_tasks)
+    model_file.save(
+        directory.path / "last.msgpack", *last.meta_params, run.description(data) | {"step": int(last.step)}
+    )
     states = [testing.load_state(run, saved) for saved in best.models()]
     run = testing.tuned(run, states[0], val_tasks) if run.tune else run
     best.describe(run.description(data))  # The saved models get the inner rate of the evaluation.
@@ -143,7 +153,10 @@ def main(prepared: tuple[few_shot.Run, DataSet]) -> dict[str, Any]:
     path = directory.write_results(results)
     plots.few_shot(directory.path / "curves.png", directory.rows(), results)
     plots.adaptation(directory.path / "examples.png", testing.examples(run, states[0], test_tasks))
-    print(f"Wrote {path}, with curves.png and examples.png in the same folder. {best.folder} has the best models.")
+    print(
+        f"Wrote {path}, with curves.png, examples.png and last.msgpack in the same folder. {best.folder} has the best "
+        "models."
+    )
     return results
 
 
@@ -154,9 +167,27 @@ def paper_recipe(ways: int, shots: int) -> dict[str, Any]:
     return {"tasks": 32, "queries": shots, "inner_rate": losses.rate_for_mean_loss(0.4, ways=5), "inner_steps": 1}
 
 
+def fast_recipe(ways: int, shots: int) -> dict[str, Any]:
+    """The fast recipe: 14,000 meta-steps, 11 minutes on one core, the same training for all ways and shots.
+
+    Training is on tasks of 40 classes with two images each, which are exchanged. The inner rates are in proportion to
+    the ways, because they are for a mean loss.
+    """
+    return FAST | {
+        "tasks": 2,
+        "queries": shots,
+        "train_ways": 40,
+        "train_shots": 1,
+        "train_queries": 1,
+        "inner_rate": 0.02 * ways,
+        "head_rates": (0.5 * ways,),
+        "steps": 14_000,
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class Run(few_shot.Run):
-    """Few-shot classification of Omniglot. Options that are not given follow the paper's recipe."""
+    """Few-shot classification of Omniglot. Options that are not given follow the recipe, `--recipe`."""
 
     preset: DefaultInHelp[Preset | None] = None
     """A setting of the paper's table 1. It sets --ways, --shots and --net. Default: no preset."""
@@ -182,8 +213,11 @@ class Run(few_shot.Run):
     def published_steps(self) -> int:
         return 5 if self.ways >= 20 else 3
 
-    def recipe(self) -> dict[str, Any]:
+    def paper_recipe(self) -> dict[str, Any]:
         return paper_recipe(self.ways, self.shots)
+
+    def fast_recipe(self) -> dict[str, Any]:
+        return fast_recipe(self.ways, self.shots)
 
     def resolved(self) -> Self:
         validation.one_of("preset", self.preset, (None, *get_args(Preset)))
@@ -201,11 +235,12 @@ class Run(few_shot.Run):
 
     def check(self) -> None:
         super().check()
-        if self.shots + self.queries > omniglot.DRAWINGS:
-            raise ValueError(
-                f"shots + queries must be at most {omniglot.DRAWINGS}, the drawings of a character, but got "
-                f"{self.shots} + {self.queries}."
-            )
+        for prefix, shape in (("", self.shape), ("train_", self.train_shape)):
+            if shape.shots + shape.queries > omniglot.DRAWINGS:
+                raise ValueError(
+                    f"{prefix}shots + {prefix}queries must be at most {omniglot.DRAWINGS}, the drawings of a "
+                    f"character, but got {shape.shots} + {shape.queries}."
+                )
 
     def load(self) -> DataSet:
         if self.download:
@@ -222,9 +257,9 @@ class Run(few_shot.Run):
         return DataSet(f"Omniglot, divided as {self.split}", train, val, test, sha256, about)
 
     def published(self, data: DataSet) -> tuple[float, float] | None:
-        comparable = self.method == "maml" and self.normalisation == "batch"
+        comparable = self.method in ("maml", "one-step") and self.normalisation == "batch"
         return PUBLISHED.get((self.ways, self.shots, self.net, self.order)) if comparable else None
 
 
 if __name__ == "__main__":
-    command_line.run(Run, few_shot.prepare, main, several=True)
+    command_line.run(Run, methods.prepare, main, several=True)

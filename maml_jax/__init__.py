@@ -4,6 +4,7 @@ from maml_jax.algorithms import heads
 from maml_jax.algorithms.imaml import imaml
 from maml_jax.algorithms.maml_plus_plus import maml_plus_plus
 from maml_jax.algorithms.meta_curvature import meta_curvature
+from maml_jax.algorithms.one_step import one_step_maml
 from maml_jax.algorithms.reptile import reptile
 from maml_jax.autodiff.clipping import clip_by_global_norm
 from maml_jax.check import MetaGradientReport, check_meta_gradient
@@ -23,6 +24,7 @@ __all__ = [
     "imaml",
     "meta_curvature",
     "maml_plus_plus",
+    "one_step_maml",
     "heads",
     # The inner loop.
     "sgd",

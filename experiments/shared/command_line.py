@@ -8,10 +8,11 @@ import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import jax
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
 from maml_jax.parallel import backend, processes
 from maml_jax.runs.files import WorkdirError
@@ -23,6 +24,30 @@ T = TypeVar("T")
 
 DefaultInHelp = Annotated[T, tyro.conf.arg(help_behavior_hint="")]
 """Type of an option whose help states the default in words: tyro adds no `(default: None)`."""
+
+
+def _switch(given: list[str]) -> bool | None:
+    values = {"True": True, "False": False, "None": None}
+    if given and given[0] not in values:
+        raise ValueError(f"expected True or False, but got {given[0]}.")
+    return values[given[0]] if given else True
+
+
+if TYPE_CHECKING:
+    Switch = bool
+else:
+    Switch = Annotated[
+        bool | None,
+        PrimitiveConstructorSpec(
+            nargs=(0, 1),
+            metavar="[True|False]",
+            instance_from_str=_switch,
+            is_instance=lambda value: value is None or isinstance(value, bool),
+            str_from_instance=lambda value: [str(value)],
+        ),
+        tyro.conf.arg(help_behavior_hint=""),
+    ]
+"""An option that is on as `--option` or `--option True`, off as `--option False`, and None where it is not given."""
 
 
 def run(

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from experiments.table.rows import BY_NAME, DATA, METHODS, PUBLISHED, ROWS, SETTINGS, Published, Row
+from experiments.table.rows import BY_NAME, DATA, METHODS, PUBLISHED, ROWS, SETTINGS, Published, Row, published
 from maml_jax import evaluation
 from maml_jax.evaluation import Difference, Protocol
 
@@ -165,7 +165,7 @@ class Line(NamedTuple):
 
     @property
     def published(self) -> Published | None:
-        return PUBLISHED.get((self.row.data, self.row.setting), {}).get(self.method)
+        return published(self.row.data, self.row.setting, self.method)
 
     @property
     def inner_steps(self) -> int:
@@ -232,8 +232,8 @@ def group(rows: Sequence[Row], runs: Sequence[Run]) -> list[Group]:
         names = sorted({line.data for line in lines if line.runs}) if key[0] == "images" else []
         title = f"{', '.join(names) or DATA[key[0]]}, {SETTINGS[key[1]]}"
         present = {line.method for line in lines}
-        published = PUBLISHED.get(key, {})
-        others = {name: published[name] for name in METHODS if name in published and name not in present}
+        quoted = PUBLISHED.get(key, {})
+        others = {name: quoted[name] for name in METHODS if name in quoted and name not in present}
         groups.append(Group(title, lines, list(_paired(lines)), others))
     return groups
 

@@ -1,17 +1,21 @@
 """Initial heads for few-shot classifiers, independent of the numbering of the classes.
 
 A learned head has one column for each label, but each task assigns labels to classes at random. The accuracy of a
-classifier therefore varies with the numbering (Ye and Chao 2022). Each function of this module returns a function for
-the option `start` of an inner learner.
+classifier therefore varies with the numbering (Ye and Chao 2022). `shared`, `zero` and `prototypes` return a function
+for the option `start` of an inner learner. `sgd_with_head_rates` is an inner learner with separate step sizes for the
+head.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from maml_jax.inner import Start
-from maml_jax.types import Batch, Params
+from maml_jax import validation
+from maml_jax.inner import InnerLearner, InnerOptions, Start, inner_learner
+from maml_jax.types import Batch, InnerParams, Params
 
 
 def shared(name: str = "head") -> Start:
@@ -39,9 +43,41 @@ def shared(name: str = "head") -> Start:
 
     def start(params: Params, support: Batch) -> Params:
         mean_of_columns = jax.tree.map(
-            lambda leaf: jnp.broadcast_to(leaf.mean(-1, keepdims=True), leaf.shape), _head(params, name)
+            lambda leaf: jnp.broadcast_to(leaf.mean(-1, keepdims=True), leaf.shape), find_head(params, name)
         )
         return {**params, name: mean_of_columns}
+
+    return start
+
+
+def zero(name: str = "head") -> Start:
+    """All classes start from zero.
+
+    Softmax ignores what all classes have in common, so this is `shared` without the vector, which has no effect on
+    the predictions. With one inner step, `one_step_maml` has the same meta-gradient at less cost.
+
+    Example:
+      >>> import jax.numpy as jnp, maml_jax
+      >>> params = {"head": {"kernel": jnp.array([[1.0, 3.0]]), "bias": jnp.array([0.0, 2.0])}}
+      >>> start = maml_jax.heads.zero()(params, None)
+      >>> start["head"]["kernel"].tolist(), start["head"]["bias"].tolist()
+      ([[0.0, 0.0]], [0.0, 0.0])
+
+    Args:
+      name: as for `shared`.
+
+    Returns:
+      A function `(params, support) -> params`, for `start=` of `sgd`.
+
+    Raises (when called):
+      ValueError: for parameters without a head of that name.
+
+    References:
+      Ye and Chao 2022, How to train your MAML to excel in few-shot classification, arXiv:2106.16245.
+    """
+
+    def start(params: Params, support: Batch) -> Params:
+        return {**params, name: jax.tree.map(jnp.zeros_like, find_head(params, name))}
 
     return start
 
@@ -78,7 +114,7 @@ def prototypes(features: Callable[..., jax.Array], name: str = "head") -> Start:
     def start(params: Params, support: Batch) -> Params:
         inputs, labels = support
         x = features(params, inputs)
-        ways = _head(params, name)["bias"].shape[-1]
+        ways = find_head(params, name)["bias"].shape[-1]
         one_hot = jax.nn.one_hot(labels, ways, dtype=x.dtype)
         prototypes = one_hot.T @ x / jnp.maximum(one_hot.sum(0), 1)[:, None]
         # -|x - p|^2 = 2 x'p - |p|^2 - |x|^2, and the last term is the same for all classes.
@@ -87,7 +123,81 @@ def prototypes(features: Callable[..., jax.Array], name: str = "head") -> Start:
     return start
 
 
-def _head(params: Params, name: str) -> Params:
+def sgd_with_head_rates(
+    learning_rate: float,
+    head_rates: Sequence[float],
+    *,
+    steps: int,
+    learn_rates: bool = False,
+    scale: float = 1.0,
+    name: str = "head",
+    **options: Unpack[InnerOptions],
+) -> InnerLearner:
+    """Gradient descent with step sizes of the head's own, such as a hundred times those of the other layers.
+
+    Learned rates are learned in their logarithms: the outer optimizer then changes small and large rates by the same
+    factor, and no rate becomes negative.
+
+    Example:
+      >>> import jax.numpy as jnp, maml_jax
+      >>> inner = maml_jax.heads.sgd_with_head_rates(0.4, [10.0], steps=2, learn_rates=True)
+      >>> rates = inner.init_inner_params({"body": jnp.zeros(3), "head": jnp.zeros(2)})
+      >>> for name, rate in rates.items():
+      ...     print(name, jnp.exp(rate).round(3))  # One for each inner step.
+      body [0.4 0.4]
+      head [10. 10.]
+
+    Args:
+      learning_rate: the inner step size of all layers but the head, for the loss that `maml` is given.
+      head_rates: the step size of the head in each inner step; the last one is for all later steps.
+      steps: inner steps in meta-training, at least 1.
+      learn_rates: meta-learns one rate for every array of parameters and inner step, from these initial values. Inner
+        steps beyond those of training take the last step's rates.
+      scale: a fixed factor of all rates. In the mean loss of r times as many classes, each class has an r-th of the
+        weight; `scale=r` makes the updates as large again.
+      name: key of the head in the parameters, a mapping from the names of layers.
+      **options: `order`, `trainable`, `remat`, `start` and `params_at_step`, see `InnerOptions`.
+
+    Raises:
+      ValueError: as `sgd`; for no rate of the head, for more rates than steps, and for a rate or a scale that is not
+        positive and finite.
+
+    References:
+      Antoniou et al. 2019, arXiv:1810.09502, section 4 (a learned rate for every layer and inner step).
+    """
+    validation.positive("learning_rate", learning_rate)
+    validation.at_least("steps", steps, 1)
+    validation.positive("scale", scale)
+    if not 1 <= len(head_rates) <= steps:
+        raise ValueError(f"head_rates must be 1 to {steps} rates, one for each inner step, but got {len(head_rates)}.")
+    for rate in head_rates:
+        validation.positive("head_rates", rate)
+    rates_of_head = [*head_rates, *[head_rates[-1]] * (steps - len(head_rates))]
+
+    def log_rates(adapted: Params) -> InnerParams:
+        def of_layer(layer: str, leaves: Any) -> Any:
+            rates = rates_of_head if layer == name else [learning_rate] * steps
+            return jax.tree.map(lambda leaf: jnp.log(jnp.array(rates, leaf.dtype)), leaves)
+
+        return {layer: of_layer(layer, leaves) for layer, leaves in adapted.items()}
+
+    def optimizer(learned: InnerParams) -> optax.GradientTransformation:
+        def update(grads: Any, step: jax.Array, params: Any = None) -> tuple[Any, jax.Array]:
+            current = learned if learn_rates else log_rates(grads)
+            index = jnp.minimum(step, steps - 1)
+            return jax.tree.map(lambda g, rate: -scale * jnp.exp(rate[index]) * g, grads, current), step + 1
+
+        return optax.GradientTransformation(lambda params: jnp.zeros([], jnp.int32), update)
+
+    return inner_learner(optimizer, log_rates if learn_rates else lambda _: (), steps=steps, **options)
+
+
+def find_head(params: Params, name: str) -> Params:
+    """The parameters of the layer `name`.
+
+    Raises:
+      ValueError: for parameters without such a layer.
+    """
     if not isinstance(params, Mapping):
         raise ValueError(
             f"The parameters must be a mapping with the head at {name!r}, but they are a {type(params).__name__}."

@@ -221,6 +221,39 @@ def assemble_episodes(pixels: jax.Array, choice: Choice, shape: EpisodeShape) ->
     return Task(examples(slice(shots), shots), examples(slice(shots, None), queries))
 
 
+def augment(key: jax.Array, images: jax.Array, *, downscale: int = 1, flips: bool = False) -> jax.Array:
+    """Makes images smaller, and flips them left to right at random.
+
+    Args:
+      key: a PRNG key.
+      images: `[..., H, W, C]`.
+      downscale: the factor by which height and width become smaller. A pixel is the mean of a square of pixels.
+      flips: whether every image is flipped with probability 0.5.
+
+    Returns:
+      Images `[..., H / downscale, W / downscale, C]`.
+
+    Raises:
+      ValueError: if `downscale` does not divide height and width.
+
+    Example:
+
+    >>> images = jnp.arange(16.0).reshape(1, 4, 4, 1)
+    >>> augment(jax.random.key(0), images, downscale=2)[0, :, :, 0].tolist()
+    [[2.5, 4.5], [10.5, 12.5]]
+    """
+    validation.at_least("downscale", downscale, 1)
+    *leading, height, width, channels = images.shape
+    if height % downscale or width % downscale:
+        raise ValueError(f"downscale must divide height and width, {height} and {width}, but got {downscale}.")
+    squares = images.reshape(*leading, height // downscale, downscale, width // downscale, downscale, channels)
+    images = squares.mean((-4, -2))
+    if not flips:
+        return images
+    flipped = jax.random.bernoulli(key, 0.5, (*leading, 1, 1, 1))
+    return jnp.where(flipped, images[..., ::-1, :], images)
+
+
 def _choose_images(key: jax.Array, counts: tuple[int, ...], shape: EpisodeShape) -> Choice:
     """Chooses the images of one episode; the fields of the result have no axis `T`."""
     ways, shots, queries, rotations, _ = shape

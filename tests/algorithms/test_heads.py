@@ -10,11 +10,12 @@ from helpers.model_zoo import WAYS, tasks
 
 import maml_jax
 from maml_jax.algorithms import heads
+from maml_jax.inner import inner_loop
 
 pytestmark = pytest.mark.usefixtures("x64")
 
 
-HEADS = {"shared": heads.shared(), "prototypes": heads.prototypes(features)}
+HEADS = {"shared": heads.shared(), "zero": heads.zero(), "prototypes": heads.prototypes(features)}
 
 
 def sgd(name, order=2):
@@ -52,6 +53,72 @@ def test_prototypes_predict_like_a_prototypical_network():
     distances = jnp.square(query_features[:, None] - means).sum(-1)
     logits = NET.apply({"params": initial}, task.query[0])
     assert_close(jax.nn.log_softmax(logits), jax.nn.log_softmax(-distances))
+
+
+def test_a_head_of_zeros_predicts_as_a_shared_head():
+    params, (support, query) = start_params(), jax.tree.map(lambda leaf: leaf[0], tasks(1))
+    assert not heads.zero()(params, support)["head"]["kernel"].any()
+
+    def predictions(name):
+        learner = maml_jax.maml(LOSS, sgd(name), optax.sgd(1.0))
+        adapted, _ = learner.adapt(learner.init(params), support)
+        return jax.nn.log_softmax(NET.apply({"params": adapted}, query[0]))
+
+    assert_close(predictions("zero"), predictions("shared"))
+    assert predictions("zero").std() > 1e-2
+
+
+@pytest.mark.parametrize("learn_rates", [False, True])
+def test_exact_meta_gradient_with_head_rates(learn_rates):
+    assert_exact_meta_gradient(
+        lambda order: heads.sgd_with_head_rates(
+            0.3, [2.0, 1.0], steps=STEPS, learn_rates=learn_rates, order=order, start=heads.zero()
+        ),
+        start_params(),
+    )
+
+
+@pytest.mark.parametrize("learn_rates", [False, True])
+def test_the_head_has_rates_of_its_own(learn_rates):
+    """The last rate is for all later steps, also beyond those of training; all rates are scaled."""
+    inner = heads.sgd_with_head_rates(0.3, [2.0, 1.0], steps=3, learn_rates=learn_rates, scale=10.0)
+    params = {"body": jnp.zeros(2), "head": {"kernel": jnp.zeros(2), "bias": jnp.zeros(1)}}
+    rates = inner.init_inner_params(params)
+    assert bool(jax.tree.leaves(rates)) is learn_rates
+
+    def linear(params, batch):
+        return sum(leaf.sum() for leaf in jax.tree.leaves(params)), {}
+
+    for steps, (body, head) in {1: (3, 20), 2: (6, 30), 5: (15, 60)}.items():
+        adapted, _ = inner_loop(inner, linear, params, rates, None, steps=steps)
+        expected = {"body": jnp.full(2, -body), "head": {"kernel": jnp.full(2, -head), "bias": jnp.full(1, -head)}}
+        assert_close(adapted, expected)
+
+
+def test_head_rates_are_learned_in_their_logarithms():
+    inner = heads.sgd_with_head_rates(0.3, [2.0], steps=1, learn_rates=True)
+    params = {"body": jnp.zeros(()), "head": jnp.zeros(())}
+
+    def adapted(rates):
+        return inner_loop(inner, lambda params, _: (params["body"] + params["head"], {}), params, rates, None)[0][
+            "head"
+        ]
+
+    slopes = jax.grad(adapted)(inner.init_inner_params(params))
+    assert_close(slopes, {"body": jnp.zeros(1), "head": jnp.full(1, -2.0)})  # The derivative of -exp(log 2).
+
+
+@pytest.mark.parametrize(
+    "rates, message",
+    [
+        ([], "must be 1 to 2 rates, one for each inner step, but got 0"),
+        ([1.0, 1.0, 1.0], "must be 1 to 2 rates, one for each inner step, but got 3"),
+        ([1.0, -1.0], "head_rates must be positive and finite, but got -1"),
+    ],
+)
+def test_wrong_head_rates_are_refused(rates, message):
+    with pytest.raises(ValueError, match=message):
+        heads.sgd_with_head_rates(0.3, rates, steps=2)
 
 
 def test_parameters_without_the_head_raise_errors():

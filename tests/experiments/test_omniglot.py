@@ -1,5 +1,6 @@
 """The few-shot experiment, from the command line and as a function: training, selection, evaluation."""
 
+import dataclasses
 import json
 from contextlib import ExitStack
 
@@ -15,6 +16,7 @@ from maml_jax import evaluation
 from maml_jax.runs import model_file
 from maml_jax.runs.best import Best
 from maml_jax.runs.files import to_jsonable
+from maml_jax.runs.progress import Progress
 from maml_jax.tasks.fixed import fixed_tasks
 
 
@@ -121,6 +123,55 @@ def test_omniglot_end_to_end(shared_data, omniglot_cache, tmp_path):
     (evaluated,) = json.loads(output.read_text())["test"].values()
     assert evaluated == results["test"]["transductive"]
     assert output.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_the_fast_recipe_from_the_command_line(shared_data, omniglot_cache, tmp_path):
+    """Another run starts from its last model."""
+    common = ["--data-dir", shared_data / "omniglot", "--cache-dir", omniglot_cache, "--net", "mlp", "--steps", 40]
+    common += ["--test-tasks", 20, "--evaluation", "transductive"]
+    ended = launch("experiments.omniglot", "--recipe", "fast", "--ways", 20, *common, "--workdir", tmp_path / "first")
+    assert ended.returncode == 0, ended.stderr
+    results = json.loads((tmp_path / "first" / "results.json").read_text())
+    config = results["config"]
+    assert (config["method"], config["train_ways"], config["head_rates"]) == ("one-step", 40, [10.0])
+    assert config["recipe"] == "fast" and config["anneal"] is True
+    assert results["test"]["transductive"]["accuracy"][1] > 10  # Twice as many as by chance.
+    last = model_file.load(tmp_path / "first" / "last.msgpack")
+    assert last.description["step"] == 40 and last.params["head"]["bias"].shape == (20,)
+
+    second = ["--method", "zero-head", "--inner-steps", 2, "--learn-rates", "--head-rates", 2.5, "--outer-rate", 1e-6]
+    second += ["--start-from", tmp_path / "first" / "last.msgpack", "--workdir", tmp_path / "second"]
+    ended = launch("experiments.omniglot", *second, *common)
+    assert ended.returncode == 0, ended.stderr
+    rows = [json.loads(line) for line in (tmp_path / "second" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["val_accuracy"] > 0.35  # 5 ways, hardly trained.
+    kernels = [
+        model_file.load(tmp_path / run / "last.msgpack").params["Dense_0"]["kernel"] for run in ("first", "second")
+    ]
+    np.testing.assert_allclose(*kernels, atol=1e-4)
+
+
+def test_a_fast_run_that_was_stopped_goes_on_to_the_same_bits(characters, tmp_path, small_net, monkeypatch):
+    options = {"recipe": "fast", "flips": True, "steps": 60, "train_ways": 6, "test_tasks": 4}
+    whole = omniglot.main((small_run(tmp_path, **options), characters))
+    monkeypatch.setattr(omniglot, "SAVE_EVERY", 20)
+
+    class Stopped(Progress):
+        def update(self, step, **values):
+            super().update(step, **values)
+            if step == 40:
+                raise InterruptedError
+
+    stopped = dataclasses.replace(small_run(tmp_path, **options), workdir=tmp_path / "stopped")
+    with monkeypatch.context() as patch:
+        patch.setattr(omniglot, "Progress", Stopped)
+        with pytest.raises(InterruptedError):
+            omniglot.main((stopped, characters))
+    resumed = omniglot.main((stopped, characters))
+    assert to_jsonable(resumed["test"]) == to_jsonable(whole["test"])
+    both = [model_file.load(tmp_path / name / "last.msgpack") for name in ("run", "stopped")]
+    jax.tree.map(np.testing.assert_array_equal, both[0].params, both[1].params)
+    jax.tree.map(np.testing.assert_array_equal, both[0].inner_params, both[1].inner_params)
 
 
 def test_omniglot_in_two_processes_without_a_shared_directory(shared_data, omniglot_cache, tmp_path):

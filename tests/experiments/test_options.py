@@ -55,11 +55,14 @@ def optional(field):
 COUNT, RATE = whole(1), rate()
 FEW_SHOT = {
     "ways": optional(whole(2)), "shots": optional(COUNT), "net": optional(choice("conv", "mlp")),
-    "method": choice("maml", "anil", "boil", "meta-sgd", "meta-curvature", "maml++", "shared-head", "prototypes",
-                     "reptile", "imaml", "pretrained"),
+    "recipe": choice("paper", "fast"), "optimizer": optional(choice("adam", "muon")),
+    "method": optional(choice("maml", "anil", "boil", "meta-sgd", "meta-curvature", "maml++", "shared-head",
+                              "zero-head", "one-step", "prototypes", "reptile", "imaml", "pretrained")),
     "order": choice("1", "2"),
     "normalisation": choice("batch", "support", "instance", "tasknorm", "layer", "group", "running"),
-    "steps": whole(1, MOST_STEPS), "tasks": optional(COUNT), "queries": optional(COUNT),
+    "steps": optional(whole(1, MOST_STEPS)), "tasks": optional(COUNT), "queries": optional(COUNT),
+    "train_ways": optional(whole(2)), "train_shots": optional(COUNT), "train_queries": optional(COUNT),
+    "head_rates": optional(RATE), "downscale": optional(COUNT),
     "inner_rate": optional(RATE), "inner_steps": optional(COUNT), "outer_rate": optional(RATE),
     "clip": optional(RATE), "task_batch_size": optional(COUNT), "test_tasks": COUNT, "seed": whole(0, MOST_SEED),
 }  # fmt: skip
@@ -120,17 +123,36 @@ def contradicts(name, given):
     if preset:
         ways, shots = int(preset.split("w")[0]), int(preset.split("w")[1][0])
         net = "mlp" if preset.endswith("mlp") else "conv"
-    method, normalisation = get["method"] or "maml", get["normalisation"] or "batch"
+    fast = get["recipe"] == "fast"
+    method, normalisation = get["method"] or ("one-step" if fast else "maml"), get["normalisation"] or "batch"
     recipe_queries, recipe_tasks = (shots, 16 if ways >= 20 else 32) if name == "omniglot" else (15, 4)
+    recipe_tasks = {"omniglot": 2, "miniimagenet": 1}[name] if fast else recipe_tasks
     queries, tasks = int(get["queries"] or recipe_queries), int(get["tasks"] or recipe_tasks)
+    in_training = {"omniglot": (40, 1, 1), "miniimagenet": (20, 1, 3)}[name] if fast else (ways, shots, queries)
+    train_ways, train_shots, train_queries = (
+        int(get[f"train_{field}"] or value) for field, value in zip(("ways", "shots", "queries"), in_training)
+    )
+    downscale = int(get["downscale"] or (2 if fast and name == "miniimagenet" else 1))
+    if method == "one-step":
+        size = int(get.get("size") or 84) if name == "miniimagenet" else 28
+        if int(get["inner_steps"] or 1) != 1 or normalisation in ("support", "tasknorm"):
+            return True
+        if train_queries % train_shots or size % downscale or (downscale > 1 and net == "mlp"):
+            return True
+    elif fast or train_ways != ways or downscale > 1:
+        return True
+    if method in ("pretrained", "reptile") and (get["train_shots"] is not None or get["train_queries"] is not None):
+        return True
     share = tasks // (2 if tasks % 2 == 0 else 1)  # Tests have two devices.
     return (
         (net == "mlp" and normalisation in ("instance", "tasknorm"))
         or (method in ("pretrained", "reptile") and normalisation == "running")
+        or (get["head_rates"] is not None and method not in ("zero-head", "one-step"))
+        or (get["optimizer"] == "muon" and method == "reptile")
         or (get["order"] == "1" and method in ("reptile", "imaml", "pretrained"))
         or (get["inner_steps"] is not None and method == "pretrained")
         or (get["task_batch_size"] is not None and share % int(get["task_batch_size"]) != 0)
-        or (name == "omniglot" and shots + queries > 20)
+        or (name == "omniglot" and max(shots + queries, train_shots + train_queries) > 20)
     )
 
 
@@ -215,6 +237,13 @@ PAIRS = [
     ("miniimagenet", {"net": "mlp", "normalisation": "instance"}),
     ("miniimagenet", {"method": "pretrained", "normalisation": "running"}),
     ("miniimagenet", {"method": "imaml", "order": "1"}),
+    ("miniimagenet", {"recipe": "fast", "size": "83"}),
+    ("miniimagenet", {"recipe": "fast", "net": "mlp"}),
+    ("omniglot", {"recipe": "fast", "method": "anil"}),
+    ("omniglot", {"recipe": "fast", "train_shots": "2"}),
+    ("omniglot", {"method": "one-step", "normalisation": "support"}),
+    ("omniglot", {"method": "reptile", "optimizer": "muon"}),
+    ("omniglot", {"method": "pretrained", "train_queries": "2"}),
     ("omniglot", {"method": "reptile", "normalisation": "running"}),
     ("miniimagenet", {"method": "pretrained", "inner_steps": "3"}),
 ]

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from maml_jax.tasks.episodes import EpisodeShape, ImageClasses, choose_images, draw_episodes, equal_classes
+from maml_jax.tasks.episodes import EpisodeShape, ImageClasses, augment, choose_images, draw_episodes, equal_classes
 
 CLASSES, EXAMPLES = 12, 20
 
@@ -168,3 +168,29 @@ def test_counts_that_do_not_add_up_raise():
     classes = ImageClasses(np.zeros((24, 8, 8), np.uint8), (5,) * 6)
     with pytest.raises(ValueError, match="must add up to the number of images, 24, but add up to 30"):
         EpisodeShape(3, 1, 2).check(classes)
+
+
+def test_downscaled_images_are_means_of_squares():
+    images = jax.random.uniform(jax.random.key(0), (2, 3, 6, 4, 3))
+    small = augment(jax.random.key(1), images, downscale=2)
+    assert small.shape == (2, 3, 3, 2, 3)
+    for row, column in np.ndindex(3, 2):
+        square = images[..., 2 * row : 2 * row + 2, 2 * column : 2 * column + 2, :]
+        np.testing.assert_allclose(small[..., row, column, :], square.mean((-3, -2)), rtol=1e-6)
+    np.testing.assert_array_equal(augment(jax.random.key(1), images), images)
+
+
+def test_half_of_the_images_are_flipped():
+    """Each image by itself, left to right."""
+    images = jax.random.uniform(jax.random.key(0), (10, 40, 5, 4, 1))
+    found = np.asarray(augment(jax.random.key(1), images, flips=True))
+    flipped = (found == images[..., ::-1, :]).all((-3, -2, -1))
+    assert (flipped | (found == images).all((-3, -2, -1))).all()
+    assert 0.4 < flipped.mean() < 0.6 and flipped.std(0).any() and flipped.std(1).any()
+    np.testing.assert_array_equal(found, augment(jax.random.key(1), images, flips=True))
+    assert (found != augment(jax.random.key(2), images, flips=True)).any()
+
+
+def test_a_factor_that_does_not_divide_the_image_is_refused():
+    with pytest.raises(ValueError, match="downscale must divide height and width, 4 and 6, but got 3"):
+        augment(jax.random.key(0), np.zeros((1, 4, 6, 1)), downscale=3)

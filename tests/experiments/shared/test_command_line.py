@@ -4,10 +4,11 @@ import sys
 import time
 
 import pytest
+import tyro
 from helpers.commands import launch
 
 from experiments import adapt, benchmark, evaluate, miniimagenet, omniglot, report, reproduce, sinusoid
-from experiments.few_shot import run as few_shot
+from experiments.few_shot import methods
 from experiments.shared import command_line
 
 OPTIONS = (
@@ -57,6 +58,9 @@ BAD = [
     ("omniglot", ["--method", "magic"], "method"),
     ("omniglot", ["--method", "reptile", "--order", "1"], "order 1 is for methods that differentiate the inner loop"),
     ("omniglot", ["--method", "maml++", "--anneal"], "anneal is for methods with a constant outer rate"),
+    ("omniglot", ["--recipe", "fast", "--method", "anil"], "recipe 'fast' is for the method one-step, but got anil"),
+    ("omniglot", ["--anneal", "sometimes"], "expected True or False, but got sometimes"),
+    ("omniglot", ["--start-from", "nowhere.msgpack"], "nowhere.msgpack"),
     ("omniglot", ["--net", "mlp", "--normalisation", "tasknorm"], "'tasknorm' needs spatial axes"),
     ("omniglot", ["--method", "pretrained", "--normalisation", "running"], "'running' gathers statistics"),
     ("miniimagenet", ["--data-dir", "nowhere"], "nowhere"),
@@ -70,8 +74,8 @@ def test_wrong_input_ends_a_command_before_training(name, options, message, monk
     """Runs commands in this process, which is fast. The next test starts a process."""
     options_type, prepare, main = {
         "sinusoid": (sinusoid.Config, sinusoid.prepare, sinusoid.main),
-        "omniglot": (omniglot.Run, few_shot.prepare, omniglot.main),
-        "miniimagenet": (miniimagenet.Run, few_shot.prepare, omniglot.main),
+        "omniglot": (omniglot.Run, methods.prepare, omniglot.main),
+        "miniimagenet": (miniimagenet.Run, methods.prepare, omniglot.main),
     }[name]
     if name == "omniglot" and "--data-dir" not in options:
         shared, cache = request.getfixturevalue("shared_data"), request.getfixturevalue("omniglot_cache")
@@ -85,6 +89,15 @@ def test_wrong_input_ends_a_command_before_training(name, options, message, monk
     printed = capsys.readouterr()
     assert message in printed.err + printed.out
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, value",
+    [([], None), (["--anneal"], True), (["--anneal", "True"], True), (["--anneal", "False", "--shots", "2"], False)],
+)
+def test_a_switch_can_be_left_out_given_and_turned_off(arguments, value):
+    config = (tyro.conf.FlagCreatePairsOff,)
+    assert tyro.cli(omniglot.Run, args=arguments, config=config).anneal is value
 
 
 def test_wrong_input_ends_a_process_quickly_with_status_2(tmp_path):

@@ -37,11 +37,18 @@ def test_rows_have_different_names_and_runs():
 def test_rows_have_their_published_accuracies():
     for setting in ("5w1s", "5w5s", "20w1s", "20w5s"):
         assert BY_NAME[f"omniglot-{setting}"].published and BY_NAME[f"omniglot-{setting}-order1"].published
+    assert BY_NAME["omniglot-20w1s-fast"].published == (95.8, 0.3, rows.FINN)
+    assert BY_NAME["miniimagenet-5w5s-fast"].published == (63.11, 0.92, rows.FINN)
     assert BY_NAME["omniglot-5w5s-mlp"].published == (97.5, 0.6, rows.FINN)
     assert BY_NAME["miniimagenet-5w1s"].published == (48.70, 1.84, rows.FINN)
     assert BY_NAME["omniglot-20w1s-maml++"].published.accuracy == 97.65
     for method in ("", "-order1", "-anil", "-meta-sgd", "-maml++", "-pretrained"):
         assert BY_NAME[f"images-5w5s{method}"].published is None  # Nobody has published accuracies on these images.
+
+
+def test_rows_have_the_steps_of_their_recipe():
+    assert {row.steps for row in rows.ROWS if row.method != "fast"} == {60_000}
+    assert (BY_NAME["omniglot-20w5s-fast"].steps, BY_NAME["miniimagenet-5w1s-fast"].steps) == (14_000, 11_000)
 
 
 def test_inner_steps_are_those_of_the_published_protocol():
