@@ -9,6 +9,7 @@ names.
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from experiments.shared import command_line
 from experiments.table import compare, page, returns
 from experiments.table.compare import Group, Line
 from experiments.table.page import table
+from experiments.table.rows import PUBLISHED, Published
 from maml_jax.evaluation import interval
 from maml_jax.runs.files import read_json
 
@@ -32,6 +34,8 @@ WORKLOADS = {
     "transformer": "Transformer",
 }
 PROBLEMS = {"navigation": "2D navigation", "half-cheetah-velocity": "Half-cheetah", "ant-velocity": "Ant"}
+PUBLISHED_STEPS = {5: 3, 20: 5}
+"""Inner steps of the paper's accuracies on Omniglot, by the ways of a task."""
 PAPER_STEPS = {
     "navigation": 100,
     "half-cheetah-velocity": 475,
@@ -78,6 +82,13 @@ def paper(results: Path) -> str:
             if line.published is not None:
                 ours, theirs = page.over_seeds(line.numbers()), page.interval(line.published)
                 rows.append([group.title, "accuracy, %", ours, theirs, _meta_steps(line)])
+    for folder in FAST:
+        found = read_json(results / folder / "results.json")
+        test, config = found["test"][compare.TRANSDUCTIVE], found["config"]
+        step = PUBLISHED_STEPS[config["ways"]]
+        ours = f"{test['accuracy'][step]:.2f} ± {test['half_width'][step]:.2f}"
+        training = f"fast recipe, {_fast_minutes(results, found)} minutes of one core"
+        rows.append([_setting(found), "accuracy, %", ours, page.interval(_paper_accuracy(found)), training])
     # With the paper's inner loss; the longest training comes first.
     runs = [run for run in returns.found(results) if run.method == "maml"]
     runs = [run for run in runs if run.results["config"]["inner_loss"] == "logp"]
@@ -170,6 +181,48 @@ def protocols(results: Path) -> str:
 def runs(results: Path) -> str:
     """Provenance of each accuracy."""
     return page.provenance(groups(results))
+
+
+FAST_START = "omniglot-20w1s-fast-200"
+"""The run of the fast recipe from which the runs of its second phase start."""
+FAST = ("omniglot-5w1s-fast", "omniglot-5w5s-fast", "omniglot-20w1s-fast")
+
+
+def fast_recipe(results: Path) -> str:
+    """Accuracies of the fast recipe after its second phase, with the time of both phases."""
+    rows = []
+    for folder in FAST:
+        found = read_json(results / folder / "results.json")
+        test = found["test"][compare.TRANSDUCTIVE]
+        cells = [f"{test['accuracy'][step]:.2f} ± {test['half_width'][step]:.2f}" for step in (1, 3, 5, 10)]
+        rows.append(
+            [
+                _setting(found),
+                *cells,
+                page.interval(_paper_accuracy(found)),
+                _fast_minutes(results, found),
+                f"`{folder}`",
+            ]
+        )
+    head = ("setting", "1 step", "3 steps", "5 steps", "10 steps", "paper", "minutes of one core", "run")
+    return table(head, rows)
+
+
+def _setting(found: dict[str, Any]) -> str:
+    return f"Omniglot, {found['config']['ways']}-way {found['config']['shots']}-shot"
+
+
+def _paper_accuracy(found: dict[str, Any]) -> Published:
+    """The accuracy of the paper's MAML in the setting of a run."""
+    config = found["config"]
+    return PUBLISHED["omniglot", f"{config['ways']}w{config['shots']}s"]["maml"]
+
+
+def _fast_minutes(results: Path, found: dict[str, Any]) -> str:
+    """Minutes of both phases, with evaluation."""
+    both = (read_json(results / FAST_START / "results.json")["made_by"], found["made_by"])
+    spans = [datetime.fromisoformat(made["finished"]) - datetime.fromisoformat(made["started"]) for made in both]
+    return f"{sum(span.total_seconds() for span in spans) / 60:.0f}"
 
 
 def normalisation(results: Path) -> str:
@@ -372,6 +425,7 @@ REGIONS: dict[str, Callable[[Path], str]] = {
     "sine curves": sine_curves,
     "few-shot": few_shot,
     "normalisation": normalisation,
+    "fast recipe": fast_recipe,
     "protocols": protocols,
     "runs": runs,
     "returns": rl_returns,
