@@ -7,7 +7,9 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +26,12 @@ DAMAGED = ".damaged"
 """Suffix of the directory of a damaged checkpoint."""
 OLD = ".old"
 """Suffix of the directory of a checkpoint that is being deleted."""
+
+STEP = re.compile("0|[1-9][0-9]*")
+"""Names of the directories of checkpoints. Other names in the folder are left alone."""
+LEFTOVER = re.compile(rf"({STEP.pattern})({re.escape(OLD)}|\.orbax-checkpoint-tmp.*)")
+"""Names of unfinished writes and deletions."""
+WILDCARDS = re.compile(r"[*?\[\]\\]")
 
 REMOVE_TIMEOUT = 10.0
 """Seconds to retry the removal of a directory while threads of orbax still write into the directory."""
@@ -81,8 +89,14 @@ class Checkpoints:
         if not processes.is_leader():
             return
         make_directory(self.path)
-        for leftover in [*self.path.glob("*.orbax-checkpoint-tmp*"), *self.path.glob(f"*{OLD}")]:
-            _remove(leftover)
+        for leftover in self.path.iterdir():
+            if LEFTOVER.fullmatch(leftover.name) and leftover.is_dir() and not leftover.is_symlink():
+                _remove(leftover)
+        self._link: Path | None = None
+        if WILDCARDS.search(str(self.path)):
+            # Orbax takes its paths as patterns. A link gives it a path without wildcards.
+            self._link = Path(tempfile.mkdtemp(prefix="maml_jax-")) / "checkpoints"
+            self._link.symlink_to(self.path)
         self._ocp = ocp
         # Orbax must not wait for the other processes, which do not write.
         alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="0")
@@ -96,7 +110,7 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Returns the steps that have a checkpoint, intact or damaged, in ascending order."""
         paths = self.path.iterdir() if processes.is_leader() else ()
-        return sorted(int(path.name) for path in paths if path.name.isdecimal())
+        return sorted(int(path.name) for path in paths if STEP.fullmatch(path.name) and path.is_dir())
 
     def save(self, step: int, state: Any, about: dict[str, Any] | None = None) -> None:
         """Starts to write a checkpoint. After the return, `state` may be deleted or donated.
@@ -140,7 +154,7 @@ class Checkpoints:
             about=args.JsonSave({"content": content, "sha256": _digest_of_json(content)}),
         )
         try:
-            self._checkpointer.save(self._directory(step), args=items)
+            self._checkpointer.save(self._orbax_directory(step), args=items)
         except Exception as error:
             raise write_error(self._directory(step), error) from error
         self._pending = step
@@ -201,6 +215,8 @@ class Checkpoints:
             self.wait()
         finally:
             self._checkpointer.close()
+            if self._link is not None:
+                shutil.rmtree(self._link.parent, ignore_errors=True)
 
     def _newest(self, like: Any) -> Restored | None:
         damaged: dict[int, str] = {}
@@ -227,10 +243,16 @@ class Checkpoints:
     def _directory(self, step: int) -> Path:
         return self.path / str(step)
 
+    def _orbax_directory(self, step: int) -> Path:
+        """The same directory, under a path without wildcards."""
+        return (self._link or self.path) / str(step)
+
     def _read_description(self, step: int) -> dict[str, Any]:
         args = self._ocp.args
         try:
-            read = self._checkpointer.restore(self._directory(step), args=args.Composite(about=args.JsonRestore()))
+            read = self._checkpointer.restore(
+                self._orbax_directory(step), args=args.Composite(about=args.JsonRestore())
+            )
             content, digest = read.about["content"], read.about["sha256"]
         except Exception as error:  # Orbax raises almost any exception for a damaged file.
             raise _DamageError(f"its description cannot be read ({_shorten(error)})") from error
@@ -252,7 +274,7 @@ class Checkpoints:
         target = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, wanted)
         try:
             read = self._checkpointer.restore(
-                self._directory(step), args=args.Composite(state=args.StandardRestore(target))
+                self._orbax_directory(step), args=args.Composite(state=args.StandardRestore(target))
             )
             leaves = read.state
         except Exception as error:  # Orbax raises almost any exception for a damaged file.

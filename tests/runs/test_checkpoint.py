@@ -186,3 +186,30 @@ class TestNotFinite:
             ):
                 with pytest.raises(FloatingPointError, match="is not finite"):
                     checkpoints.save(4, wrong)
+
+
+@pytest.mark.parametrize("name", ["lr=[0.1]", "a*b?", "back\\slash"])
+def test_the_directory_may_have_wildcards_in_its_name(tmp_path, name):
+    state = make_state(1)
+    for step in (1, 2):
+        with closing(Checkpoints(tmp_path / name)) as checkpoints:
+            checkpoints.save(step, state)
+    with closing(Checkpoints(tmp_path / name)) as checkpoints:
+        restored = checkpoints.restore(state)
+    assert restored.step == 2
+    jax.tree.map(np.testing.assert_array_equal, restored.state.params, state.params)
+
+
+def test_other_names_in_the_folder_are_left_alone(tmp_path):
+    (tmp_path / "target").mkdir()
+    for name in ("before-tuning.old", "007000", "٣", "7.orbax", "x.orbax-checkpoint-tmp"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    (tmp_path / "checkpoints" / "5").write_text("a file")
+    (tmp_path / "checkpoints" / "6.old").symlink_to(tmp_path / "target")
+    before = sorted((tmp_path / "checkpoints").iterdir())
+    with closing(Checkpoints(tmp_path / "checkpoints", keep=1)) as checkpoints:
+        for step in (10, 11):
+            checkpoints.save(step, make_state(1))
+        checkpoints.wait()
+        assert checkpoints.steps() == [11]
+    assert sorted((tmp_path / "checkpoints").iterdir()) == sorted([*before, tmp_path / "checkpoints" / "11"])
