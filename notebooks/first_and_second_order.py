@@ -2,9 +2,9 @@
 # # First and second order: time, memory, exactness
 #
 # The meta-gradient is the derivative of the query loss after adaptation, through the adaptation. First order treats the
-# inner gradients as constants (Finn, Abbeel and Levine 2017, section 5.2). What does first order save, and what does
-# first order lose? This tutorial measures both on a small network and sine curves with many points. `python -m
-# experiments.benchmark` measures the paper's settings.
+# inner gradients as constants (Finn, Abbeel and Levine 2017, section 5.2). How much time and memory does first order
+# save, and how far is its gradient from the exact gradient? This tutorial measures both on a small network and sine
+# curves with many points. `python -m experiments.benchmark` measures the paper's settings.
 
 # %%
 import time
@@ -89,7 +89,7 @@ for index, steps in enumerate(inner_steps):
         print(f"    {name:29} cosine with second order {cosine:.6f}, relative difference {difference:.1e}")
 
 # %% [markdown]
-# The check compares second order itself with differences of the meta-loss in float64.
+# `check_meta_gradient` compares the second-order meta-gradient with central differences of the meta-loss in float64.
 
 # %%
 report = maml_jax.check_meta_gradient(

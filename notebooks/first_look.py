@@ -30,7 +30,7 @@ params = net.init(jax.random.key(0), jnp.zeros((1, 1)))["params"]
 # %% [markdown]
 # A **meta-learner** combines a loss, an inner learner and an outer optimizer. A **task** has a support set, which the
 # inner loop adapts to, and a query set, which measures the adapted parameters. `draw` samples 25 new curves for each
-# meta-step from a key and the number of the step. `train` calls `draw` inside the compiled program.
+# meta-step, from a key and the number of the meta-step. `train` calls `draw` inside the compiled program.
 
 # %%
 learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.01, steps=1), optax.adam(1e-3))
@@ -68,7 +68,7 @@ x = jnp.linspace(-5, 5, 200)[:, None]
 one = jax.tree.map(lambda leaf: leaf[0], tasks)
 order = jnp.argsort(one.query[0][:, 0])
 plt.plot(one.query[0][order], one.query[1][order], "r", label="the curve")
-plt.plot(*one.support, "^", label="five points of it")
+plt.plot(*one.support, "^", label="five support points")
 for steps, style in ((0, ":"), (1, "--"), (10, "-")):
     adapted, _ = learner.adapt(state, one.support, steps)
     plt.plot(x, apply(adapted, x), f"g{style}", label=f"after {steps} steps")

@@ -60,7 +60,7 @@ def likelihood(apply):
     def loss_fn(params, batch):
         x, y = batch
         mean, spread = jnp.split(apply(params, x), 2, -1)
-        log_deviation = 2 * jnp.tanh(spread) - 1  # Bounded: a few points that fit by chance must not dominate.
+        log_deviation = 2 * jnp.tanh(spread) - 1  # Bounded, because a few points that fit by chance would dominate.
         error = jnp.square(mean - y)
         loss = jnp.mean(0.5 * error * jnp.exp(-2 * log_deviation) + log_deviation)
         return loss, {"squared_error": jnp.mean(error)}
@@ -99,8 +99,8 @@ print(report)
 # %% [markdown]
 # ## Train, and evaluate on new sensors
 #
-# The inner learner has one learned rate for each array of parameters. The outer optimizer clips the gradient, because a
-# likelihood can be steep.
+# The inner learner has one learned rate for each array of parameters. The outer optimizer clips the meta-gradient,
+# because the gradient of a likelihood can be large.
 
 # %%
 results = {}
