@@ -51,10 +51,10 @@ def shared(name: str = "head") -> Start:
 
 
 def zero(name: str = "head") -> Start:
-    """All classes start from zero.
+    """Initialises the head to zero for all classes.
 
-    Softmax ignores what all classes have in common, so this is `shared` without the vector, which has no effect on
-    the predictions. With one inner step, `one_step_maml` has the same meta-gradient at less cost.
+    The softmax does not change if the same vector is added to the columns of all classes. The predictions are therefore
+    those of `shared`. With one inner step, `one_step_maml` has the same meta-gradient at less cost.
 
     Example:
       >>> import jax.numpy as jnp, maml_jax
@@ -133,10 +133,10 @@ def sgd_with_head_rates(
     name: str = "head",
     **options: Unpack[InnerOptions],
 ) -> InnerLearner:
-    """Gradient descent with step sizes of the head's own, such as a hundred times those of the other layers.
+    """Gradient descent with separate step sizes for the head, for example 25 times those of the other layers.
 
-    Learned rates are learned in their logarithms: the outer optimizer then changes small and large rates by the same
-    factor, and no rate becomes negative.
+    With `learn_rates`, the meta-parameters are the logarithms of the rates. The outer optimizer then changes small and
+    large rates by the same factor, and no rate becomes negative.
 
     Example:
       >>> import jax.numpy as jnp, maml_jax
@@ -149,18 +149,22 @@ def sgd_with_head_rates(
 
     Args:
       learning_rate: the inner step size of all layers but the head, for the loss that `maml` is given.
-      head_rates: the step size of the head in each inner step; the last one is for all later steps.
+      head_rates: the step size of the head in each inner step. The last rate is for all later steps.
       steps: inner steps in meta-training, at least 1.
       learn_rates: meta-learns one rate for every array of parameters and inner step, from these initial values. Inner
         steps beyond those of training take the last step's rates.
-      scale: a fixed factor of all rates. In the mean loss of r times as many classes, each class has an r-th of the
-        weight; `scale=r` makes the updates as large again.
+      scale: a fixed factor of all rates. In a mean loss over r times as many classes, each class has 1 / r of the
+        weight. `scale=r` then keeps the size of the updates.
       name: key of the head in the parameters, a mapping from the names of layers.
       **options: `order`, `trainable`, `remat`, `start` and `params_at_step`, see `InnerOptions`.
 
+    Returns:
+      An `InnerLearner`. Its learned parameters are the logarithms of the rates, `[steps]` for every adapted array, or
+      `()` without `learn_rates`.
+
     Raises:
-      ValueError: as `sgd`; for no rate of the head, for more rates than steps, and for a rate or a scale that is not
-        positive and finite.
+      ValueError: as `sgd`; if `head_rates` is empty or has more rates than steps; if a rate or `scale` is not positive
+        and finite.
 
     References:
       Antoniou et al. 2019, arXiv:1810.09502, section 4 (a learned rate for every layer and inner step).
@@ -175,11 +179,11 @@ def sgd_with_head_rates(
     rates_of_head = [*head_rates, *[head_rates[-1]] * (steps - len(head_rates))]
 
     def log_rates(adapted: Params) -> InnerParams:
-        def of_layer(layer: str, leaves: Any) -> Any:
+        def log_rates_of_layer(layer: str, leaves: Any) -> Any:
             rates = rates_of_head if layer == name else [learning_rate] * steps
             return jax.tree.map(lambda leaf: jnp.log(jnp.array(rates, leaf.dtype)), leaves)
 
-        return {layer: of_layer(layer, leaves) for layer, leaves in adapted.items()}
+        return {layer: log_rates_of_layer(layer, leaves) for layer, leaves in adapted.items()}
 
     def optimizer(learned: InnerParams) -> optax.GradientTransformation:
         def update(grads: Any, step: jax.Array, params: Any = None) -> tuple[Any, jax.Array]:

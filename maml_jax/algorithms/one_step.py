@@ -1,4 +1,4 @@
-"""Exact MAML with one inner step, from a head that is equal for all classes, at the price of ordinary training."""
+"""Exact MAML with one inner step from a head that is equal for all classes, at about the cost of ordinary training."""
 
 from collections.abc import Callable
 from functools import partial
@@ -28,15 +28,16 @@ def one_step_maml(
     task_batch_size: TaskBatchSize = None,
     mesh: Mesh | None = None,
 ) -> MetaLearner:
-    """MAML for classifiers, with one inner step from a head of zeros and several exchanges of support and query.
+    """Exact MAML for classifiers, with one inner step from a head of zeros.
 
-    Where all columns of the head are equal, the loss of an example does not depend on its features. The first inner
-    step then changes the head alone, whatever else the inner loop adapts. So the features of every image are computed
-    once, and every set of the task serves as the support set, with the other sets as queries.
+    If all columns of the head are equal, the loss of an example does not depend on its features. The first inner step
+    then changes the head alone, even if the inner loop adapts other layers too. The features of every image are
+    therefore computed once, and every set of the task serves as the support set in turn, with the other sets as
+    queries.
 
-    A set holds K images of each of the N classes: the support set is one, the queries are the others. The meta-gradient
-    is that of `maml(loss_fn, inner, outer)` with `start=heads.zero()`, averaged over all ordered pairs of two sets, the
-    first as support set and the second as query set. M sets give M (M - 1) such pairs.
+    A set holds K images of each of the N classes. The support set is one set, and the queries form the other sets. The
+    meta-gradient is that of `maml(loss_fn, inner, outer)` with `start=heads.zero()`, averaged over all ordered pairs of
+    two sets: the first set is the support set, and the second is the query set. M sets give M (M - 1) pairs.
 
     Example:
       >>> import jax, jax.numpy as jnp, maml_jax, optax
@@ -56,11 +57,11 @@ def one_step_maml(
     Args:
       loss_fn: `(params, (inputs [B, ...], labels [B])) -> (scalar loss, aux)`, the cross-entropy of the whole model,
         for evaluation and adaptation.
-      features: `(params, inputs [B, ...]) -> [B, features]`, the inputs of the head. A set is one batch, so its images
-        alone share the statistics of a batch normalisation.
+      features: `(params, inputs [B, ...]) -> [B, features]`, the inputs of the head. Each set is one batch, so batch
+        normalisation takes its statistics over the images of one set.
       inner: the inner learner, with one step and a start that makes all columns of the head equal, such as
-        `sgd(0.4, steps=1, start=heads.zero())`. Training takes its update of the head; evaluation and adaptation
-        take all of it, with any number of steps.
+        `sgd(0.4, steps=1, start=heads.zero())`. Training uses only its update of the head. Evaluation and
+        adaptation update all parameters that `inner` adapts, with any number of steps.
       outer: the outer optimizer, as for `maml`.
       ways: classes N of a task in training. Tasks of evaluation have as many classes as the head has columns.
       name: key of the head in the parameters, a mapping with `kernel` `[features, N]` and `bias` `[N]`.
@@ -70,7 +71,8 @@ def one_step_maml(
       A `MetaLearner`. Its `step` takes tasks with support `(images [T, N * K, ...], labels)` and query
       `(images [T, N * Q, ...], labels)`, where Q is a multiple of K. The examples of a class are adjacent, as in the
       episodes of `tasks.episodes`; `step` does not read the labels. Images may have another size than in evaluation if
-      `features` allows it; if the head then gets fewer features, they are scaled up to keep the size of the logits.
+      `features` allows it. If F features come from such images and the head has D inputs, training multiplies the
+      features by sqrt(D / F), which keeps the size of the logits.
 
     Raises:
       TypeError, ValueError: as `maml`; for an inner learner with more than one step, without a `start`, or with
@@ -104,8 +106,10 @@ def one_step_maml(
         # Features of all sets, each a batch of its own, [M, N * K, features].
         sets = _sets(task, ways)
         x = jax.vmap(partial(features, params))(sets)
+        # Images of another size may give another number of features: keep the size of the logits.
         x = x * (len(head["kernel"]) / x.shape[-1]) ** 0.5
         labels = jnp.repeat(jnp.arange(ways), sets.shape[1] // ways)
+        # The head has one column for each class of a training task, which may have more classes than a test task.
         zero = {name: {"kernel": jnp.zeros((x.shape[-1], ways), x.dtype), "bias": jnp.zeros(ways, x.dtype)}}
         head_inner_params = {name: inner_params[name]} if jax.tree.leaves(inner_params) else inner_params
 
@@ -116,7 +120,7 @@ def one_step_maml(
             loss, aux = jax.vmap(lambda queries: head_loss(adapted, (queries, labels)))(others)
             return loss.mean(), (jax.tree.map(jnp.mean, aux), info)
 
-        # The mean over the sets as support set.
+        # Each set is the support set once. The loss, aux and info are means over these choices.
         found = [loss_of_support(index) for index in range(len(x))]
         return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *found)
 

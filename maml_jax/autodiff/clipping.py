@@ -13,8 +13,8 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     """Scales gradients down to a global norm of at most `max_norm`, for an inner loop that is differentiated.
 
     `optax.clip_by_global_norm` gives the same updates. Its derivative divides by the norm, so the meta-gradient is NaN
-    where an inner gradient is zero, such as behind a head of zeros. Here gradients below the limit pass unchanged, and
-    so do their derivatives.
+    if all inner gradients are zero, for example if the inner loop adapts only the layers below a head of zeros. This
+    function passes gradients below the limit unchanged, and their derivatives too.
 
     Example:
       >>> import maml_jax, optax
@@ -23,6 +23,9 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
     Args:
       max_norm: the largest global norm, positive.
+
+    Returns:
+      A gradient transformation without state. Updates have the shapes and dtypes of the gradients.
 
     Raises:
       ValueError: if `max_norm` is not positive and finite.
@@ -35,7 +38,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
         ]
         squared_norm = sum(square.sum() for square in squares)
         limit = jnp.square(jnp.asarray(max_norm, jnp.result_type(squared_norm)))
-        # The square root is taken of numbers of at least the limit alone: its derivative at zero is infinite.
+        # The argument of the square root is at least the limit, because its derivative is infinite at zero.
         scale = max_norm / jnp.sqrt(jnp.maximum(squared_norm, limit))
         return jax.tree.map(lambda leaf: (leaf * jnp.where(squared_norm > limit, scale, 1.0)).astype(leaf.dtype), grads)
 
