@@ -1,7 +1,8 @@
 """Builds the parts of a few-shot run from its options: net, inner learner, outer optimizer, algorithm and tasks.
 
 References:
-  Nichol et al. 2018, arXiv:1803.02999 (Reptile). Rajeswaran et al. 2019, arXiv:1909.04630 (iMAML).
+  Nichol et al. 2018, arXiv:1803.02999 (Reptile). Rajeswaran et al. 2019, arXiv:1909.04630 (iMAML). Liu et al. 2025,
+  arXiv:2502.16982 (Muon).
 """
 
 from collections.abc import Callable
@@ -113,7 +114,7 @@ def outer_optimizer(run: Run) -> optax.GradientTransformation:
     if run.method == "reptile":
         optimizer = optax.sgd(rate)
     elif run.optimizer == "muon":
-        # Adam updates what Muon does not. The factor 0.2 gives the updates of Muon the size of Adam's.
+        # Adam updates the other parameters. The factor 0.2 gives the updates of Muon the size of Adam's.
         optimizer = optax.contrib.muon(
             rate, consistent_rms=0.2, adam_learning_rate=rate, muon_weight_dimension_numbers=_convolution_kernels
         )
@@ -143,7 +144,7 @@ def learner(run: Run, net: nn.Module, loss_fn: LossFn, *, mesh: Mesh | None = No
         case "reptile":
             return reptile(loss_fn, inner, outer, batches=one_of_each_class(run.ways), **options)
         case "one-step":
-            # In the mean loss of more classes each class has less weight: larger rates give the same updates.
+            # In a mean loss over more classes each class has less weight. Larger rates keep the size of the updates.
             inner = inner_learner(run, net, scale=run.train_ways / run.ways)
             features = models.apply_params(net, head=False)
             return one_step_maml(loss_fn, features, inner, outer, ways=run.train_ways, **options)
@@ -201,16 +202,16 @@ def with_context(run: Run, tasks: Task) -> Task:
 
 
 def start_from(run: Run, saved: model_file.Saved, initial: MetaParams) -> MetaParams:
-    """Returns the parameters of a saved model, and its learned rates where the run learns such rates too.
+    """Returns the parameters of a saved model, and its learned inner rates if the run learns inner rates too.
 
     Args:
       run: the run.
       saved: the model.
-      initial: initial values of the run. They give the head if the model has another number of classes, and the rates
-        of inner steps that the model does not have.
+      initial: initial values of the run. The head comes from them if the model has another number of classes, and so do
+        the rates of inner steps that the model does not have.
 
     Raises:
-      ValueError: for a model of another net, naming an array that differs.
+      ValueError: for a model of another net. The message names an array that differs.
     """
     params, inner_params = initial
     values = saved.params
@@ -223,6 +224,7 @@ def start_from(run: Run, saved: model_file.Saved, initial: MetaParams) -> MetaPa
         raise ValueError(f"start_from must be a model of the same net, but {run.start_from} is not: {error}") from error
 
     def with_saved(own: jax.Array, learned: jax.Array) -> jax.Array:
+        # Saved rates for the inner steps of the model, and the run's initial rates for further steps.
         return jnp.concatenate([learned, own[len(learned) :]])[: len(own)]
 
     trained = saved.description.get("config", {})

@@ -90,14 +90,15 @@ class Run(command_line.RunOptions):
     net: FromRecipe[Net] = RECIPE
     """'conv': four convolutional blocks; 'mlp': fully connected layers. Default: conv."""
     recipe: Recipe = "paper"
-    """Values of the options that are not given: the paper's, or those that reach its accuracy in less time."""
+    """Values of the options that are not given. 'paper': the paper's values; 'fast': one-step MAML with Muon, in less
+    time."""
     method: FromRecipe[Method] = RECIPE
     """The algorithm. 'one-step' is exact MAML with one inner step from a head of zeros. 'pretrained' trains jointly on
     all classes, and fine-tunes at test. Default: maml, or one-step with --recipe fast."""
     order: Literal[1, 2] = 2
     """2: exact meta-gradient; 1: first-order approximation."""
     normalisation: Normalisation = "batch"
-    """Normalisation of activations. With 'batch', as in the paper, the queries of a task share their statistics."""
+    """Normalisation of activations. With 'batch', as in the paper, the queries of a task share statistics."""
     rotations: Rotations = "none"
     """'random': rotate each class of a task by a multiple of 90 degrees; 'classes': make each rotation a class."""
     steps: FromRecipe[int] = RECIPE
@@ -115,8 +116,8 @@ class Run(command_line.RunOptions):
     inner_rate: FromRecipe[float] = RECIPE
     """Inner step size for the MEAN cross-entropy over the support set. Default: the recipe's rate."""
     head_rates: FromRecipe[tuple[float, ...]] = RECIPE
-    """Inner step sizes of the head, one for each inner step, for zero-head and one-step; the last is for all later
-    steps. Default: the recipe's rates, or --inner-rate."""
+    """Inner step sizes of the head, one for each inner step, for zero-head and one-step. The last rate is for
+    all later steps. Default: the recipe's rates, or --inner-rate."""
     learn_rates: Switch = RECIPE
     """Learn the inner step sizes of zero-head and one-step, one for each array of parameters and inner step."""
     tune: Switch = RECIPE
@@ -124,7 +125,7 @@ class Run(command_line.RunOptions):
     inner_steps: FromRecipe[int] = RECIPE
     """Inner steps in training. Default: the recipe's number."""
     optimizer: FromRecipe[Optimizer] = RECIPE
-    """Outer optimizer. 'muon' updates the kernels of convolutions by Muon, and all else by Adam with Nesterov momentum.
+    """Outer optimizer. 'muon' updates the kernels of convolutions by Muon, and the rest by Adam with Nesterov momentum.
     Default: the recipe's optimizer, adam in the paper's."""
     outer_rate: FromRecipe[float] = RECIPE
     """Outer learning rate. Default: the recipe's rate, 0.001 in the paper's; 0.5 for Reptile, where it is the first
@@ -135,8 +136,9 @@ class Run(command_line.RunOptions):
     anneal: Switch = RECIPE
     """Decay the outer rate to 1% along a cosine over all meta-steps, as MAML++ always does."""
     start_from: DefaultInHelp[Path | None] = None
-    """Saved model of the same net to start from, such as last.msgpack of another run. The run takes its head if the
-    number of classes is the same, and its learned inner rates if the run learns such rates too. Default: a new net."""
+    """Saved model of the same net to start from, such as last.msgpack of another run. The run takes the model's head if
+    the number of classes is the same, and the model's learned inner rates if the run learns rates too. Default: a new
+    net."""
     downscale: FromRecipe[int] = RECIPE
     """Divide height and width of the images in training by this number, for one-step. Default: the recipe's number, or
     1."""
@@ -235,7 +237,7 @@ class Run(command_line.RunOptions):
             raise ValueError(f"recipe 'fast' is for the method one-step, but got {method}: give 'paper'.")
         for name in ("train_shots", "train_queries"):
             if method in WITH_OWN_TASKS and (value := getattr(self, name)) is not None:
-                raise ValueError(f"{name} cannot be given for {method}, which has tasks of its own, but got {value}.")
+                raise ValueError(f"{name} cannot be given for {method}, which sets its own task size, but got {value}.")
 
     def with_defaults(self, **values: Any) -> Self:
         """Returns the run with these values in place of None."""
@@ -325,7 +327,7 @@ class Run(command_line.RunOptions):
         if self.normalisation in NEEDS_CONTEXT:
             raise ValueError(
                 f"normalisation {self.normalisation!r} normalises queries by their support set, and one-step exchanges "
-                "the two: give 'batch', 'instance', 'layer' or 'group'."
+                "the two sets: give 'batch', 'instance', 'layer' or 'group'."
             )
         if self.train_queries % self.train_shots:
             raise ValueError(
@@ -450,8 +452,8 @@ FAST: dict[str, Any] = PAPER | {
     "outer_rate": 0.01,
     "anneal": True,
 }
-"""The fast recipe for all data sets: exact MAML with one inner step from a head of zeros and learned inner rates, on
-tasks with more classes and few tasks per meta-step, by Muon at a large rate that falls."""
+"""The fast recipe for all data sets: exact MAML with one inner step from a head of zeros and learned inner rates. Muon
+starts at a large rate, which decays. The experiments set few tasks per meta-step, with more classes than at test."""
 
 LEAST_STEPS = {"maml++": 5, "reptile": 5, "imaml": 16}
 """Minimum number of inner steps by method. `for_method` raises the number of a recipe to this minimum."""
