@@ -1,11 +1,12 @@
 """Losses of the MAML paper's supervised tasks, for a model given as `apply(params, inputs) -> outputs`.
 
-Both losses are means over the batch. A batch may have a third part, the weights of its examples `[B]`: then they are
-weighted means, and an example of weight 0 counts for nothing in the loss. Batch normalisation still sees the example:
-to pad tasks of unequal size, use a normalisation of each example alone, such as 'layer'.
+Mean squared error and cross-entropy are means over the batch. A batch may have a third part, the weights `[B]` of its
+examples. The losses are then weighted means, and an example of weight 0 does not count in the loss. The example still
+enters the statistics of batch normalisation. To pad tasks of unequal size, use a normalisation of each example alone,
+such as 'layer'.
 
-The paper's code divides the sum of the cross-entropy over N * K examples by K,
-so its loss is N times the mean. `rate_for_mean_loss` converts the inner learning rates of the paper's code.
+The paper's code divides the sum of the cross-entropy over N * K examples by K, so its loss is N times the mean.
+`rate_for_mean_loss` converts the inner learning rates of the paper's code.
 
 The paper is Finn, Abbeel and Levine 2017, Model-agnostic meta-learning, arXiv:1703.03400.
 """
@@ -20,7 +21,7 @@ import optax
 from maml_jax.types import Batch, LossFn, Params, Task
 
 Apply = Callable[..., jax.Array]
-"""`(params, inputs) -> outputs`, or `(params, inputs, context) -> outputs` for batches that are `QueryWithSupport`."""
+"""`(params, inputs) -> outputs`, or `(params, inputs, context) -> outputs` for a `QueryWithSupport` as batch."""
 
 
 class QueryWithSupport(NamedTuple):
@@ -199,8 +200,9 @@ def inductive(apply: Apply) -> Apply:
 def rate_for_mean_loss(rate: float, ways: int) -> float:
     """Converts an inner rate of the paper's code to the mean cross-entropy of this library.
 
-    The paper's code divides the sum over N * K examples by K. Its loss and gradients are N times larger, so the same
-    update needs N times its rate here.
+    The paper's code divides the sum over N * K examples by K. Its loss and gradients are N times those of the mean.
+    With the mean, N times the rate gives the same update.
+
     Example:
       >>> rate_for_mean_loss(0.4, ways=5)
       2.0

@@ -12,8 +12,8 @@ from maml_jax.types import MetaState
 class Best:
     """Keeps the models with the highest scores as files `step-N.msgpack` in a folder.
 
-    Files that are already in the folder, for example of a resumed run, are included. The description in a file also has
-    the meta-step as `step` and the score as `score`.
+    Files that are already in the folder, for example those of a resumed run, count too. The description in a file also
+    has the meta-step as `step` and the score as `score`.
 
     Args:
       folder: the folder of the files.
@@ -59,7 +59,11 @@ class Best:
             del self._scores[worse]
 
     def describe(self, description: dict[str, Any]) -> None:
-        """Replaces the description in all existing files and in files that `add` writes later."""
+        """Replaces the description in all existing files, and in files that `add` writes later.
+
+        Raises:
+          WorkdirError: if a file cannot be written.
+        """
         self._description = description
         for path, score in self._scores.items():
             saved = model_file.load(path)
@@ -76,5 +80,5 @@ class Best:
 
 
 def _comparable(score: float | None) -> float:
-    """A score that is not a number, which is None in a file, is lower than every number."""
+    """The score for comparisons: minus infinity for NaN, which is None in a file."""
     return -math.inf if score is None or math.isnan(score) else float(score)

@@ -144,7 +144,7 @@ class RunDirectory:
         self._for_each_logger(lambda logger: logger.log(to_jsonable(row)))
 
     def rows(self, **labels: Any) -> list[dict]:
-        """Returns the rows of `metrics.jsonl` with the entries `labels`, also rows of earlier starts of the run."""
+        """Returns the rows of `metrics.jsonl` with the entries `labels`, with those of earlier starts of the run."""
         rows = _read_rows(self._metrics) if processes.is_leader() else []
         return [row for row in rows if labels.items() <= row.items()]
 
@@ -306,8 +306,8 @@ def _compare(
     if settings := _differences(run["jax"], _jax_settings()):
         listed = "".join(f"\n  {name} was {old!r}, is {new!r}" for name, (old, new) in settings.items())
         raise WorkdirError(
-            f"{path} holds a run with other settings of JAX, which change its numbers:{listed}\nSet them as before (in "
-            "environment variables of these names in capital letters), or give another --workdir."
+            f"{path} holds a run with other settings of JAX, which change the results:{listed}\nSet the "
+            "old values in environment variables of these names in capital letters, or give another --workdir."
         )
     differences = _differences(old_config, config)
     appended = [
@@ -339,8 +339,8 @@ def _read_run(path: Path) -> dict[str, Any]:
         wrong.append("starts")
     if wrong:
         raise WorkdirError(
-            f"{path / 'run.json'} lacks {' and '.join(wrong)}, or has another form of them. Restore the file, or give "
-            "another --workdir."
+            f"{path / 'run.json'} lacks {' and '.join(wrong)}, or has another form of these fields. Restore the file, "
+            "or give another --workdir."
         )
     return run
 
