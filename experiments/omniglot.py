@@ -146,6 +146,7 @@ def main(prepared: tuple[few_shot.Run, DataSet]) -> dict[str, Any]:
         "row": run.row,
         **run.description(data),
         "selected": {"by": selected_by, "step": int(states[0].step)},
+        "validation": [[row["step"], row["val_accuracy"]] for row in directory.rows() if "val_accuracy" in row],
         "data": data.about,
         "published": published,
         "test": {label: each.summary() for label, each in found.items()},
