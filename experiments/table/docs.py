@@ -185,7 +185,7 @@ def runs(results: Path) -> str:
 
 FAST_START = "omniglot-20w1s-fast-200"
 """The run of the fast recipe from which the runs of its second phase start."""
-FAST = ("omniglot-5w1s-fast", "omniglot-5w5s-fast", "omniglot-20w1s-fast")
+FAST = ("omniglot-5w1s-fast", "omniglot-5w5s-fast", "omniglot-20w1s-fast", "omniglot-20w5s-fast")
 
 
 def fast_recipe(results: Path) -> str:
