@@ -208,6 +208,13 @@ def fast_recipe(results: Path) -> str:
     return table(head, rows)
 
 
+def recipe_probes(results: Path) -> str:
+    """Validation accuracies of short trainings with other choices of the recipe."""
+    found = read_json(results / "recipe-probes" / "probes.json")["rows"]
+    rows = [[row["choice"], f"{row['meta_steps']:,}", f"{row['validation']:.1f}"] for row in found]
+    return table(("choice", "meta-steps", "validation, %"), rows)
+
+
 def _setting(found: dict[str, Any]) -> str:
     return f"Omniglot, {found['config']['ways']}-way {found['config']['shots']}-shot"
 
@@ -426,6 +433,7 @@ REGIONS: dict[str, Callable[[Path], str]] = {
     "few-shot": few_shot,
     "normalisation": normalisation,
     "fast recipe": fast_recipe,
+    "recipe probes": recipe_probes,
     "protocols": protocols,
     "runs": runs,
     "returns": rl_returns,
