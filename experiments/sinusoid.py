@@ -203,12 +203,13 @@ def evaluate(config: Config, method: Method, state: maml_jax.MetaState, shots: i
         return jax.jit(tester(method, rate).evaluate)(state, tasks)
 
     def final_loss(rate: float) -> float:
-        return float(np.nan_to_num(adapted(rate, draw(tuning_key, config.test_tasks)).loss[:, -1], nan=np.inf).mean())
+        errors = np.asarray(adapted(rate, draw(tuning_key, config.test_tasks)).loss[:, -1], np.float64)
+        return float(np.nan_to_num(errors, nan=np.inf, posinf=np.inf).mean())
 
     rates = method.test_rates
     rate = rates[0] if len(rates) == 1 else min(rates, key=final_loss)
     evaluation = adapted(rate, draw(test_key, config.test_tasks))
-    loss = np.nan_to_num(np.asarray(evaluation.loss), nan=np.inf)
+    loss = np.nan_to_num(np.asarray(evaluation.loss), nan=np.inf, posinf=np.inf)
     mean, half_width = interval(loss)
     lower, median, upper = np.quantile(loss, (0.25, 0.5, 0.75), axis=0, method="nearest")
     return {
