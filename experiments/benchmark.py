@@ -1,7 +1,7 @@
 """Measures the time, memory and operations of a meta-step: second order, first order, and PyTorch.
 
     python -m experiments.benchmark
-    python -m experiments.benchmark --workloads omniglot-5w1s --against torch
+    python -m experiments.benchmark --workloads omniglot-5w1s --against func compiled jax
     python -m experiments.benchmark --workloads transformer --remat none full mixflow --inner-steps 1 4 16 32
 
 Each measurement runs in a new process. The variants take turns for several rounds, so that other load on the machine
@@ -33,8 +33,15 @@ from maml_jax.nets.convolution import ImplementationName
 from maml_jax.parallel.backend import cores
 from maml_jax.runs.directory import RunDirectory
 
-PEERS = ("loop", "func", "higher")
-PEER_NAMES = {"loop": "PyTorch, loop over tasks", "func": "PyTorch, torch.func", "higher": "PyTorch, higher"}
+Peer = Literal["loop", "func", "higher", "compiled", "compiled-loop", "jax"]
+PEER_NAMES: dict[str, str] = {
+    "loop": "PyTorch, loop over tasks",
+    "func": "PyTorch, torch.func",
+    "higher": "PyTorch, higher",
+    "compiled": "PyTorch, torch.compile of torch.func",
+    "compiled-loop": "PyTorch, torch.compile of a loop over tasks",
+    "jax": "plain JAX",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +64,9 @@ class Config:
     """Data types of parameters and inputs."""
     devices: DefaultInHelp[tuple[int, ...]] = ()
     """Numbers of devices. Default: the largest number that shares the tasks evenly."""
-    against: DefaultInHelp[Literal["torch"] | None] = None
-    """Also measure the same meta-steps in PyTorch. Default: no comparison."""
+    against: DefaultInHelp[tuple[Peer, ...]] = ()
+    """Also measure the same meta-steps without this library. 'loop', 'func' and 'higher' are in PyTorch; 'compiled' and
+    'compiled-loop' in torch.compile, with vmap or a loop over tasks; 'jax' in plain JAX. Default: no comparison."""
     peer_python: DefaultInHelp[Path | None] = None
     """Python executable with PyTorch. Default: the Python of this command."""
     rounds: int = 3
@@ -90,6 +98,10 @@ class Config:
             found[variant] = None
         return list(found)
 
+    def in_torch(self) -> list[Peer]:
+        """Returns the peers that need PyTorch."""
+        return [peer for peer in self.against if peer != "jax"]
+
     def check(self) -> None:
         """Raises ValueError if an option is not allowed."""
         for name in ("workloads", "orders", "remat", "dtypes"):
@@ -103,9 +115,9 @@ class Config:
             validation.at_least("devices", count, 1)
         validation.at_least("rounds", self.rounds, 1)
         validation.positive("seconds", self.seconds)
-        if self.peer_python is not None and self.against is None:
+        if self.peer_python is not None and not self.in_torch():
             raise ValueError(
-                "peer_python names a Python with PyTorch, but PyTorch is not measured: add --against torch."
+                "peer_python names a Python with PyTorch, but PyTorch is not measured: add --against func."
             )
 
 
@@ -118,7 +130,7 @@ def prepare(config: Config) -> Config:
     """
     config.check()
     RunDirectory.check(config.workdir)
-    if config.against:
+    if torch := config.in_torch():
         python = str(config.peer_python or sys.executable)
         try:
             subprocess.run([python, "-c", "import torch"], check=True, capture_output=True)
@@ -128,7 +140,7 @@ def prepare(config: Config) -> Config:
                 "with --peer-python."
             ) from error
         if (backend := where()[0]) not in ("cpu", "gpu"):
-            raise ValueError(f"--against torch measures on CPUs and GPUs, but the backend of JAX is {backend}.")
+            raise ValueError(f"PyTorch is measured on CPUs and GPUs, but the backend is {backend}: leave out {torch}.")
         if backend == "gpu" and not config.devices:
             return dataclasses.replace(config, devices=(1,))  # PyTorch uses one GPU.
     return config
@@ -144,7 +156,7 @@ def main(config: Config) -> dict:
     rows: list[dict[str, Any]] = [{"kind": "ours", **dataclasses.asdict(v), "rounds": []} for v in variants]
     if config.against:
         settings = dict.fromkeys((v.workload, v.order, v.inner_steps) for v in variants if v.workload != "transformer")
-        for (workload, order, steps), peer in itertools.product(settings, PEERS):
+        for (workload, order, steps), peer in itertools.product(settings, config.against):
             row = {"kind": "peer", "peer": peer, "workload": workload, "order": order, "inner_steps": steps}
             rows.append({**row, "rounds": []})
     rows.sort(key=lambda row: (config.workloads.index(row["workload"]), -row["order"]))
@@ -195,7 +207,7 @@ def one_round(config: Config, row: dict[str, Any], compiled: str, backend: str) 
 
     Args:
       config: the options.
-      row: a variant, or an implementation in PyTorch.
+      row: a variant, or a peer.
       compiled: the folder of compiled programs.
       backend: JAX's backend. PyTorch runs on the same kind of device.
 
@@ -213,6 +225,8 @@ def one_round(config: Config, row: dict[str, Any], compiled: str, backend: str) 
         script = Path(__file__).parent / "benchmarks" / "torch_peers.py"
         given |= {"threads": cores(), "device": "cuda" if backend == "gpu" else "cpu"}
         command = [str(config.peer_python or sys.executable), str(script), json.dumps(given)]
+        if row["peer"] == "jax":
+            command = [sys.executable, "-m", "experiments.benchmarks.plain_jax", json.dumps(given)]
     root = str(Path(__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -231,7 +245,7 @@ def summary(row: dict[str, Any]) -> dict[str, Any]:
     medians = [float(np.median(outcome["ms"])) for outcome in rounds]
     row |= {"ms": float(np.median(medians)), "ms_least": min(medians), "ms_most": max(medians)}
     if row["kind"] == "peer":
-        row["version"] = rounds[0]["version"]
+        row |= {key: rounds[0][key] for key in ("version", "compile_s")}
     if row["kind"] == "ours":
         row |= {key: rounds[0][key] for key in ("tasks", "compile_s", "memory_compiled", "memory_measured", "gflop")}
         row["devices_used"] = rounds[0]["devices_used"]
@@ -245,11 +259,11 @@ def summary(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Compares each variant with first order and with PyTorch.
+    """Compares each variant with first order and with the peers.
 
     Returns:
       For each measured variant: second order over first order in time, memory and operations, and the time of the
-      fastest PyTorch implementation over ours.
+      fastest peer over ours.
     """
     found = []
     for row in (row for row in rows if row["kind"] == "ours" and "ms" in row):
@@ -303,6 +317,8 @@ def table(results: dict) -> str:
                 f" {(row['memory_compiled'] or np.nan) / 1e6:12.1f} {(row['memory_measured'] or np.nan) / 1e6:12.1f}"
             )
             line += f" {row['gflop']:9.2f} {row['share_of_limit']:8.0%}"
+        else:
+            line = f"{line:{width + 42}} {row['compile_s']:10.1f}"
         lines.append(line)
     lines.append("")
     for row, ratio in zip((row for row in results["rows"] if row["kind"] == "ours" and "ms" in row), results["ratios"]):

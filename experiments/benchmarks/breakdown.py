@@ -11,6 +11,7 @@ import dataclasses
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,16 +82,21 @@ def main(config: Config) -> dict[str, Any]:
     return results
 
 
-def breakdown(variant: measure.Variant) -> dict[str, Any]:
+def breakdown(variant: measure.Variant, compiled: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Returns the times of a meta-step and of its operations in ms, the shares of the kinds, and the rate of products.
+
+    Args:
+      variant: the variant.
+      compiled: called after compilation and before the first measurement.
 
     Raises:
       RuntimeError: if the trace has no matrix product with a known name.
     """
     step, state, tasks, _ = measure.program(variant)
     gflop = flops.count(jax.make_jaxpr(step)(state, tasks).jaxpr) / 1e9
+    run = jax.jit(step, donate_argnums=0).lower(state, tasks).compile()
+    compiled()
     limit = measure.product_rate(variant.dtype, jax.devices()[:1])
-    run = jax.jit(step, donate_argnums=0)
     state, _ = jax.block_until_ready(run(state, tasks))
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):

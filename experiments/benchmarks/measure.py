@@ -30,6 +30,12 @@ from maml_jax.types import MetaState, Task
 PRODUCT, ACCELERATOR_PRODUCT = 1024, 8192
 """Size of the square matrices whose product measures the limit, of a CPU and of an accelerator."""
 
+KEEP_GRADIENT = optax.GradientTransformation(
+    lambda params: jax.tree.map(jnp.zeros_like, params),
+    lambda grads, _, params: (jax.tree.map(jnp.zeros_like, params), grads),
+)
+"""An outer optimizer that does not change the parameters, and whose state is the meta-gradient."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
@@ -43,6 +49,8 @@ class Variant:
     implementation: Any = None
     dtype: str = "float32"
     devices: int | None = None
+    precision: str | None = None
+    """Precision of products in float32, as in `jax.default_matmul_precision`; None: JAX's default for the backend."""
 
 
 class Program(NamedTuple):
@@ -54,10 +62,15 @@ class Program(NamedTuple):
     mesh: jax.sharding.Mesh | None
 
 
-def program(variant: Variant) -> Program:
-    """Returns the meta-step of a variant. Raises ValueError if the variant needs more devices than JAX has."""
+def program(variant: Variant, outer: optax.GradientTransformation | None = None) -> Program:
+    """Returns the meta-step of a variant, with Adam or with the optimizer `outer`.
+
+    Raises:
+      ValueError: if the variant needs more devices than JAX has.
+    """
     if variant.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_default_matmul_precision", variant.precision)
     work = workloads.build(variant.workload, variant.dtype, variant.implementation)
     mesh = task_mesh(len(jax.tree.leaves(work.tasks)[0])) if variant.devices is None and not is_small(variant) else None
     if variant.devices is not None and variant.devices > len(jax.devices()):
@@ -66,16 +79,18 @@ def program(variant: Variant) -> Program:
         mesh = jax.sharding.Mesh(np.array(jax.devices()[: variant.devices]), ("tasks",))
     options: dict[str, Any] = {"steps": variant.inner_steps or work.inner_steps, "order": variant.order}
     inner = maml_jax.sgd(work.inner_rate, trainable=work.trainable, remat=variant.remat, **options)
-    learner = maml_jax.maml(work.loss_fn, inner, optax.adam(1e-3), task_batch_size=variant.task_batch_size, mesh=mesh)
+    outer = outer or optax.adam(1e-3)
+    learner = maml_jax.maml(work.loss_fn, inner, outer, task_batch_size=variant.task_batch_size, mesh=mesh)
     return Program(learner.step, learner.init(work.init()), work.tasks, mesh)
 
 
-def measure(variant: Variant, seconds: float) -> dict[str, Any]:
+def measure(variant: Variant, seconds: float, compiled: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Measures a variant: times of a meta-step in ms, memory in bytes, operations, and the machine's limit in GFLOP/s.
 
     Args:
       variant: the variant.
       seconds: the duration of the measurement.
+      compiled: called after compilation and before the first measurement.
 
     Raises:
       FloatingPointError: if the parameters are not finite after the measurement.
@@ -93,6 +108,7 @@ def measure(variant: Variant, seconds: float) -> dict[str, Any]:
     start = time.perf_counter()
     run = lowered.compile()
     compilation = time.perf_counter() - start
+    compiled()
     memory = run.memory_analysis()
     state, memory_measured = with_peak_memory(lambda: run(state, tasks, 1))
     start = time.perf_counter()
@@ -116,6 +132,21 @@ def measure(variant: Variant, seconds: float) -> dict[str, Any]:
         "limit_gflops": limit(variant),
         "devices_used": mesh.size if mesh is not None else 1,
     }
+
+
+def gradient_error(variant: Variant) -> float:
+    """Returns the relative error of the variant's meta-gradient, `|g - g64| / |g64|`, against float64."""
+    found = []
+    given: Any = None
+    for each in (variant, dataclasses.replace(variant, dtype="float64", precision="float32")):
+        step, state, tasks, _ = program(each, KEEP_GRADIENT)
+        given = given or (state, tasks)
+        # The exact gradient is that at the same parameters and inputs, in float64.
+        same = jax.tree.map(lambda value, like: jnp.asarray(value, like.dtype), given, (state, tasks))
+        gradient = jax.tree.leaves(jax.jit(step)(*same)[0].opt_state)
+        found.append(np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in gradient]))
+    own, exact = found
+    return float(np.linalg.norm(own - exact) / np.linalg.norm(exact))
 
 
 def with_peak_memory(run: Callable[[], Any]) -> tuple[Any, int | None]:

@@ -2,6 +2,9 @@
 
     python experiments/benchmarks/torch_peers.py '{"workload": "omniglot-5w1s", "peer": "loop"}'
 
+The peers are a loop over tasks, `torch.func` with `vmap` over tasks, the package `higher`, and two forms in one
+`torch.compile` each, with the meta-gradient and Adam in one graph: `vmap` over tasks, and a loop over tasks.
+
 The module needs PyTorch, and the package `higher` for the implementation of that name (`pip install -e '.[torch]'`). It
 imports no other module of this project, so that a Python without JAX can run it. The nets are those of
 `maml_jax.nets.models`: convolutions have no bias, and normalisation has no scale and an offset that the inner loop does
@@ -64,7 +67,9 @@ def workload(name):
 
 
 def meta_step(peer, order, steps, net, loss, rate, data):
-    """Returns a function that takes one meta-step, including the update of Adam."""
+    """Returns a function that takes one meta-step, including the update of Adam, and returns the meta-gradient."""
+    if peer.startswith("compiled"):
+        return compiled_meta_step(peer, order, steps, net, loss, rate, data)
     outer = torch.optim.Adam(net.parameters(), 1e-3)
     params = dict(net.named_parameters())
     fixed = {name: value for name, value in params.items() if name.endswith("offset")}
@@ -116,23 +121,76 @@ def meta_step(peer, order, steps, net, loss, rate, data):
         outer.zero_grad()
         body()
         outer.step()
+        return [p.grad for p in net.parameters()]
+
+    return step
+
+
+def compiled_meta_step(peer, order, steps, net, loss, rate, data):
+    """As `meta_step`, with the meta-gradient and Adam in one compiled graph of static shapes."""
+    params = {name: value.detach() for name, value in net.named_parameters()}
+    norms = [name for name in params if name.endswith("offset")]
+
+    def loss_of(params, x, y):
+        return loss(functional_call(net, params, (x,)), y)
+
+    def task_loss(params, x, y, x_query, y_query):
+        adapted = params
+        for _ in range(steps):
+            grads = grad(loss_of)(adapted, x, y)
+            grads = grads if order == 2 else {name: g.detach() for name, g in grads.items()}
+            adapted = {name: p if name in norms else p - rate * grads[name] for name, p in adapted.items()}
+        return loss_of(adapted, x_query, y_query)
+
+    def mean_loss(params):
+        if peer == "compiled":
+            return vmap(task_loss, (None, 0, 0, 0, 0))(params, *data).mean()
+        return torch.stack([task_loss(params, *task) for task in zip(*data)]).mean()
+
+    @torch.compile(fullgraph=True, dynamic=False)
+    def update(params, first, second, count):
+        grads, count = grad(mean_loss)(params), count + 1
+        first = {name: 0.9 * first[name] + 0.1 * g for name, g in grads.items()}
+        second = {name: 0.999 * second[name] + 0.001 * g**2 for name, g in grads.items()}
+        new = {}
+        for name, p in params.items():
+            size = torch.sqrt(second[name] / (1 - 0.999**count)) + 1e-8
+            new[name] = p - 1e-3 * first[name] / (1 - 0.9**count) / size
+        return new, first, second, count, grads
+
+    state = [params, *({name: torch.zeros_like(p) for name, p in params.items()} for _ in range(2))]
+    state.append(torch.zeros((), device=data[0].device))
+
+    def step():
+        *state[:], grads = update(*state)
+        return list(grads.values())
 
     return step
 
 
 def main():
-    given = {"order": 2, "seconds": 3.0, "threads": 2, "device": "cpu", "inner_steps": None, **json.loads(sys.argv[1])}
+    given: dict = {"order": 2, "seconds": 3.0, "threads": 2, "device": "cpu", "inner_steps": None, "precision": None}
+    given |= json.loads(sys.argv[1])
     torch.set_num_threads(given["threads"])
-    if given["device"] != "cpu":  # As JAX does by default: float32 products with reduced precision.
-        torch.set_float32_matmul_precision("high")
+    # As JAX does by default on a GPU: float32 products and convolutions with reduced precision.
+    reduced = given["device"] != "cpu" and given["precision"] != "float32"
+    torch.set_float32_matmul_precision("high" if reduced else "highest")
+    torch.backends.cudnn.allow_tf32 = reduced
     torch.manual_seed(0)
     net, loss, steps, rate, data = workload(given["workload"])
     net, data = net.to(given["device"]), [part.to(given["device"]) for part in data]
     step = meta_step(given["peer"], given["order"], given["inner_steps"] or steps, net, loss, rate, data)
-    step()
+    start = time.perf_counter()
+    grads = step()
+    if given["device"] != "cpu":
+        torch.cuda.synchronize()
+    first_step_s = time.perf_counter() - start  # With compilation, if the peer compiles.
     if given.get("gradient"):  # The gradient of the first step, for comparison.
-        print(json.dumps([float(p.grad.abs().sum()) for p in net.parameters()]))
+        print(json.dumps([float(g.abs().sum()) for g in grads]))
         return
+    if given.get("wait"):  # Other processes compile at the same time. Measure when standard input says so.
+        print("ready", flush=True)
+        sys.stdin.readline()
 
     def milliseconds(count):
         start = time.perf_counter()
@@ -148,7 +206,7 @@ def main():
     begin = time.perf_counter()
     while len(times) < 3 or time.perf_counter() - begin < given["seconds"]:
         times.append(milliseconds(per_time))
-    print(json.dumps({"ms": times, "version": torch.__version__}))
+    print(json.dumps({"ms": times, "compile_s": first_step_s, "version": torch.__version__}))
 
 
 if __name__ == "__main__":

@@ -8,14 +8,16 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.commands import launch
 
+import maml_jax
 from experiments import benchmark
-from experiments.benchmarks import breakdown, flops, measure, workloads
+from experiments.benchmarks import breakdown, flops, measure, plain_jax, workloads
 from maml_jax.nets.convolution import conv
 from maml_jax.parallel.backend import cores
 
@@ -60,7 +62,7 @@ def test_a_row_is_the_median_of_its_rounds():
     row = benchmark.summary({"kind": "ours", "rounds": [*rounds, rounds[0]]})
     assert (row["ms"], row["ms_least"], row["ms_most"]) == (10.0, 8.0, 10.0)
     assert (row["share_of_limit"], row["tasks_per_second"], row["limit_gflops"]) == (0.5, 400.0, 400.0)
-    peer = benchmark.summary({"kind": "peer", "rounds": [{"ms": [3.0], "version": "2.9"}]})
+    peer = benchmark.summary({"kind": "peer", "rounds": [{"ms": [3.0], "version": "2.9", "compile_s": 7.0}]})
     assert (peer["ms"], peer["version"]) == (3.0, "2.9")
 
 
@@ -112,15 +114,30 @@ def test_every_workload_has_a_finite_loss(name):
 
 @pytest.mark.parametrize("order", [1, 2])
 def test_the_peers_take_the_same_step(order):
-    """All three peers give the same meta-gradient (if PyTorch is installed)."""
+    """All peers give the same meta-gradient (if PyTorch is installed)."""
     pytest.importorskip("torch")
     pytest.importorskip("higher")
     given = {"workload": "omniglot-5w1s", "order": order, "gradient": True, "inner_steps": 2}
     sums = []
-    for peer in benchmark.PEERS:
+    for peer in ("loop", "func", "higher", "compiled"):
         done = launch("experiments.benchmarks.torch_peers", json.dumps({**given, "peer": peer}))
         sums.append(json.loads(done.stdout))
-    np.testing.assert_allclose(sums[1:], [sums[0], sums[0]], rtol=1e-3)
+    np.testing.assert_allclose(sums[1:], [sums[0]] * 3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_plain_jax_has_our_meta_gradient(order, monkeypatch):
+    small = workloads.IMAGES["omniglot-5w1s"]._replace(ways=3, tasks=2, inner_steps=2, size=8, filters=4)
+    monkeypatch.setitem(workloads.IMAGES, "omniglot-5w1s", small)
+    meta_loss, params, tasks = plain_jax.build("omniglot-5w1s", order)
+    found = jax.jit(jax.grad(meta_loss))(params, *tasks)
+    work = workloads.build("omniglot-5w1s")
+    inner = maml_jax.sgd(work.inner_rate, steps=2, order=order, trainable=work.trainable)
+    learner = maml_jax.maml(work.loss_fn, inner, measure.KEEP_GRADIENT)
+    ours = {name: {"offset": leaf} if name.startswith("Norm_") else leaf for name, leaf in params.items()}
+    gradient = jax.jit(learner.step)(learner.init(ours), tasks)[0].opt_state
+    gradient = {name: leaf["offset"] if name.startswith("Norm_") else leaf for name, leaf in gradient.items()}
+    chex.assert_trees_all_close(found, gradient, rtol=1e-3, atol=1e-6)
 
 
 def test_benchmark_end_to_end(tmp_path):
@@ -152,8 +169,8 @@ def test_peak_memory_of_a_large_and_a_small_call():
     [
         (["--rounds", "0"], "rounds must be an integer of at least 1, but got 0"),
         (["--inner-steps", "0"], "inner_steps must be an integer of at least 1, but got 0"),
-        (["--peer-python", "python"], "add --against torch"),
-        (["--against", "torch", "--peer-python", "nowhere/python"], "has no PyTorch"),
+        (["--peer-python", "python"], "add --against func"),
+        (["--against", "func", "--peer-python", "nowhere/python"], "has no PyTorch"),
         (["--seconds", "nan"], "seconds must be positive and finite"),
     ],
 )
@@ -235,10 +252,10 @@ def test_peers_run_on_our_backend(backend, device, commands):
 
 
 def test_against_torch_on_accelerators(commands, monkeypatch):
-    config = benchmark.Config(against="torch")
+    config = benchmark.Config(against=("func",))
     for backend, devices in (("cpu", ()), ("gpu", (1,))):
         monkeypatch.setattr(benchmark, "where", lambda backend=backend: (backend, ""))
         assert benchmark.prepare(config).devices == devices
     monkeypatch.setattr(benchmark, "where", lambda: ("tpu", ""))
-    with pytest.raises(ValueError, match="on CPUs and GPUs, but the backend of JAX is tpu"):
+    with pytest.raises(ValueError, match="on CPUs and GPUs, but the backend is tpu"):
         benchmark.prepare(config)

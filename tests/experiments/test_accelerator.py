@@ -1,0 +1,47 @@
+"""The script for accelerators, on a CPU."""
+
+import json
+
+import pytest
+
+from experiments import accelerator
+
+
+def test_jobs_are_measured_one_after_the_other_and_failures_are_reported(tmp_path, monkeypatch, capsys):
+    small = {"workload": "sinusoid", "devices": 1}
+    given = [
+        {"job": "measure", "seconds": 0.1, "precision": "tensorfloat32", **small},
+        {"job": "error", "dtype": "bfloat16", **small},
+        {"job": "measure", "seconds": 0.1, "workload": "no such workload"},
+    ]
+    monkeypatch.setattr(accelerator, "jobs", lambda seconds, torch: given)
+    config = accelerator.Config(stages=("measure",), workdir=tmp_path / "run")
+    rows = accelerator.main(accelerator.prepare(config))["rows"]
+    assert rows == json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
+    measured, error, failed = rows
+    assert min(measured["ms"]) > 0 and measured["gflop"] > 0 and measured["precision"] == "tensorfloat32"
+    assert 1e-4 < error["gradient_error"] < 0.1
+    assert failed["error"] == "not compiled: KeyError: 'no such workload'"
+    printed = capsys.readouterr().out
+    assert "1/3  measure sinusoid tensorfloat32" in printed and "2/3  error sinusoid bfloat16: relative" in printed
+
+
+def test_late_jobs_are_not_measured(tmp_path):
+    job = accelerator.Job({"job": "measure"}, tmp_path / "log", "cpu")
+    job.compile(end=0.0)
+    assert job.result(1.0) == {"error": "not compiled: the time was up"}
+
+
+def test_jobs_cover_every_workload_precision_and_peer():
+    found = accelerator.jobs(0.5, torch=True)
+    assert {job["workload"] for job in found if job.get("job") == "measure"} == set(accelerator.WORKLOADS)
+    assert {job["peer"] for job in found if "peer" in job} == set(accelerator.PEERS)
+    errors = [job for job in found if job.get("job") == "error"]
+    assert [{**job} | options for job, options in zip(errors, accelerator.PRECISIONS.values())] == errors
+    assert not any("peer" in job for job in accelerator.jobs(0.5, torch=False))
+
+
+@pytest.mark.parametrize("options, message", [({"stages": ()}, "at least one"), ({"seconds": 0.0}, "seconds")])
+def test_wrong_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        accelerator.prepare(accelerator.Config(**options))
