@@ -16,7 +16,8 @@ import jax
 import tyro
 
 from experiments.few_shot import testing
-from experiments.few_shot.run import TEST_STEPS, DataSet, Run, Split
+from experiments.few_shot.names import Split
+from experiments.few_shot.run import TEST_STEPS, DataSet, Run
 from experiments.shared import command_line, plots
 from experiments.shared.command_line import DefaultInHelp
 from experiments.table.rows import EXPERIMENTS

@@ -15,7 +15,8 @@ from typing import Any, ClassVar, Literal
 from experiments import omniglot
 from experiments.few_shot import methods
 from experiments.few_shot import run as few_shot
-from experiments.few_shot.run import FAST, DataSet
+from experiments.few_shot.recipes import FAST, ONE_STEP
+from experiments.few_shot.run import DataSet
 from experiments.shared import command_line
 from experiments.shared.command_line import DefaultInHelp
 from maml_jax import losses, validation
@@ -42,13 +43,13 @@ def paper_recipe(ways: int, shots: int) -> dict[str, Any]:
     }
 
 
-def fast_recipe(ways: int, shots: int) -> dict[str, Any]:
-    """The fast recipe: 11,000 meta-steps on flipped images of half the height and width.
+def one_step_recipe(ways: int, shots: int) -> dict[str, Any]:
+    """The recipe 'one-step': 11,000 meta-steps on flipped images of half the height and width.
 
     Training is on one task of 20 classes per meta-step, with four images each, which are exchanged. The inner rates
     are in proportion to the ways, because they are for a mean loss.
     """
-    return FAST | {
+    return ONE_STEP | {
         "tasks": 1,
         "queries": 15,
         "train_ways": 20,
@@ -59,6 +60,20 @@ def fast_recipe(ways: int, shots: int) -> dict[str, Any]:
         "downscale": 2,
         "flips": True,
         "steps": 11_000,
+    }
+
+
+def fast_recipe(ways: int, shots: int) -> dict[str, Any]:
+    """The second phase of the recipe 'fast': 400 meta-steps on images of full size."""
+    return FAST | {
+        "tasks": 2,
+        "queries": 15,
+        "train_queries": 3,
+        "inner_rate": 0.01 * ways,
+        "head_rates": (0.02 * ways,) * 2,
+        "flips": True,
+        "steps": 400,
+        "first_steps": 11_000,
     }
 
 
@@ -77,6 +92,7 @@ class Run(few_shot.Run):
     division: Division = "random"
     """Split of class folders without splits. 'random': 64% train, 16% val, 20% test; 'none': all classes train."""
 
+    data_options: ClassVar[tuple[str, ...]] = ("data_dir", "expect", "size", "division")
     experiment: ClassVar[str] = "miniimagenet"
     val_tasks: ClassVar[int] = 100
 
@@ -90,6 +106,9 @@ class Run(few_shot.Run):
 
     def paper_recipe(self) -> dict[str, Any]:
         return paper_recipe(self.ways, self.shots)
+
+    def one_step_recipe(self) -> dict[str, Any]:
+        return one_step_recipe(self.ways, self.shots)
 
     def fast_recipe(self) -> dict[str, Any]:
         return fast_recipe(self.ways, self.shots)

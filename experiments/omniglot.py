@@ -2,7 +2,7 @@
 
     python -m experiments.omniglot --ways 5 --shots 1 --data-dir data/omniglot --download
 
-    python -m experiments.omniglot --ways 20 --shots 1 --recipe fast --data-dir data --download
+    python -m experiments.omniglot --ways 20 --shots 1 --recipe fast --data-dir data/omniglot --download
 
 The command trains by the paper's recipe for the number of ways, or by the fast recipe, and evaluates on 600 test tasks
 of held-out characters. It writes metrics, results, the best models, the last model and plots to the work directory.
@@ -17,7 +17,9 @@ import jax.numpy as jnp
 
 from experiments.few_shot import methods, testing
 from experiments.few_shot import run as few_shot
-from experiments.few_shot.run import FAST, DataSet, Net
+from experiments.few_shot.names import Net
+from experiments.few_shot.recipes import FAST, ONE_STEP
+from experiments.few_shot.run import DataSet
 from experiments.shared import command_line, plots
 from experiments.shared.command_line import DefaultInHelp
 from maml_jax import losses, validation
@@ -71,67 +73,29 @@ def main(prepared: tuple[few_shot.Run, DataSet]) -> dict[str, Any]:
       FloatingPointError: if a loss is not finite.
     """
     run, data = prepared
-    init_key, train_key, val_key, test_key = jax.random.split(jax.random.key(run.seed), 4)
-
-    # Model and loss. Joint training has one output for each training class, meta-training one for each way.
-    outputs = len(data.train.counts) if run.method == "pretrained" else run.ways
-    net = methods.network(run, outputs=outputs, training=True)
-    loss_fn = losses.cross_entropy(models.apply_params(net))
-
-    # Learner: the inner loop and the outer optimizer, joined by the algorithm.
-    mesh = task_mesh(run.tasks)
-    learner = methods.learner(run, net, loss_fn, mesh=mesh)
-    state = learner.init(net.init(init_key, jnp.zeros((1, *run.image_shape)))["params"])
-    if run.start_from is not None:
-        start = methods.start_from(run, model_file.load(run.start_from), processes.local(state.meta_params))
-        state = state._replace(**task_axis(None, mesh).replicate(start)._asdict())
-
-    # Tasks. Each meta-step draws new tasks. All validations use the same tasks.
-    draw, train_data = methods.draw_tasks(run, data.train, train_key, mesh)
-    val_tasks = fixed_tasks(val_key, data.val, run.val_tasks, run.shape)
-    statistics_tasks = fixed_tasks(jax.random.fold_in(val_key, 1), data.train, run.val_tasks, run.shape)
-
-    # Training loop. Each call takes STEPS_PER_CALL meta-steps. A stopped run resumes from its last checkpoint.
-    directory = RunDirectory(
-        run.workdir, run.name, run.record(data), mutable_fields=run.mutable_fields, wandb=run.wandb
-    )
+    directory = run.open_directory(data, wandb=run.wandb)
     print(f"{run}\nWriting to {directory.path}", flush=True)
-    best = Best(directory.path / "best", run.description(data), keep=KEEP)
 
-    def validate(state: MetaState) -> dict[str, float]:
-        finished = testing.finished(run, state, statistics_tasks)
-        accuracy = testing.accuracy(run, finished, val_tasks(), run.selected_after)
-        best.add(finished, accuracy)
-        return {"val_accuracy": accuracy}
-
-    validate_every = STEPS_PER_CALL * max(1, min(1000, run.steps // 5) // STEPS_PER_CALL)
-    progress = Progress(run.steps, run.name)
-    for state, row in resumable_train(
-        learner,
-        state,
-        draw,
-        train_data,
-        steps=run.steps,
-        steps_per_call=STEPS_PER_CALL,
-        run=directory,
-        save_every=SAVE_EVERY,
-        validate=Validate(validate_every, validate),
-        rates={"inner": run.inner_rate, "outer": methods.outer_rate(run)},
-        profile=run.profile,
-    ):
-        progress.update(row["step"], loss=row["loss"], accuracy=row["accuracy"])
+    # Training, from a new net, from a saved model, or from the first phase of the recipe.
+    start = model_file.load(run.start_from) if run.start_from is not None else None
+    first = dataclasses.replace(run, workdir=directory.path).first_phase
+    if first is not None:
+        state, _ = train(first, data, first.open_directory(data))
+        params, inner_params = processes.local(state.meta_params)
+        start = model_file.Saved(params, inner_params, first.description(data))
+    state, best = train(run, data, directory, start)
     if not processes.is_leader():
         return {}
 
     # Evaluation of the best models on the test tasks.
-    if not best.paths():  # The run was stopped before its first validation, and took no further meta-steps.
-        validate(processes.local(state))
-    last = testing.finished(run, processes.local(state), statistics_tasks)
+    _, _, val_key, test_key = jax.random.split(jax.random.key(run.seed), 4)
+    last = testing.finished(run, processes.local(state), methods.statistics_tasks(run, data))
     model_file.save(
         directory.path / "last.msgpack", *last.meta_params, run.description(data) | {"step": int(last.step)}
     )
     states = [testing.load_state(run, saved) for saved in best.models()]
-    run = testing.tuned(run, states[0], val_tasks) if run.tune else run
+    if run.tune:
+        run = testing.tuned(run, states[0], fixed_tasks(val_key, data.val, run.val_tasks, run.shape))
     best.describe(run.description(data))  # The saved models get the inner rate of the evaluation.
     test_tasks = fixed_tasks(test_key, data.test, run.test_tasks, run.shape)
     protocol = testing.protocol(run, data, "test", run.test_tasks)
@@ -161,6 +125,72 @@ def main(prepared: tuple[few_shot.Run, DataSet]) -> dict[str, Any]:
     return results
 
 
+def train(
+    run: few_shot.Run, data: DataSet, directory: RunDirectory, start: model_file.Saved | None = None
+) -> tuple[MetaState, Best]:
+    """Meta-trains a run, and validates all along.
+
+    Args:
+      run: the resolved run.
+      data: its data.
+      directory: its directory. A stopped run resumes from its last checkpoint there.
+      start: the model to start from; None: a new net.
+
+    Returns:
+      The last state, and the best models in validation.
+
+    Raises:
+      FloatingPointError: if a loss is not finite.
+    """
+    init_key, train_key, val_key, _ = jax.random.split(jax.random.key(run.seed), 4)
+
+    # Model and loss. Joint training has one output for each training class, meta-training one for each way.
+    outputs = len(data.train.counts) if run.method == "pretrained" else run.ways
+    net = methods.network(run, outputs=outputs, training=True)
+    loss_fn = losses.cross_entropy(models.apply_params(net))
+
+    # Learner: the inner loop and the outer optimizer, joined by the algorithm.
+    mesh = task_mesh(run.tasks)
+    learner = methods.learner(run, net, loss_fn, mesh=mesh)
+    state = learner.init(net.init(init_key, jnp.zeros((1, *run.image_shape)))["params"])
+    if start is not None:
+        meta_params = methods.start_from(run, start, processes.local(state.meta_params))
+        state = state._replace(**task_axis(None, mesh).replicate(meta_params)._asdict())
+
+    # Tasks. Each meta-step draws new tasks. All validations use the same tasks.
+    draw, train_data = methods.draw_tasks(run, data.train, train_key, mesh)
+    val_tasks = fixed_tasks(val_key, data.val, run.val_tasks, run.shape)
+    statistics_tasks = methods.statistics_tasks(run, data)
+    best = Best(directory.path / "best", run.description(data), keep=KEEP)
+
+    def validate(state: MetaState) -> dict[str, float]:
+        finished = testing.finished(run, state, statistics_tasks)
+        accuracy = testing.accuracy(run, finished, val_tasks(), run.selected_after)
+        best.add(finished, accuracy)
+        return {"val_accuracy": accuracy}
+
+    # Training loop. Each call takes STEPS_PER_CALL meta-steps.
+    validate_every = STEPS_PER_CALL * max(1, min(1000, run.steps // 5) // STEPS_PER_CALL)
+    progress = Progress(run.steps, run.name)
+    for state, row in resumable_train(
+        learner,
+        state,
+        draw,
+        train_data,
+        steps=run.steps,
+        steps_per_call=STEPS_PER_CALL,
+        run=directory,
+        save_every=SAVE_EVERY,
+        validate=Validate(validate_every, validate),
+        rates={"inner": run.inner_rate, "outer": methods.outer_rate(run)},
+        profile=run.profile,
+    ):
+        progress.update(row["step"], loss=row["loss"], accuracy=row["accuracy"])
+    if processes.is_leader() and not best.paths():  # The run was stopped before its first validation, and took no more.
+        validate(processes.local(state))
+    return state, best
+
+
 def paper_recipe(ways: int, shots: int) -> dict[str, Any]:
     """Returns the paper's recipe (appendix A.1). The recipe depends on the number of ways."""
     if ways >= 20:
@@ -168,13 +198,13 @@ def paper_recipe(ways: int, shots: int) -> dict[str, Any]:
     return {"tasks": 32, "queries": shots, "inner_rate": losses.rate_for_mean_loss(0.4, ways=5), "inner_steps": 1}
 
 
-def fast_recipe(ways: int, shots: int) -> dict[str, Any]:
-    """The fast recipe: 14,000 meta-steps, 11 minutes on one core, the same training for all ways and shots.
+def one_step_recipe(ways: int, shots: int) -> dict[str, Any]:
+    """The recipe 'one-step': 14,000 meta-steps, 11 minutes on one core, the same training for all ways and shots.
 
     Training is on tasks of 40 classes with two images each, which are exchanged. The inner rates are in proportion to
     the ways, because they are for a mean loss.
     """
-    return FAST | {
+    return ONE_STEP | {
         "tasks": 2,
         "queries": shots,
         "train_ways": 40,
@@ -183,6 +213,19 @@ def fast_recipe(ways: int, shots: int) -> dict[str, Any]:
         "inner_rate": 0.02 * ways,
         "head_rates": (0.5 * ways,),
         "steps": 14_000,
+    }
+
+
+def fast_recipe(ways: int, shots: int) -> dict[str, Any]:
+    """The second phase of the recipe 'fast': 600 meta-steps, or 100 with 100 support examples per task."""
+    size = ways * shots
+    return FAST | {
+        "tasks": 8 if size <= 5 else 4 if size <= 25 else 2,
+        "queries": shots,
+        "inner_rate": 0.02 * ways,
+        "head_rates": (0.5 * ways,) * 2,
+        "steps": 600 if size < 100 else 100,
+        "first_steps": 14_000,
     }
 
 
@@ -203,6 +246,7 @@ class Run(few_shot.Run):
     download: bool = False
     """First download the official archives (16 MB) to --data-dir."""
 
+    data_options: ClassVar[tuple[str, ...]] = ("split", "data_dir")
     experiment: ClassVar[str] = "omniglot"
     val_tasks: ClassVar[int] = 160
 
@@ -216,6 +260,9 @@ class Run(few_shot.Run):
 
     def paper_recipe(self) -> dict[str, Any]:
         return paper_recipe(self.ways, self.shots)
+
+    def one_step_recipe(self) -> dict[str, Any]:
+        return one_step_recipe(self.ways, self.shots)
 
     def fast_recipe(self) -> dict[str, Any]:
         return fast_recipe(self.ways, self.shots)

@@ -5,7 +5,7 @@ References:
   arXiv:2502.16982 (Muon).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -16,7 +16,8 @@ import optax.contrib
 from jax.sharding import Mesh
 
 import maml_jax
-from experiments.few_shot.run import WITH_HEAD_RATES, DataSet, Run
+from experiments.few_shot.names import WITH_HEAD_RATES
+from experiments.few_shot.run import DataSet, Run
 from maml_jax import losses
 from maml_jax.algorithms import heads
 from maml_jax.algorithms.imaml import imaml
@@ -31,6 +32,7 @@ from maml_jax.nets.normalisation import NEEDS_CONTEXT
 from maml_jax.runs import model_file
 from maml_jax.tasks import host_memory
 from maml_jax.tasks.episodes import EpisodeShape, ImageClasses, augment
+from maml_jax.tasks.fixed import fixed_tasks
 from maml_jax.types import LossFn, MetaParams, Task
 
 PROXIMAL_WEIGHT = 0.5
@@ -193,6 +195,12 @@ def draw_tasks(
     return draw_augmented, data
 
 
+def statistics_tasks(run: Run, data: DataSet) -> Callable[[], Iterable[Task]]:
+    """Returns the training tasks whose statistics the normalisation 'running' gathers; see `fixed_tasks`."""
+    _, _, val_key, _ = jax.random.split(jax.random.key(run.seed), 4)
+    return fixed_tasks(jax.random.fold_in(val_key, 1), data.train, run.val_tasks, run.shape)
+
+
 def with_context(run: Run, tasks: Task) -> Task:
     """Adds the support set to the queries of each task if the normalisation needs statistics of the support set."""
     return losses.query_with_support(tasks) if run.normalisation in NEEDS_CONTEXT else tasks
@@ -223,11 +231,14 @@ def start_from(run: Run, saved: model_file.Saved, initial: MetaParams) -> MetaPa
     except ValueError as error:
         raise ValueError(f"start_from must be a model of the same net, but {run.start_from} is not: {error}") from error
 
+    trained = saved.description.get("config", {})
+
     def with_saved(own: jax.Array, learned: jax.Array) -> jax.Array:
-        # Saved rates for the inner steps of the model, and the run's initial rates for further steps.
+        # Saved rates for the inner steps of the model, and the run's initial rates for further steps. Rates are
+        # logarithms. In a mean loss over more classes each class has less weight, so rates grow with the ways.
+        learned = learned + jnp.log(jnp.asarray(run.ways / trained["ways"], learned.dtype))
         return jnp.concatenate([learned, own[len(learned) :]])[: len(own)]
 
-    trained = saved.description.get("config", {})
     if run.learn_rates and trained.get("learn_rates") and trained.get("method") in WITH_HEAD_RATES:
         inner_params = {
             layer: jax.tree.map(with_saved, rates, saved.inner_params[layer]) if jax.tree.leaves(rates) else rates

@@ -4,45 +4,18 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, get_args
 
+from experiments.few_shot import checks
+from experiments.few_shot.names import ANNEALED, WITH_HEAD_RATES, WITH_OWN_TASKS, Method, Net, Optimizer, Recipe, Split
+from experiments.few_shot.recipes import LEAST_STEPS, PAPER, for_method
 from experiments.shared import command_line
 from experiments.shared.command_line import RUN_OPTIONS, DefaultInHelp, Switch
 from maml_jax import validation
-from maml_jax.nets.normalisation import NEEDS_CONTEXT, NORMALISATIONS, Normalisation
-from maml_jax.parallel import processes
-from maml_jax.parallel.task_axis import task_mesh
+from maml_jax.nets.normalisation import Normalisation
 from maml_jax.runs.directory import RunDirectory
 from maml_jax.runs.resumable import check_steps
 from maml_jax.tasks import images
-from maml_jax.tasks.episodes import ROTATIONS, EpisodeShape, ImageClasses, Rotations
+from maml_jax.tasks.episodes import EpisodeShape, ImageClasses, Rotations
 
-Method = Literal[
-    "maml",
-    "anil",
-    "boil",
-    "meta-sgd",
-    "meta-curvature",
-    "maml++",
-    "shared-head",
-    "zero-head",
-    "one-step",
-    "prototypes",
-    "reptile",
-    "imaml",
-    "pretrained",
-]
-Net = Literal["conv", "mlp"]
-Optimizer = Literal["adam", "muon"]
-Recipe = Literal["paper", "fast"]
-Split = Literal["train", "val", "test"]
-
-WITHOUT_ORDER = ("reptile", "imaml", "pretrained")
-"""Methods that do not differentiate through the inner steps: `order` has no effect."""
-ANNEALED = ("maml++", "reptile")
-"""Methods whose outer rate always falls over the meta-steps."""
-WITH_HEAD_RATES = ("zero-head", "one-step")
-"""Methods whose head starts from zero and may have inner rates of its own."""
-WITH_OWN_TASKS = ("reptile", "pretrained")
-"""Methods that set the shape of the tasks in training."""
 TEST_STEPS = 10
 """Inner steps at test. Accuracies are recorded after 0 to this number of steps."""
 
@@ -90,11 +63,12 @@ class Run(command_line.RunOptions):
     net: FromRecipe[Net] = RECIPE
     """'conv': four convolutional blocks; 'mlp': fully connected layers. Default: conv."""
     recipe: Recipe = "paper"
-    """Values of the options that are not given. 'paper': the paper's values; 'fast': one-step MAML with Muon, in less
-    time."""
+    """Values of the options that are not given. 'paper': the paper's values. 'one-step': one-step MAML with Muon, in
+    less time. 'fast': first 'one-step', then plain MAML with two inner steps, for accuracy after any number of inner
+    steps."""
     method: FromRecipe[Method] = RECIPE
     """The algorithm. 'one-step' is exact MAML with one inner step from a head of zeros. 'pretrained' trains jointly on
-    all classes, and fine-tunes at test. Default: maml, or one-step with --recipe fast."""
+    all classes, and fine-tunes at test. Default: maml, or the method of the recipe."""
     order: Literal[1, 2] = 2
     """2: exact meta-gradient; 1: first-order approximation."""
     normalisation: Normalisation = "batch"
@@ -135,6 +109,8 @@ class Run(command_line.RunOptions):
     none with Muon."""
     anneal: Switch = RECIPE
     """Decay the outer rate to 1% along a cosine over all meta-steps, as MAML++ always does."""
+    first_steps: FromRecipe[int] = RECIPE
+    """Number of meta-steps of the first phase, for --recipe fast. Default: the recipe's number."""
     start_from: DefaultInHelp[Path | None] = None
     """Saved model of the same net to start from, such as last.msgpack of another run. The run takes the model's head if
     the number of classes is the same, and the model's learned inner rates if the run learns rates too. Default: a new
@@ -161,6 +137,8 @@ class Run(command_line.RunOptions):
     row: DefaultInHelp[str | None] = None
     """Name of the run's row in the table of results. `experiments.reproduce` sets this name. Default: no row."""
 
+    data_options: ClassVar[tuple[str, ...]]
+    """Options of the data, which a subclass adds."""
     experiment: ClassVar[str]
     """Name of the experiment in saved models and results."""
     val_tasks: ClassVar[int]
@@ -187,8 +165,12 @@ class Run(command_line.RunOptions):
         """Returns the paper's recipe of MAML: values for options that are not given. `ways` and `shots` must be set."""
         raise NotImplementedError
 
+    def one_step_recipe(self) -> dict[str, Any]:
+        """Returns the recipe 'one-step': values for options that are not given. `ways` and `shots` must be set."""
+        raise NotImplementedError
+
     def fast_recipe(self) -> dict[str, Any]:
-        """Returns the fast recipe: values for the options that are not given. `ways` and `shots` must be set."""
+        """Returns the second phase of the recipe 'fast'. The first phase is the recipe 'one-step' with one shot."""
         raise NotImplementedError
 
     def load(self) -> DataSet:
@@ -215,12 +197,20 @@ class Run(command_line.RunOptions):
         run = self.with_defaults(ways=5, shots=1, net="conv")
         validation.at_least("ways", run.ways, 2)
         validation.at_least("shots", run.shots, 1)
-        recipe = PAPER | run.paper_recipe() if self.recipe == "paper" else run.fast_recipe()
+        match self.recipe:
+            case "paper":
+                recipe = PAPER | run.paper_recipe()
+            case "one-step":
+                recipe = run.one_step_recipe()
+            case "fast":
+                recipe = run.fast_recipe()
         run = run.with_defaults(method=recipe["method"])
         self._check_given(run.method)
         run = run.with_defaults(tune=run.method == "pretrained" and self.inner_rate is None)
         if run.with_defaults(optimizer=recipe["optimizer"]).optimizer == "muon":
             recipe["clip"] = None  # Muon sets the size of an update, whatever the size of the gradient.
+        if self.start_from is not None:
+            recipe["first_steps"] = None
         run = run.with_defaults(**for_method(run.method, recipe))
         run = run.with_defaults(train_ways=run.ways, train_shots=run.shots, train_queries=run.queries)
         run.check()
@@ -233,8 +223,13 @@ class Run(command_line.RunOptions):
                 f"inner_steps is for methods that adapt in training, but got {self.inner_steps} with pretrained. "
                 f"Its fine-tuning at test is evaluated after 0 to {TEST_STEPS} steps."
             )
-        if self.recipe == "fast" and method != "one-step":
-            raise ValueError(f"recipe 'fast' is for the method one-step, but got {method}: give 'paper'.")
+        if self.recipe != "paper" and method != (own := {"fast": "zero-head", "one-step": "one-step"}[self.recipe]):
+            raise ValueError(f"recipe {self.recipe!r} is for the method {own}, but got {method}: give 'paper'.")
+        if self.first_steps is not None and (self.recipe != "fast" or self.start_from is not None):
+            raise ValueError(
+                f"first_steps is for the recipe 'fast' without start_from, but got {self.first_steps} with the recipe "
+                f"{self.recipe!r}{' and start_from' if self.start_from is not None else ''}."
+            )
         for name in ("train_shots", "train_queries"):
             if method in WITH_OWN_TASKS and (value := getattr(self, name)) is not None:
                 raise ValueError(f"{name} cannot be given for {method}, which sets its own task size, but got {value}.")
@@ -245,102 +240,7 @@ class Run(command_line.RunOptions):
 
     def check(self) -> None:
         """Raises ValueError if an option of this resolved run is not allowed."""
-        validation.at_least("ways", self.ways, 2)
-        validation.at_least("train_ways", self.train_ways, 2)
-        counts = ("shots", "queries", "train_shots", "train_queries", "tasks", "inner_steps", "downscale", "test_tasks")
-        for name in counts:
-            validation.at_least(name, getattr(self, name), 1)
-        validation.meta_steps("steps", self.steps)
-        validation.seed("seed", self.seed)
-        for name in ("inner_rate", "outer_rate", *(("clip",) if self.clip is not None else ())):
-            validation.positive(name, getattr(self, name))
-        for rate in self.head_rates:
-            validation.positive("head_rates", rate)
-        for name, allowed in (
-            ("optimizer", get_args(Optimizer)),
-            ("net", get_args(Net)),
-            ("order", (1, 2)),
-            ("normalisation", NORMALISATIONS),
-            ("rotations", ROTATIONS),
-            ("evaluation", ("transductive", "both")),
-        ):
-            validation.one_of(name, getattr(self, name), allowed)
-        self._check_combinations()
-        if processes.multiple():
-            task_mesh(self.tasks)  # Raises ValueError if the processes cannot have equal shares.
-        if self.task_batch_size is not None:
-            validation.at_least("task_batch_size", self.task_batch_size, 1)
-            mesh = task_mesh(self.tasks)
-            share = self.tasks // (mesh.size if mesh else 1)
-            if share % self.task_batch_size:
-                raise ValueError(
-                    f"task_batch_size must divide the tasks of one device, {share}, but got {self.task_batch_size}."
-                )
-
-    def _check_combinations(self) -> None:
-        if self.net == "mlp" and self.normalisation in ("instance", "tasknorm"):
-            raise ValueError(
-                f"normalisation {self.normalisation!r} needs spatial axes, which the fully connected net does not "
-                "have: give 'batch', 'support', 'layer' or 'group'."
-            )
-        if self.normalisation == "running" and self.method == "pretrained":
-            raise ValueError(
-                "normalisation 'running' gathers statistics over the inner steps of training, but pretrained takes no "
-                "inner steps in training: give another normalisation."
-            )
-        if self.normalisation == "running" and self.method == "reptile":
-            raise ValueError(
-                "normalisation 'running' needs norm parameters that the inner steps leave unchanged, but reptile "
-                "adapts them: give another normalisation."
-            )
-        self._check_one_step()
-        if self.tune and self.method != "pretrained":
-            raise ValueError(f"tune is for the method pretrained, but got {self.method}.")
-        if self.order == 1 and self.method in WITHOUT_ORDER:
-            raise ValueError(f"order 1 is for methods that differentiate the inner loop, but got {self.method}.")
-        if self.anneal and self.method in ANNEALED:
-            raise ValueError(
-                f"anneal is for methods with a constant outer rate, but the outer rate of {self.method} always falls."
-            )
-        if self.optimizer == "muon" and self.method == "reptile":
-            raise ValueError("optimizer 'muon' cannot be given for reptile, whose outer optimizer is SGD.")
-        if self.method not in WITH_HEAD_RATES:
-            for name in ("head_rates", "learn_rates"):
-                if value := getattr(self, name):
-                    raise ValueError(
-                        f"{name} is for the methods {' and '.join(WITH_HEAD_RATES)}, but got {value} for {self.method}."
-                    )
-        if len(self.head_rates) > self.inner_steps:
-            raise ValueError(
-                f"head_rates must be at most {self.inner_steps} rates, one for each inner step, but got "
-                f"{' '.join(map(str, self.head_rates))}."
-            )
-
-    def _check_one_step(self) -> None:
-        if self.method != "one-step":
-            for name, neutral in (("train_ways", self.ways), ("downscale", 1)):
-                if (value := getattr(self, name)) != neutral:
-                    raise ValueError(f"{name} is for the method one-step, but got {value} for {self.method}.")
-            return
-        if self.inner_steps != 1:
-            raise ValueError(f"inner_steps must be 1 for the method one-step, but got {self.inner_steps}.")
-        if self.normalisation in NEEDS_CONTEXT:
-            raise ValueError(
-                f"normalisation {self.normalisation!r} normalises queries by their support set, and one-step exchanges "
-                "the two sets: give 'batch', 'instance', 'layer' or 'group'."
-            )
-        if self.train_queries % self.train_shots:
-            raise ValueError(
-                f"train_queries must be a multiple of train_shots for the method one-step, but got "
-                f"{self.train_queries} and {self.train_shots}."
-            )
-        height, width, _ = self.image_shape
-        if height % self.downscale or width % self.downscale:
-            raise ValueError(
-                f"downscale must divide the size of the images, {height}x{width}, but got {self.downscale}."
-            )
-        if self.downscale > 1 and self.net == "mlp":
-            raise ValueError(f"downscale is for the convolutional net, but got {self.downscale} for net {self.net!r}.")
+        checks.check(self)
 
     # Derived values
 
@@ -353,6 +253,18 @@ class Run(command_line.RunOptions):
     def train_shape(self) -> EpisodeShape:
         """Shape of the tasks in training, for methods that have no tasks of their own."""
         return EpisodeShape(self.train_ways, self.train_shots, self.train_queries, self.rotations)
+
+    @property
+    def first_phase(self) -> Self | None:
+        """The run of the first phase, one-step MAML with one shot, or None. This run starts from its last parameters.
+
+        The directory of the first phase is `first-phase` in the directory of this run.
+        """
+        if self.first_steps is None:
+            return None
+        shared = {name: getattr(self, name) for name in (*SHARED_BY_PHASES, *self.data_options)}
+        folder = None if self.workdir is None else self.workdir / FIRST_PHASE
+        return type(self)(recipe="one-step", shots=1, steps=self.first_steps, workdir=folder, **shared).resolved()
 
     @property
     def outer_rate_falls(self) -> bool:
@@ -405,6 +317,10 @@ class Run(command_line.RunOptions):
             "data_sha256": data.sha256,
         }
 
+    def open_directory(self, data: DataSet, wandb: str | None = None) -> RunDirectory:
+        """Opens the directory of the run, with the Weights & Biases project `wandb`; see `RunDirectory`."""
+        return RunDirectory(self.workdir, self.name, self.record(data), mutable_fields=self.mutable_fields, wandb=wandb)
+
     def check_workdir(self) -> None:
         """Raises WorkdirError or FileExistsError if the work directory holds another run. Needs no data."""
         fields = (*self.mutable_fields, "data_sha256")
@@ -428,46 +344,11 @@ class Run(command_line.RunOptions):
                 raise ValueError(f"{tasks}: {error}") from error
 
 
+FIRST_PHASE = "first-phase"
+"""Name of the folder of the first phase, in the directory of a run."""
+
+SHARED_BY_PHASES = ("ways", "net", "order", "normalisation", "rotations", "seed", "resampling", "cache_dir")
+"""Options that both phases of the recipe 'fast' have in common, beside the options of the data."""
+
 NEUTRAL = ("data_dir", "cache_dir", "download", "row", *RUN_OPTIONS)
 """Options that do not change the results."""
-
-PAPER: dict[str, Any] = {
-    "method": "maml",
-    "steps": 60_000,
-    "outer_rate": 1e-3,
-    "optimizer": "adam",
-    "anneal": False,
-    "head_rates": (),
-    "learn_rates": False,
-    "downscale": 1,
-    "flips": False,
-}
-"""The paper's recipe for all data sets (appendix A.1). The values that depend on the data are in the experiments."""
-
-FAST: dict[str, Any] = PAPER | {
-    "method": "one-step",
-    "inner_steps": 1,
-    "learn_rates": True,
-    "optimizer": "muon",
-    "outer_rate": 0.01,
-    "anneal": True,
-}
-"""The fast recipe for all data sets: exact MAML with one inner step from a head of zeros and learned inner rates. Muon
-starts at a large rate, which decays. The experiments set few tasks per meta-step, with more classes than at test."""
-
-LEAST_STEPS = {"maml++": 5, "reptile": 5, "imaml": 16}
-"""Minimum number of inner steps by method. `for_method` raises the number of a recipe to this minimum."""
-
-
-def for_method(method: Method, recipe: dict[str, Any]) -> dict[str, Any]:
-    """Returns the recipe of MAML with the changes that a method needs."""
-    values = dict(recipe)
-    values["inner_steps"] = max(values["inner_steps"], LEAST_STEPS.get(method, 1))
-    if method == "one-step":
-        values["inner_steps"] = 1
-    if method == "imaml":
-        # The proximal term adds curvature to the support loss: many inner steps at a large rate diverge.
-        values["inner_rate"] = min(values["inner_rate"], 0.2)
-    if method == "reptile":
-        values |= {"outer_rate": 0.5, "clip": None}
-    return values

@@ -12,7 +12,8 @@ import optax
 
 import maml_jax
 from experiments.few_shot import methods
-from experiments.few_shot.run import TEST_STEPS, WITHOUT_ORDER, DataSet, Run, Split
+from experiments.few_shot.names import WITHOUT_ORDER, Split
+from experiments.few_shot.run import TEST_STEPS, DataSet, Run
 from maml_jax import evaluation, losses
 from maml_jax.algorithms import running_statistics
 from maml_jax.algorithms.imaml import with_proximal_term

@@ -55,7 +55,7 @@ def optional(field):
 COUNT, RATE = whole(1), rate()
 FEW_SHOT = {
     "ways": optional(whole(2)), "shots": optional(COUNT), "net": optional(choice("conv", "mlp")),
-    "recipe": choice("paper", "fast"), "optimizer": optional(choice("adam", "muon")),
+    "recipe": choice("paper", "fast", "one-step"), "optimizer": optional(choice("adam", "muon")),
     "method": optional(choice("maml", "anil", "boil", "meta-sgd", "meta-curvature", "maml++", "shared-head",
                               "zero-head", "one-step", "prototypes", "reptile", "imaml", "pretrained")),
     "order": choice("1", "2"),
@@ -63,6 +63,7 @@ FEW_SHOT = {
     "steps": optional(whole(1, MOST_STEPS)), "tasks": optional(COUNT), "queries": optional(COUNT),
     "train_ways": optional(whole(2)), "train_shots": optional(COUNT), "train_queries": optional(COUNT),
     "head_rates": optional(RATE), "downscale": optional(COUNT),
+    "first_steps": optional(whole(1, MOST_STEPS)),
     "inner_rate": optional(RATE), "inner_steps": optional(COUNT), "outer_rate": optional(RATE),
     "clip": optional(RATE), "task_batch_size": optional(COUNT), "test_tasks": COUNT, "seed": whole(0, MOST_SEED),
 }  # fmt: skip
@@ -123,23 +124,31 @@ def contradicts(name, given):
     if preset:
         ways, shots = int(preset.split("w")[0]), int(preset.split("w")[1][0])
         net = "mlp" if preset.endswith("mlp") else "conv"
-    fast = get["recipe"] == "fast"
-    method, normalisation = get["method"] or ("one-step" if fast else "maml"), get["normalisation"] or "batch"
+    recipe = get["recipe"] or "paper"
+    one_step = recipe == "one-step"
+    of_recipe = {"paper": "maml", "fast": "zero-head", "one-step": "one-step"}[recipe]
+    method, normalisation = get["method"] or of_recipe, get["normalisation"] or "batch"
+    if (recipe != "paper" and method != of_recipe) or (recipe != "fast" and get["first_steps"] is not None):
+        return True
     recipe_queries, recipe_tasks = (shots, 16 if ways >= 20 else 32) if name == "omniglot" else (15, 4)
-    recipe_tasks = {"omniglot": 2, "miniimagenet": 1}[name] if fast else recipe_tasks
+    if recipe == "fast":
+        recipe_tasks = 2 if name == "miniimagenet" or ways * shots > 25 else 8 if ways * shots <= 5 else 4
+    recipe_tasks = {"omniglot": 2, "miniimagenet": 1}[name] if one_step else recipe_tasks
     queries, tasks = int(get["queries"] or recipe_queries), int(get["tasks"] or recipe_tasks)
-    in_training = {"omniglot": (40, 1, 1), "miniimagenet": (20, 1, 3)}[name] if fast else (ways, shots, queries)
+    in_training = {"omniglot": (40, 1, 1), "miniimagenet": (20, 1, 3)}[name] if one_step else (ways, shots, queries)
+    if recipe == "fast" and name == "miniimagenet":
+        in_training = (ways, shots, 3)
     train_ways, train_shots, train_queries = (
         int(get[f"train_{field}"] or value) for field, value in zip(("ways", "shots", "queries"), in_training)
     )
-    downscale = int(get["downscale"] or (2 if fast and name == "miniimagenet" else 1))
+    downscale = int(get["downscale"] or (2 if one_step and name == "miniimagenet" else 1))
     if method == "one-step":
         size = int(get.get("size") or 84) if name == "miniimagenet" else 28
         if int(get["inner_steps"] or 1) != 1 or normalisation in ("support", "tasknorm"):
             return True
         if train_queries % train_shots or size % downscale or (downscale > 1 and net == "mlp"):
             return True
-    elif fast or train_ways != ways or downscale > 1:
+    elif train_ways != ways or downscale > 1:
         return True
     if method in ("pretrained", "reptile") and (get["train_shots"] is not None or get["train_queries"] is not None):
         return True
@@ -237,10 +246,10 @@ PAIRS = [
     ("miniimagenet", {"net": "mlp", "normalisation": "instance"}),
     ("miniimagenet", {"method": "pretrained", "normalisation": "running"}),
     ("miniimagenet", {"method": "imaml", "order": "1"}),
-    ("miniimagenet", {"recipe": "fast", "size": "83"}),
-    ("miniimagenet", {"recipe": "fast", "net": "mlp"}),
+    ("miniimagenet", {"recipe": "one-step", "size": "83"}),
+    ("miniimagenet", {"recipe": "one-step", "net": "mlp"}),
     ("omniglot", {"recipe": "fast", "method": "anil"}),
-    ("omniglot", {"recipe": "fast", "train_shots": "2"}),
+    ("omniglot", {"recipe": "one-step", "train_shots": "2"}),
     ("omniglot", {"method": "one-step", "normalisation": "support"}),
     ("omniglot", {"method": "reptile", "optimizer": "muon"}),
     ("omniglot", {"method": "pretrained", "train_queries": "2"}),

@@ -9,7 +9,7 @@ from helpers.few_shot import initial, save, small_run
 
 from experiments import miniimagenet, omniglot
 from experiments.few_shot import methods, testing
-from experiments.few_shot.run import Method
+from experiments.few_shot.names import Method
 from maml_jax.runs import model_file
 from maml_jax.tasks import host_memory
 from maml_jax.tasks.episodes import augment
@@ -183,6 +183,15 @@ def test_a_run_starts_from_a_model_with_as_many_ways(characters, tmp_path, small
     assert jax.tree.structure(inner_params) == jax.tree.structure(state.inner_params)
     np.testing.assert_allclose(inner_params["head"]["bias"], np.log(3) + np.array([0.5, 0, 0]), rtol=1e-6)
     methods.check_start(run)
+
+
+def test_learned_rates_grow_with_the_ways(characters, tmp_path, small_net):
+    """In a mean loss over twice as many classes each class has half the weight."""
+    _, saved = saved_model(tmp_path, characters, method="one-step", ways=3, **HEAD_RATES)
+    run = small_run(tmp_path, method="zero-head", ways=6, start_from=tmp_path / "model.msgpack", **HEAD_RATES)
+    params, inner_params = methods.start_from(run, saved, initial(run)[1].meta_params)
+    assert params["head"]["bias"].shape == (6,)
+    np.testing.assert_allclose(inner_params["head"]["bias"], np.log(3) + 0.5 + np.log(2), rtol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["maml", "zero-head", "meta-sgd"])

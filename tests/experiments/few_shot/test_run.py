@@ -3,6 +3,8 @@
 import dataclasses
 import json
 
+from pathlib import Path
+
 import pytest
 from helpers.few_shot import small_run
 
@@ -26,14 +28,14 @@ def test_recipes_are_the_papers():
     assert (given.inner_steps, given.clip) == (3, 0.5)
 
 
-def test_the_fast_recipe():
+def test_the_one_step_recipe():
     """The training is the same for all ways and shots of a data set: inner rates are in proportion to the ways."""
     twenty, five, mini = (
         each.resolved()
         for each in (
-            omniglot.Run(recipe="fast", preset="20w1s"),
-            omniglot.Run(recipe="fast", preset="5w5s"),
-            miniimagenet.Run(recipe="fast"),
+            omniglot.Run(recipe="one-step", preset="20w1s"),
+            omniglot.Run(recipe="one-step", preset="5w5s"),
+            miniimagenet.Run(recipe="one-step"),
         )
     )
     for run in (twenty, five, mini):
@@ -48,13 +50,26 @@ def test_the_fast_recipe():
     assert (mini.downscale, mini.flips) == (2, True) and (twenty.downscale, twenty.flips) == (1, False)
 
 
-def test_given_options_replace_those_of_the_fast_recipe():
+def test_the_fast_recipe_starts_from_one_step_maml_with_one_shot(tmp_path):
+    given = {"ways": 20, "shots": 5, "seed": 3, "split": "vinyals", "order": 1, "workdir": tmp_path, "first_steps": 70}
+    run = omniglot.Run(recipe="fast", **given).resolved()
+    assert (run.method, run.inner_steps, run.head_rates, run.tasks) == ("zero-head", 2, (10.0, 10.0), 2)
+    assert run.first_phase == omniglot.Run(
+        recipe="one-step", ways=20, shots=1, seed=3, split="vinyals", order=1, workdir=tmp_path / "first-phase", steps=70
+    ).resolved()
+    assert miniimagenet.Run(recipe="fast", size=64).resolved().first_phase.size == 64
+    assert [omniglot.Run(recipe="fast", ways=5, shots=k).resolved().tasks for k in (1, 5)] == [8, 4]
+    assert omniglot.Run().resolved().first_phase is None
+    assert omniglot.Run(recipe="fast", start_from=tmp_path / "model").resolved().first_phase is None
+
+
+def test_given_options_replace_those_of_the_recipe():
     given = {
         "optimizer": "adam", "outer_rate": 0.02, "anneal": False, "learn_rates": False, "head_rates": (3.0,),
         "inner_rate": 0.7, "train_ways": 30, "train_shots": 2, "train_queries": 6, "tasks": 3, "steps": 7,
         "downscale": 3, "flips": False, "queries": 4, "clip": 0.5, "method": "one-step", "inner_steps": 1,
     }  # fmt: skip
-    run = miniimagenet.Run(recipe="fast", **given).resolved()
+    run = miniimagenet.Run(recipe="one-step", **given).resolved()
     assert {name: getattr(run, name) for name in given} == given
 
 
@@ -72,8 +87,12 @@ def test_muon_has_no_clip_of_the_recipe():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"recipe": "fast", "method": "maml"}, "recipe 'fast' is for the method one-step, but got maml"),
-        ({"recipe": "slow"}, "recipe must be one of 'paper', 'fast', but got 'slow'"),
+        ({"recipe": "fast", "method": "maml"}, "recipe 'fast' is for the method zero-head, but got maml"),
+        ({"recipe": "one-step", "method": "maml"}, "recipe 'one-step' is for the method one-step, but got maml"),
+        ({"recipe": "slow"}, "recipe must be one of 'paper', 'fast', 'one-step', but got 'slow'"),
+        ({"first_steps": 20}, "first_steps is for the recipe 'fast' without start_from, but got 20 with .* 'paper'"),
+        ({"recipe": "fast", "first_steps": 20, "start_from": Path("a")}, "with the recipe 'fast' and start_from"),
+        ({"recipe": "fast", "first_steps": 0}, "first_steps"),
         ({"method": "one-step", "inner_steps": 2}, "inner_steps must be 1 for the method one-step, but got 2"),
         ({"method": "one-step", "normalisation": "support"}, "one-step exchanges the two"),
         ({"method": "one-step", "shots": 2, "queries": 3}, "multiple of train_shots .* but got 3 and 2"),
@@ -126,7 +145,7 @@ def test_methods_change_the_recipe(method, inner_rate, inner_steps, outer_rate, 
 def test_resolving_sets_every_option_of_the_recipe():
     for run in (omniglot.Run(), miniimagenet.Run(), omniglot.Run(method="pretrained")):
         empty = {name for name, value in dataclasses.asdict(run.resolved()).items() if value is None}
-        allowed = {"workdir", "wandb", "cache_dir", "row", "task_batch_size", "preset", "expect", "start_from"}
+        allowed = {"workdir", "wandb", "cache_dir", "row", "task_batch_size", "preset", "expect", "start_from", "first_steps"}
         assert empty <= {*allowed, *(("clip",) if run.experiment == "omniglot" else ())}
 
 

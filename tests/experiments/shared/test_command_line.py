@@ -58,7 +58,7 @@ BAD = [
     ("omniglot", ["--method", "magic"], "method"),
     ("omniglot", ["--method", "reptile", "--order", "1"], "order 1 is for methods that differentiate the inner loop"),
     ("omniglot", ["--method", "maml++", "--anneal"], "anneal is for methods with a constant outer rate"),
-    ("omniglot", ["--recipe", "fast", "--method", "anil"], "recipe 'fast' is for the method one-step, but got anil"),
+    ("omniglot", ["--recipe", "fast", "--method", "anil"], "recipe 'fast' is for the method zero-head, but got anil"),
     ("omniglot", ["--anneal", "sometimes"], "expected True or False, but got sometimes"),
     ("omniglot", ["--start-from", "nowhere.msgpack"], "nowhere.msgpack"),
     ("omniglot", ["--net", "mlp", "--normalisation", "tasknorm"], "'tasknorm' needs spatial axes"),
