@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from maml_jax import validation
 from maml_jax.inner import InnerLearner, adapted_part, inner_loop, update
-from maml_jax.parallel.task_axis import TaskAxis, TaskBatchSize, per_task, task_axis
+from maml_jax.parallel.task_axis import TaskAxis, TaskBatchSize, sum_over_tasks, task_axis
 from maml_jax.types import AdaptInfo, Batch, Evaluation, LossFn, MetaInfo, MetaParams, MetaState, Params, Task
 
 
@@ -41,9 +41,9 @@ class MetaLearner(NamedTuple):
     inner loop of training. `AdaptInfo.loss` `[steps]` holds the loss before each inner step."""
 
 
-Gradient = Callable[[tuple[MetaParams, jax.Array], Task], tuple[Any, Any]]
-"""`((meta_params, step), tasks) -> ((loss, gradient), (aux, AdaptInfo))` for a group of tasks `[G, ...]`: loss and
-gradient summed over the group, aux and info of each task. `sum_over_tasks` converts a function of one task."""
+Gradient = Callable[[MetaParams, Task, jax.Array], tuple[tuple[jax.Array, Any], MetaParams]]
+"""`(meta_params, tasks, step) -> ((loss, (aux, AdaptInfo)), gradient)` for a group of tasks `[G, ...]`: loss and gradient
+summed over the group, aux and info of each task. `step` is the number of previous meta-steps."""
 
 StepWeights = Sequence[float] | Callable[[jax.Array], jax.Array]
 
@@ -105,25 +105,10 @@ def maml(
     support_loss = validation.checked_loss(loss_fn)
     query_loss = validation.checked_loss(query_loss_fn or loss_fn)
 
-    def gradient(shared: tuple[MetaParams, jax.Array], tasks: Task) -> tuple[Any, Any]:
-        meta_params, step = shared
-        weights = step_weights(step) if callable(step_weights) else step_weights
-        if weights is not None and (shape := np.shape(weights)) != (inner.steps + 1,):
-            raise ValueError(
-                f"step_weights must be {inner.steps + 1} weights, one before the first inner step and one after each "
-                f"inner step, but has the shape {shape}."
-            )
-        per_task_loss = per_task(partial(task_loss, support_loss, query_loss, inner, step_weights=weights))
-
-        # Differentiate the sum of the losses, and do not sum the gradients of the tasks: one matrix product then gives
-        # the gradient of parameters that the tasks share.
-        def total_loss(meta_params: MetaParams) -> tuple[jax.Array, Any]:
-            losses, info = per_task_loss(meta_params, tasks)
-            return losses.sum(), info
-
-        (loss, info), grads = jax.value_and_grad(total_loss, has_aux=True)(meta_params)
-        return (loss, grads), info
-
+    # Differentiate the sum of the losses, and do not sum the gradients of the tasks: one matrix product then gives the
+    # gradient of parameters that the tasks share.
+    loss_of_task = partial(task_loss, support_loss, query_loss, inner, step_weights=step_weights)
+    gradient = jax.value_and_grad(sum_over_tasks(loss_of_task), has_aux=True)
     return meta_learner(gradient, support_loss, query_loss, inner, outer, task_batch_size=task_batch_size, mesh=mesh)
 
 
@@ -133,10 +118,17 @@ def task_loss(
     inner: InnerLearner,
     meta_params: MetaParams,
     task: Task,
+    step: int | jax.Array = 0,
     *,
-    step_weights: Sequence[float] | jax.Array | None = None,
+    step_weights: StepWeights | None = None,
 ) -> tuple[jax.Array, Any]:
     """The meta-loss of one task: the query loss after adaptation (Finn et al. 2017, equation 1).
+
+    Args:
+      support_loss, query_loss, inner, step_weights: as for `maml`.
+      meta_params: the parameters before adaptation, and the learned parameters of the inner update.
+      task: one task, without a task axis.
+      step: the number of previous meta-steps, for `step_weights` that depend on the meta-step.
 
     Returns:
       `(meta-loss, (aux of the query loss after adaptation, AdaptInfo))`. With `step_weights` the meta-loss is the
@@ -146,12 +138,18 @@ def task_loss(
         adapted, info = inner_loop(inner, support_loss, *meta_params, task.support)
         loss, aux = query_loss(adapted, task.query)
         return loss, (aux, info)
+    weights = step_weights(step) if callable(step_weights) else step_weights
+    if (shape := np.shape(weights)) != (inner.steps + 1,):
+        raise ValueError(
+            f"step_weights must be {inner.steps + 1} weights, one before the first inner step and one after each inner "
+            f"step, but has the shape {shape}."
+        )
     _, info = inner_loop(
         inner, support_loss, *meta_params, task.support, probe=lambda params: query_loss(params, task.query)
     )
     losses, aux = info.probes
     aux = jax.tree.map(lambda leaf: leaf[-1], aux)
-    return jnp.vdot(jnp.asarray(step_weights, losses.dtype), losses), (aux, info._replace(probes=None))
+    return jnp.vdot(jnp.asarray(weights, losses.dtype), losses), (aux, info._replace(probes=None))
 
 
 def meta_learner(
@@ -189,7 +187,7 @@ def meta_learner(
 
     def step(state: MetaState, tasks: Task) -> tuple[MetaState, MetaInfo]:
         # Adapt to every task, and average the tasks' meta-gradients.
-        (loss, grads), (aux, info) = over_tasks.mean(gradient, (state.meta_params, state.step), tasks)
+        (loss, (aux, info)), grads = over_tasks.mean(gradient, state.meta_params, tasks, state.step)
         grad_norm = optax.tree.norm(jax.tree.map(_at_least_float32, grads))  # A float16 norm overflows at 65,504.
         # One step of the outer optimizer.
         before = _updated(state.meta_params)

@@ -25,17 +25,18 @@ Metrics = dict[str, Any]
 gets the prefix `aux_`, such as `aux_loss`."""
 
 
-def many_steps(learner: MetaLearner, draw: DrawFn) -> Callable[[MetaState, Any, jax.Array], tuple[MetaState, Metrics]]:
-    """Returns a pure function `(state, data, count) -> (state, metrics)` that takes `count` meta-steps.
+def many_steps(learner: MetaLearner, draw: DrawFn) -> Callable[..., tuple[MetaState, Metrics, jax.Array]]:
+    """Returns a pure function `(state, data, count, stop_requests) -> (state, metrics, stop)`.
 
-    `count` may be traced, so one compilation serves any number of meta-steps. `draw` gets `data` as an argument. Arrays
-    that `draw` closes over become constants of the compiled program.
+    The function takes `count` meta-steps. `count` may be traced, so one compilation serves any number of meta-steps.
+    `draw` gets `data` as an argument. Arrays that `draw` closes over become constants of the compiled program.
+    `stop_requests` are the bools of all processes, and `stop` tells if any of them is true.
 
     Raises (when traced):
       ValueError: if the tasks of `draw` depend neither on `data` nor on the step.
     """
 
-    def run(state: MetaState, data: Any, count: jax.Array) -> tuple[MetaState, Metrics]:
+    def run(state: MetaState, data: Any, count: jax.Array, stop_requests: Any) -> tuple[MetaState, Metrics, jax.Array]:
         def one_step(_: Any, carry: Any) -> Any:
             state, total = carry
             state, info = learner.step(state, _drawn(draw, data, state.step))
@@ -46,7 +47,10 @@ def many_steps(learner: MetaLearner, draw: DrawFn) -> Callable[[MetaState, Any, 
         # Sum in float32 or wider: a sum of many bfloat16 numbers stops growing.
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), shapes)
         state, total = lax.fori_loop(0, count, one_step, (state, zeros))
-        return state, jax.tree.map(lambda leaf: leaf / count, total)
+        # `stop` depends on the final state: all processes must communicate in the same order, and XLA's CPU backend
+        # runs independent operations in any order.
+        stop = (stop_requests & (state.step > 0)).any()
+        return state, jax.tree.map(lambda leaf: leaf / count, total), stop
 
     return run
 
@@ -155,15 +159,7 @@ def _train(learner, state, draw, data, steps, steps_per_call, stop):
     starts = range(done, steps, steps_per_call)
     if not starts:
         return
-    run_steps = many_steps(learner, draw)
-
-    @jax.jit
-    def run(state, data, count, stop_requests):
-        # Each call takes the stop request of this process, and returns whether any process has a stop request. This
-        # result depends on the final state, because all processes must communicate in the same order, and XLA's CPU
-        # backend runs independent operations in any order.
-        state, metrics = run_steps(state, data, count)
-        return state, metrics, (stop_requests & (state.step > 0)).any()
+    run = jax.jit(many_steps(learner, draw))
 
     def one_more(state, data):
         return run(state, data, 1, processes.stop_requests(False, sharding))

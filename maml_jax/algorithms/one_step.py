@@ -13,7 +13,7 @@ from maml_jax import losses, validation
 from maml_jax.algorithms.heads import find_head
 from maml_jax.inner import InnerLearner, adapted_part, inner_loop
 from maml_jax.meta import MetaLearner, meta_learner
-from maml_jax.parallel.task_axis import TaskBatchSize, per_task
+from maml_jax.parallel.task_axis import TaskBatchSize, sum_over_tasks
 from maml_jax.types import LossFn, MetaParams, Params, Task
 
 
@@ -100,7 +100,7 @@ def one_step_maml(
     head_loss = losses.cross_entropy(lambda params, x: x @ params[name]["kernel"] + params[name]["bias"])
     inner_of_head = inner._replace(start=None, trainable=None)
 
-    def task_loss(meta_params: MetaParams, task: Task) -> tuple[jax.Array, Any]:
+    def task_loss(meta_params: MetaParams, task: Task, step: jax.Array) -> tuple[jax.Array, Any]:
         params, inner_params = meta_params
         head = _adapted_head(inner, params, name)
         # Features of all sets, each a batch of its own, [M, N * K, features].
@@ -124,14 +124,7 @@ def one_step_maml(
         found = [loss_of_support(index) for index in range(len(x))]
         return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *found)
 
-    def gradient(shared: tuple[MetaParams, jax.Array], tasks: Task) -> tuple[Any, Any]:
-        def total_loss(meta_params: MetaParams) -> tuple[jax.Array, Any]:
-            losses, info = per_task(task_loss)(meta_params, tasks)
-            return losses.sum(), info
-
-        (loss, info), grads = jax.value_and_grad(total_loss, has_aux=True)(shared[0])
-        return (loss, grads), info
-
+    gradient = jax.value_and_grad(sum_over_tasks(task_loss), has_aux=True)
     return meta_learner(gradient, checked_loss, checked_loss, inner, outer, task_batch_size=task_batch_size, mesh=mesh)
 
 

@@ -23,9 +23,10 @@ AXIS = "tasks"
 TaskBatchSize = int | Literal["all"] | None
 """The number of tasks that a device computes together; None chooses by backend and number of shared parameters."""
 
-GroupFn = Callable[[Any, Any], tuple[Any, Any]]
-"""`(shared, tasks) -> (sum over the tasks, outputs of each task)` for a group of tasks `[G, ...]`. The outputs of the
-tasks are stacked along the leading axis `G`."""
+GroupGradient = Callable[[Any, Any, jax.Array], tuple[tuple[jax.Array, Any], Any]]
+"""`(params, tasks, step) -> ((loss, outputs), gradient)` for a group of tasks `[G, ...]`, the form of
+`jax.value_and_grad` with `has_aux=True`. Loss and gradient are sums over the group. The outputs of the tasks are stacked
+along the leading axis `G`."""
 
 
 class TaskAxis(NamedTuple):
@@ -44,10 +45,12 @@ class TaskAxis(NamedTuple):
     def map(self, fn: Callable[[Any, Any], Any], shared: Any, tasks: Any) -> Any:
         """Returns `fn(shared, task)` for every task, stacked along a leading axis `T`."""
         num_tasks = validation.leading_axis_size(tasks)
-        map_local = partial(_map, fn, self._group_size(shared))
         if self.mesh is None:
-            return map_local(shared, tasks)
-        map_sharded = self._shard(map_local, P(AXIS))
+            task_fn, group_size = partial(fn, shared), self._group_size(shared)
+            if group_size is None:
+                return jax.vmap(task_fn)(tasks)
+            return lax.map(task_fn, tasks, batch_size=None if group_size == 1 else group_size)
+        map_sharded = self._shard(partial(self._replace(mesh=None).map, fn), (P(), P(AXIS)), P(AXIS))
         if num_tasks % self.mesh.size == 0:
             return map_sharded(shared, tasks)
         # Repeat tasks until every device has the same number, and drop the outputs of the repeated tasks.
@@ -55,67 +58,113 @@ class TaskAxis(NamedTuple):
         outputs = map_sharded(shared, jax.tree.map(lambda leaf: leaf[padded], tasks))
         return jax.tree.map(lambda leaf: leaf[:num_tasks], outputs)
 
-    def mean(self, fn: GroupFn, shared: Any, tasks: Task) -> tuple[Any, Any]:
-        """Returns the mean over the tasks of the first output of `fn`, and the second output of every task, `[T, ...]`.
+    def mean(
+        self, gradient: GroupGradient, params: Any, tasks: Task, step: Any, num_tasks: int | None = None
+    ) -> tuple[tuple[jax.Array, Any], Any]:
+        """Returns the means over the tasks of the loss and the gradient, and the outputs of each task, `[T, ...]`.
 
-        `sum_over_tasks` converts a function of one task to `fn`. The mean needs one all-reduce over the devices. Memory
-        grows with the size of a group, not with the number of groups.
+        The means need one all-reduce over the devices. Memory grows with the size of a group, not with the number of
+        groups.
+
+        Args:
+          gradient: the gradient of a group, such as `jax.value_and_grad(sum_over_tasks(task_loss), has_aux=True)`.
+          params: the parameters, the same for all tasks.
+          tasks: the tasks, `[T, ...]`.
+          step: the number of previous meta-steps.
+          num_tasks: the divisor of the sums; None for `T`. A device that has a share of the tasks divides by the number
+            of all tasks.
+
+        Returns:
+          `((loss, outputs), gradient)`.
 
         Raises:
           ValueError: while tracing, if the devices cannot have equal shares of complete groups.
         """
-        num_tasks, group_size = validation.num_tasks(tasks), self._group_size(shared)
+        size, group_size = validation.num_tasks(tasks), self._group_size(params)
         devices = 1 if self.mesh is None else self.mesh.size
-        if num_tasks % devices or (num_tasks // devices) % (group_size or 1):
+        if size % devices or (size // devices) % (group_size or 1):
             raise ValueError(
-                f"A meta-batch of {num_tasks} tasks cannot be divided among {devices} device(s) in groups of "
+                f"A meta-batch of {size} tasks cannot be divided among {devices} device(s) in groups of "
                 f"task_batch_size={self.task_batch_size!r}: use a multiple of devices times task_batch_size tasks."
             )
-        if self.mesh is None:
-            return _mean_share(fn, group_size, num_tasks, shared, tasks)
+        num_tasks = num_tasks or size
 
-        def device_mean(shared: Any, tasks: Task) -> tuple[Any, Any]:
-            share, stacked = _mean_share(fn, group_size, num_tasks, shared, tasks)
-            return lax.psum(share, AXIS), stacked
+        # Several devices: each computes its share of the means.
+        if self.mesh is not None:
 
-        return self._shard(device_mean, (P(), P(AXIS)))(shared, tasks)
+            def sum_over_devices(params: Any, tasks: Task, step: Any) -> Any:
+                (loss, outputs), grads = self._replace(mesh=None).mean(gradient, params, tasks, step, num_tasks)
+                loss, grads = lax.psum((loss, grads), AXIS)
+                return (loss, outputs), grads
+
+            sharded = self._shard(sum_over_devices, (P(), P(AXIS), P()), ((P(), P(AXIS)), P()))
+            return sharded(params, tasks, step)
+
+        # One group.
+        if group_size is None or group_size == size:
+            (loss, outputs), grads = gradient(params, tasks, step)
+            loss, grads = jax.tree.map(lambda leaf: leaf / num_tasks, (loss, grads))
+            return (loss, outputs), grads
+
+        # Several groups, one after the other.
+        def add_group(total: Any, group: Task) -> tuple[Any, Any]:
+            (loss, outputs), grads = gradient(params, group, step)
+            return jax.tree.map(lambda total, part: total + part.astype(total.dtype), total, (loss, grads)), outputs
+
+        groups = jax.tree.map(lambda leaf: leaf.reshape(-1, group_size, *leaf.shape[1:]), tasks)
+        first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), groups)
+        (loss, _), grads = jax.eval_shape(gradient, params, first, step)
+        shapes = (loss, grads)
+        # Sum in float32 or wider: a sum of many bfloat16 numbers stops growing.
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), shapes)
+        total, outputs = lax.scan(add_group, zeros, groups)
+        loss, grads = jax.tree.map(lambda leaf, shape: (leaf / num_tasks).astype(shape.dtype), total, shapes)
+        return (loss, jax.tree.map(lambda leaf: leaf.reshape(size, *leaf.shape[2:]), outputs)), grads
 
     def _group_size(self, shared: Any) -> int | None:
         if self.task_batch_size is None:
             return backend.task_batch_size(shared)
         return None if self.task_batch_size == "all" else self.task_batch_size
 
-    def _shard(self, fn: Callable[[Any, Task], Any], out_specs: Any) -> Callable[[Any, Task], Any]:
+    def _shard(self, fn: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
         # check_vma=True would add an all-reduce of the gradient of every task.
-        return jax.shard_map(fn, mesh=self.mesh, in_specs=(P(), P(AXIS)), out_specs=out_specs, check_vma=False)
+        return jax.shard_map(fn, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def per_task(fn: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """Maps `fn(shared, task)` over a group of tasks and stacks the outputs along a leading axis.
+def sum_over_tasks(fn: Callable[[Any, Any, Any], tuple[Any, Any]]) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
+    """Converts `fn(params, task, step) -> (part, output)`, a function of one task, to a function of a group of tasks.
+
+    Returns:
+      A function `(params, tasks, step) -> (sum of the parts, outputs)` that stacks the outputs along a leading axis.
 
     Example:
-      >>> double = per_task(lambda shared, task: 2 * task)
-      >>> double(None, jnp.arange(3)).tolist()
-      [0, 2, 4]
+      >>> total = sum_over_tasks(lambda weight, task, step: (weight * task, task + 1))
+      >>> total(2, jnp.arange(3), 0)
+      (Array(6, dtype=int32), Array([1, 2, 3], dtype=int32))
     """
 
-    def group_fn(shared: Any, tasks: Any) -> Any:
+    def group_fn(params: Any, tasks: Any, step: Any) -> tuple[Any, Any]:
         if len(jax.tree.leaves(tasks)[0]) == 1:  # Products of one task are faster without a batch axis.
-            outputs = fn(shared, jax.tree.map(lambda leaf: leaf[0], tasks))
-            return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], outputs)
-        return jax.vmap(partial(fn, shared))(tasks)
+            part, output = fn(params, jax.tree.map(lambda leaf: leaf[0], tasks), step)
+            return part, jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], output)
+        parts, outputs = jax.vmap(fn, in_axes=(None, 0, None))(params, tasks, step)
+        return jax.tree.map(lambda leaf: leaf.sum(0), parts), outputs
 
     return group_fn
 
 
-def sum_over_tasks(fn: Callable[[Any, Any], tuple[Any, Any]]) -> GroupFn:
-    """Converts `fn(shared, task) -> (part, output)`, a function of one task, to a `GroupFn` for `TaskAxis.mean`."""
+def sum_gradients(gradient: GroupGradient) -> GroupGradient:
+    """Converts `gradient(params, task, step) -> ((loss, output), gradient)` of one task to the gradient of a group."""
 
-    def group_fn(shared: Any, tasks: Any) -> tuple[Any, Any]:
-        parts, stacked = per_task(fn)(shared, tasks)
-        return jax.tree.map(lambda leaf: leaf.sum(0), parts), stacked
+    def parts(params: Any, task: Any, step: Any) -> tuple[Any, Any]:
+        (loss, output), grads = gradient(params, task, step)
+        return (loss, grads), output
 
-    return group_fn
+    def group_gradient(params: Any, tasks: Any, step: Any) -> tuple[tuple[jax.Array, Any], Any]:
+        (loss, grads), outputs = sum_over_tasks(parts)(params, tasks, step)
+        return (loss, outputs), grads
+
+    return group_gradient
 
 
 def task_axis(task_batch_size: TaskBatchSize, mesh: Mesh | None) -> TaskAxis:
@@ -161,33 +210,3 @@ def local_mesh() -> Mesh | None:
 
 def _mesh(devices: list[jax.Device]) -> Mesh | None:
     return None if len(devices) == 1 else Mesh(np.array(devices), (AXIS,))
-
-
-def _map(fn: Callable[[Any, Task], Any], group_size: int | None, shared: Any, tasks: Task) -> Any:
-    task_fn = partial(fn, shared)
-    if group_size is None:
-        return jax.vmap(task_fn)(tasks)
-    return lax.map(task_fn, tasks, batch_size=None if group_size == 1 else group_size)
-
-
-def _mean_share(fn: GroupFn, group_size: int | None, num_tasks: int, shared: Any, tasks: Task) -> Any:
-    """Returns the sum over the tasks of one device, divided by `num_tasks`, and the stacked outputs of these tasks."""
-    size = len(jax.tree.leaves(tasks)[0])
-    if group_size is None or group_size == size:
-        total, stacked = fn(shared, tasks)
-        return jax.tree.map(lambda leaf: leaf / num_tasks, total), stacked
-
-    def add_group(total: Any, tasks: Task) -> tuple[Any, Any]:
-        part, stacked = fn(shared, tasks)
-        return jax.tree.map(lambda total, part: total + part.astype(total.dtype), total, part), stacked
-
-    # Split the task axis into groups.
-    groups = jax.tree.map(lambda leaf: leaf.reshape(-1, group_size, *leaf.shape[1:]), tasks)
-    first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), groups)
-    shapes = jax.eval_shape(fn, shared, first)[0]
-    # Sum in float32 or wider: a sum of many bfloat16 numbers stops growing.
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), shapes)
-    total, stacked = lax.scan(add_group, zeros, groups)
-    # Divide, and merge the groups.
-    share = jax.tree.map(lambda leaf, shape: (leaf / num_tasks).astype(shape.dtype), total, shapes)
-    return share, jax.tree.map(lambda leaf: leaf.reshape(size, *leaf.shape[2:]), stacked)

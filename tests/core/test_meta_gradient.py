@@ -74,7 +74,10 @@ def dropped_stop_gradient(monkeypatch):
 
 def swapped_support_and_query(monkeypatch):
     right = meta.task_loss
-    swap = lambda *args, **kw: right(*args[:-1], Task(args[-1].query, args[-1].support), **kw)  # noqa: E731
+
+    def swap(support_loss, query_loss, inner, meta_params, task, *args, **kw):
+        return right(support_loss, query_loss, inner, meta_params, Task(task.query, task.support), *args, **kw)
+
     monkeypatch.setattr(meta, "task_loss", swap)
     return 2
 

@@ -11,7 +11,7 @@ import pytest
 import maml_jax
 from maml_jax import losses
 from maml_jax.nets import models
-from maml_jax.parallel.task_axis import local_mesh, sum_over_tasks, task_axis, task_mesh
+from maml_jax.parallel.task_axis import local_mesh, sum_gradients, sum_over_tasks, task_axis, task_mesh
 from maml_jax.tasks import episodes
 from maml_jax.training import many_steps
 
@@ -22,14 +22,17 @@ def test_map_and_mean_do_not_depend_on_groups_and_devices(task_batch_size, devic
     axis = task_axis(task_batch_size, task_mesh(4) if devices == 2 else None)
     support, query = np.arange(4.0, dtype=np.float32), np.ones((4, 3), np.float32)
 
-    def fn(shared, task):
-        return shared * task.support, task.query.sum() + task.support
+    def loss(weight, task, step):
+        return weight**step * task.support, task.query.sum() + task.support
 
-    tasks = maml_jax.Task(support, query)
-    mean, stacked = axis.mean(sum_over_tasks(fn), jnp.float32(2.0), tasks)
-    assert mean == 3.0
+    tasks, gradient = maml_jax.Task(support, query), jax.value_and_grad(sum_over_tasks(loss), has_aux=True)
+    (mean, stacked), slope = axis.mean(gradient, jnp.float32(2.0), tasks, 3)
+    assert mean == 12.0 and slope == 18.0
     np.testing.assert_array_equal(stacked, 3 + support)
-    np.testing.assert_array_equal(axis.map(fn, 2.0, tasks)[0], 2 * support)
+    (mean, stacked), slope = axis.mean(sum_gradients(jax.value_and_grad(loss, has_aux=True)), jnp.float32(2.0), tasks, 3)
+    assert mean == 12.0 and slope == 18.0
+    np.testing.assert_array_equal(stacked, 3 + support)
+    np.testing.assert_array_equal(axis.map(lambda weight, task: weight * task.support, 2.0, tasks), 2 * support)
 
 
 def test_map_accepts_any_number_of_tasks():
@@ -51,7 +54,7 @@ def test_one_all_reduce_per_meta_step_and_every_device_draws_only_its_tasks():
     )
     state = learner.init(net.init(jax.random.key(0), jnp.zeros((1, 7, 7, 1)))["params"])
     classes = jax.device_put(classes, state.step.sharding)
-    program = jax.jit(many_steps(learner, draw)).lower(state, classes, 5).compile().as_text()
+    program = jax.jit(many_steps(learner, draw)).lower(state, classes, 5, False).compile().as_text()
     collectives = re.findall(r" = .* (all-[a-z]+|collective-[a-z]+|reduce-scatter)(?:-start)?\(", program)
     assert collectives == ["all-reduce"]
     shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"u8\[([\d,]+)\]", program)}
@@ -73,7 +76,7 @@ class TestArguments:
         axis = task_axis(task_batch_size, task_mesh(4) if devices == 2 else None)
         tasks = maml_jax.Task(np.ones(4), np.ones(4))
         with pytest.raises(ValueError, match=rf"4 tasks cannot be divided among {devices} device"):
-            axis.mean(sum_over_tasks(lambda shared, task: (task.support, ())), 0.0, tasks)
+            axis.mean(lambda params, tasks, step: ((0.0, ()), params), 0.0, tasks, 0)
 
     def test_number_of_tasks(self, monkeypatch):
         with pytest.raises(ValueError, match="tasks must be an integer of at least 1, but got 0"):
