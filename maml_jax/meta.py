@@ -42,10 +42,10 @@ class MetaLearner(NamedTuple):
 
 
 Gradient = Callable[[MetaParams, Task, jax.Array], tuple[tuple[jax.Array, Any], MetaParams]]
-"""`(meta_params, tasks, step) -> ((loss, (aux, AdaptInfo)), gradient)` for a group of tasks `[G, ...]`: loss and gradient
-summed over the group, aux and info of each task. `step` is the number of previous meta-steps."""
+"""`(meta_params, tasks, step) -> ((loss, (aux, AdaptInfo)), gradient)` for a group of tasks `[G, ...]`: loss and
+gradient summed over the group, aux and info of each task. `step` is the number of previous meta-steps."""
 
-StepWeights = Sequence[float] | Callable[[jax.Array], jax.Array]
+StepWeights = Sequence[float] | jax.Array | Callable[[jax.Array], jax.Array]
 
 
 def maml(
@@ -138,7 +138,7 @@ def task_loss(
         adapted, info = inner_loop(inner, support_loss, *meta_params, task.support)
         loss, aux = query_loss(adapted, task.query)
         return loss, (aux, info)
-    weights = step_weights(step) if callable(step_weights) else step_weights
+    weights = step_weights(jnp.asarray(step)) if callable(step_weights) else step_weights
     if (shape := np.shape(weights)) != (inner.steps + 1,):
         raise ValueError(
             f"step_weights must be {inner.steps + 1} weights, one before the first inner step and one after each inner "

@@ -25,8 +25,8 @@ TaskBatchSize = int | Literal["all"] | None
 
 GroupGradient = Callable[[Any, Any, jax.Array], tuple[tuple[jax.Array, Any], Any]]
 """`(params, tasks, step) -> ((loss, outputs), gradient)` for a group of tasks `[G, ...]`, the form of
-`jax.value_and_grad` with `has_aux=True`. Loss and gradient are sums over the group. The outputs of the tasks are stacked
-along the leading axis `G`."""
+`jax.value_and_grad` with `has_aux=True`. Loss and gradient are sums over the group. The outputs of the tasks are
+stacked along the leading axis `G`. `step` is the number of previous meta-steps."""
 
 
 class TaskAxis(NamedTuple):

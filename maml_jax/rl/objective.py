@@ -1,6 +1,6 @@
 """The outer objective as a function of the meta-parameters, on episodes that were sampled before."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +9,12 @@ from maml_jax.inner import InnerLearner, inner_loop
 from maml_jax.parallel.task_axis import TaskAxis
 from maml_jax.rl.losses import clipped_ratio, ratio
 from maml_jax.rl.policy import Gaussian, Policy
-from maml_jax.types import AdaptInfo, LossFn, MetaParams, Params, Task
+from maml_jax.types import LossFn, MetaParams, Task
 
 
-class Terms(NamedTuple):
-    """The terms of the outer objective; scalars, means over the tasks."""
+class Divergences(NamedTuple):
+    """KL divergences of policies from the policies that sampled the episodes; scalars, means over the tasks."""
 
-    loss: jax.Array
-    """Minus the mean of likelihood ratio times advantage after adaptation, plus the E-MAML term if there is one."""
     kl: jax.Array
     """KL divergence from the policies that sampled the query episodes to the adapted policies."""
     inner_kl: jax.Array
@@ -39,15 +37,12 @@ class Objective(NamedTuple):
     over_tasks: TaskAxis
     """How the tasks are divided into groups and over devices."""
 
-    def adapt(self, meta_params: MetaParams, task: Task) -> tuple[Params, AdaptInfo]:
-        """Adapts to one task, on its support episodes."""
-        return inner_loop(self.inner, self.loss_fn, *meta_params, task.support, batch_per_step=True)
-
     def distributions(self, meta_params: MetaParams) -> Gaussian:
         """Returns the action distributions of the adapted policies in the query episodes, `[T, E, H, A]`."""
 
         def task_distribution(meta_params: MetaParams, task: Task) -> Gaussian:
-            return self.policy.apply(self.adapt(meta_params, task)[0], task.query.episodes.observation)
+            params, _ = inner_loop(self.inner, self.loss_fn, *meta_params, task.support, batch_per_step=True)
+            return self.policy.apply(params, task.query.episodes.observation)
 
         return self.over_tasks.map(task_distribution, meta_params, self.tasks)
 
@@ -55,23 +50,28 @@ class Objective(NamedTuple):
         """Returns the mean KL divergence from the policies that sampled the query episodes to `distributions`."""
         return jax.vmap(lambda task, new: task.query.kl_to(new))(self.tasks, distributions).mean()
 
-    def terms(self, meta_params: MetaParams, clip: float | None = None) -> Terms:
-        """Computes the terms. With `clip`, likelihood ratios outside 1 +- clip do not lower the loss."""
+    def loss(self, meta_params: MetaParams, clip: float | None = None) -> tuple[jax.Array, Divergences]:
+        """Returns the outer loss and the divergences, means over the tasks.
 
-        def task_terms(meta_params: MetaParams, task: Task) -> tuple[Terms, Any]:
+        The loss is minus the mean of likelihood ratio times advantage after adaptation, plus the E-MAML term with
+        `sampling_term`. With `clip`, likelihood ratios outside 1 +- clip do not lower the loss.
+        """
+
+        def task_loss(meta_params: MetaParams, task: Task) -> tuple[jax.Array, Divergences, jax.Array]:
             # Adapt on the support episodes.
-            params, info = self.adapt(meta_params, task)
+            params, info = inner_loop(self.inner, self.loss_fn, *meta_params, task.support, batch_per_step=True)
             # Evaluate the adapted policy on the query episodes.
             distribution = self.policy.apply(params, task.query.episodes.observation)
             log_prob = task.query.log_prob_under(distribution)
             loss = ratio(task.query, log_prob) if clip is None else clipped_ratio(task.query, log_prob, clip)
             inner_kl = info.aux.kl.sum() / max(1, self.inner.steps)
-            return Terms(loss, task.query.kl_to(distribution), inner_kl), info.aux.log_likelihood.sum()
+            divergences = Divergences(task.query.kl_to(distribution), inner_kl)
+            return loss, divergences, info.aux.log_likelihood.sum()
 
-        terms, log_likelihood = self.over_tasks.map(task_terms, meta_params, self.tasks)
+        loss, divergences, log_likelihood = self.over_tasks.map(task_loss, meta_params, self.tasks)
         if self.sampling_term:
-            terms = terms._replace(loss=terms.loss - self.sampling_credit() * log_likelihood)
-        return jax.tree.map(jnp.mean, terms)
+            loss = loss - self.sampling_credit() * log_likelihood
+        return loss.mean(), jax.tree.map(jnp.mean, divergences)
 
     def sampling_credit(self) -> jax.Array:
         """Returns the factors of the E-MAML term: each query return minus the mean of the other tasks, `[T]`.

@@ -4,6 +4,7 @@ This module has the policy gradient and ProMP. `maml_jax.rl.trust_region` has TR
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -51,7 +52,7 @@ def policy_gradient(optimizer: optax.GradientTransformation) -> Outer:
     References:
       Finn, Abbeel and Levine 2017, arXiv:1703.03400, algorithm 3.
     """
-    return _descent(optimizer, lambda objective, meta_params: objective.terms(meta_params).loss, steps=1)
+    return _descent(optimizer, lambda objective, meta_params: objective.loss(meta_params)[0], steps=1)
 
 
 def promp(
@@ -69,7 +70,8 @@ def promp(
       optimizer: an optax transformation that includes the learning rate.
       steps: optimizer steps on each meta-batch.
       clip: likelihood ratios outside 1 +- clip do not lower the loss.
-      inner_kl_weight: weight of the penalty `Terms.inner_kl`, the KL divergence of the policies before each inner step.
+      inner_kl_weight: weight of the penalty `Divergences.inner_kl`, the KL divergence of the policies before each
+        inner step.
 
     Raises:
       TypeError: if `optimizer` is not an optax transformation.
@@ -83,8 +85,8 @@ def promp(
     validation.positive("inner_kl_weight", inner_kl_weight)
 
     def loss(objective: Objective, meta_params: MetaParams) -> jax.Array:
-        terms = objective.terms(meta_params, clip)
-        return terms.loss + inner_kl_weight * terms.inner_kl
+        value, divergences = objective.loss(meta_params, clip)
+        return value + inner_kl_weight * divergences.inner_kl
 
     return _descent(optimizer, loss, steps)
 
@@ -97,13 +99,13 @@ def _descent(
     def update(objective: Objective, meta_params: MetaParams, opt_state: Any) -> tuple[MetaParams, Any, OuterInfo]:
         def step(carry: Any, _: None) -> Any:
             meta_params, opt_state = carry
-            value, grads = jax.value_and_grad(lambda meta_params: loss(objective, meta_params))(meta_params)
+            value, grads = jax.value_and_grad(partial(loss, objective))(meta_params)
             updates, opt_state = inner.update(optimizer, grads, opt_state, meta_params, value)
             return (optax.apply_updates(meta_params, updates), opt_state), (value, optax.tree.norm(grads))
 
         (meta_params, opt_state), (values, norms) = lax.scan(step, (meta_params, opt_state), length=steps)
         # Metrics, on the same episodes.
-        after = objective.terms(meta_params)
-        return meta_params, opt_state, OuterInfo(norms[0], values[0] - loss(objective, meta_params), after.kl)
+        _, divergences = objective.loss(meta_params)
+        return meta_params, opt_state, OuterInfo(norms[0], values[0] - loss(objective, meta_params), divergences.kl)
 
     return Outer(optimizer.init, update)

@@ -10,7 +10,7 @@ from jax import lax
 
 from maml_jax import validation
 from maml_jax.autodiff.conjugate_gradient import conjugate_gradient
-from maml_jax.rl.objective import Objective, Terms
+from maml_jax.rl.objective import Objective
 from maml_jax.rl.outer import Outer, OuterInfo
 from maml_jax.types import MetaParams
 
@@ -63,7 +63,7 @@ def trpo(
 
     def update(objective: Objective, meta_params: MetaParams, opt_state: Any) -> tuple[MetaParams, Any, OuterInfo]:
         # The meta-gradient.
-        loss, grads = jax.value_and_grad(lambda meta_params: objective.terms(meta_params).loss)(meta_params)
+        (loss, _), grads = jax.value_and_grad(objective.loss, has_aux=True)(meta_params)
         # The natural gradient, by conjugate gradients with curvature products, on all or the first tasks.
         tasks = jax.tree.map(lambda leaf: leaf[:curvature_tasks], objective.tasks)
         curvature_objective = objective._replace(tasks=tasks)
@@ -77,8 +77,8 @@ def trpo(
         curvature = optax.tree.vdot(direction, grads)
         step = optax.tree.scale(jnp.sqrt(2 * kl_limit / (curvature + 1e-8)), direction)
         # The line search.
-        new, after = line_search(objective, meta_params, step, loss, kl_limit, backtracking, attempts)
-        return new, opt_state, OuterInfo(optax.tree.norm(grads), loss - after.loss, after.kl)
+        new, loss_after, kl = line_search(objective, meta_params, step, loss, kl_limit, backtracking, attempts)
+        return new, opt_state, OuterInfo(optax.tree.norm(grads), loss - loss_after, kl)
 
     return Outer(lambda meta_params: (), update)
 
@@ -106,15 +106,15 @@ def line_search(
     kl_limit: float,
     backtracking: float,
     attempts: int,
-) -> tuple[MetaParams, Terms]:
+) -> tuple[MetaParams, jax.Array, jax.Array]:
     """Finds the longest step that lowers the loss and stays in the trust region.
 
     Tries `start - backtracking^k * step` for k = 0, 1, ... until the loss falls and the divergence is at most
     `kl_limit`.
 
     Returns:
-      The new meta-parameters and their `Terms`. If no attempt is accepted, for example because a value is not finite,
-      the meta-parameters are `start`, and the divergences are 0.
+      The new meta-parameters, their loss and their KL divergence. If no attempt is accepted, for example because a
+      value is not finite, these are `start`, `loss` and 0.
     """
 
     def candidate(attempt: jax.Array) -> MetaParams:
@@ -122,15 +122,17 @@ def line_search(
         return jax.tree.map(lambda at, along: at - scale * along, start, step)
 
     def attempt(carry: Any) -> Any:
-        count, _, _ = carry
-        terms = objective.terms(candidate(count))
-        return count + 1, (terms.loss < loss) & (terms.kl <= kl_limit), terms
+        count, *_ = carry
+        new_loss, divergences = objective.loss(candidate(count))
+        return count + 1, (new_loss < loss) & (divergences.kl <= kl_limit), new_loss, divergences.kl
 
-    shapes = jax.eval_shape(objective.terms, start)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    count, accepted, terms = lax.while_loop(
-        lambda carry: ~carry[1] & (carry[0] < attempts), attempt, (jnp.zeros([], int), jnp.zeros([], bool), zeros)
-    )
-    new = jax.tree.map(lambda moved, at: jnp.where(accepted, moved, at), candidate(count - 1), start)
-    unchanged = zeros._replace(loss=loss)
-    return new, jax.tree.map(lambda moved, at: jnp.where(accepted, moved, at), terms, unchanged)
+    def goes_on(carry: Any) -> jax.Array:
+        count, accepted, *_ = carry
+        return ~accepted & (count < attempts)
+
+    zero = jnp.zeros_like(loss)
+    first = (jnp.zeros([], int), jnp.zeros([], bool), zero, zero)
+    count, accepted, new_loss, kl = lax.while_loop(goes_on, attempt, first)
+    # If no attempt is accepted, nothing changes.
+    moved, unchanged = (candidate(count - 1), new_loss, kl), (start, loss, zero)
+    return jax.tree.map(lambda moved, at: jnp.where(accepted, moved, at), moved, unchanged)

@@ -29,13 +29,13 @@ def test_the_meta_gradient_equals_finite_differences_on_the_same_episodes(
     @compiled
     def slopes(meta_params):
         def moved(distance):
-            return objective.terms(optax.tree.add_scale(meta_params, distance, along)).loss
+            return objective.loss(optax.tree.add_scale(meta_params, distance, along))[0]
 
         losses = jax.lax.map(moved, size * jnp.array([-2.0, -1.0, 1.0, 2.0]))
         # Use differences of fourth order, because the third derivatives of 'dice' are large.
         differences = jnp.dot(jnp.array([1.0, -8.0, 8.0, -1.0]), losses) / (12 * size)
         orders = [objective._replace(inner=maml_jax.sgd(0.3, steps=2, order=order)) for order in (1, 2)]
-        gradients = [jax.grad(lambda m, one=one: one.terms(m).loss)(meta_params) for one in orders]
+        gradients = [jax.grad(one.loss, has_aux=True)(meta_params)[0] for one in orders]
         return differences, *(optax.tree.vdot(gradient, along) for gradient in gradients)
 
     differences, first, second = slopes(meta_params)
@@ -55,9 +55,9 @@ def test_groups_and_devices_of_tasks_do_not_change_derivatives(x64):
         @compiled
         def everything(meta_params, one=one):
             some = one._replace(tasks=jax.tree.map(lambda leaf: leaf[:3], one.tasks))
-            clipped = jax.grad(lambda m: one.terms(m, 0.3).loss + one.terms(m, 0.3).inner_kl)(meta_params)
+            clipped = jax.grad(lambda m: one.loss(m, 0.3)[0] + one.loss(m, 0.3)[1].inner_kl)(meta_params)
             product = curvature_product(some.distributions, some.kl, meta_params)(along)
-            return one.terms(meta_params), jax.grad(lambda m: one.terms(m).loss)(meta_params), clipped, product
+            return one.loss(meta_params), jax.grad(one.loss, has_aux=True)(meta_params)[0], clipped, product
 
         found.append(everything(over_tasks.replicate(meta_params)))
     for other in found[1:]:
@@ -81,7 +81,7 @@ def test_the_sampling_term_is_credit_times_the_score_of_the_support_episodes(x64
     @compiled
     def added_gradient_and_scores(flat):
         with_and_without = (objective._replace(sampling_term=term) for term in (True, False))
-        one, other = (jax.grad(lambda f, o=o: o.terms(MetaParams(unravel(f), ())).loss)(flat) for o in with_and_without)
+        one, other = (jax.grad(lambda f, o=o: o.loss(MetaParams(unravel(f), ()))[0])(flat) for o in with_and_without)
         return one - other, jax.jacobian(log_likelihood)(flat)
 
     added, scores = added_gradient_and_scores(flat)
