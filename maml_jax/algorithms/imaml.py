@@ -11,7 +11,7 @@ from maml_jax.autodiff.conjugate_gradient import conjugate_gradient
 from maml_jax.autodiff.trees import combine, partition
 from maml_jax.inner import InnerLearner, inner_loop
 from maml_jax.meta import MetaLearner, meta_learner
-from maml_jax.parallel.task_axis import TaskBatchSize, sum_gradients
+from maml_jax.parallel.task_axis import TaskBatchSize, sum_over_tasks
 from maml_jax.types import LossFn, MetaParams, Params, Task
 
 
@@ -78,7 +78,7 @@ def imaml(
     support_loss = validation.checked_loss(loss_fn)
     query_loss = validation.checked_loss(query_loss_fn or loss_fn)
 
-    def gradient(meta_params: MetaParams, task: Task, step: jax.Array) -> tuple[Any, MetaParams]:
+    def task_gradient(meta_params: MetaParams, task: Task, step: jax.Array) -> tuple[Any, Any]:
         params, inner_params = meta_params
 
         # Adapt to the support set, and differentiate the query loss at the adapted parameters.
@@ -104,10 +104,14 @@ def imaml(
         # divided by proximal_weight.
         if fixed_grads is not None:
             fixed_grads = optax.tree.add_scale(fixed_grads, -1 / proximal_weight, hessian_product(solution)[1])
-        return (loss, (aux, info)), MetaParams(combine(solution, fixed_grads), inner_params)
+        return (loss, MetaParams(combine(solution, fixed_grads), inner_params)), (aux, info)
+
+    def gradient(meta_params: MetaParams, tasks: Task, step: jax.Array) -> tuple[Any, MetaParams]:
+        (loss, grads), info = sum_over_tasks(task_gradient)(meta_params, tasks, step)
+        return (loss, info), grads
 
     return meta_learner(
-        sum_gradients(gradient),
+        gradient,
         support_loss,
         query_loss,
         inner,

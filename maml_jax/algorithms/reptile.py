@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from maml_jax import validation
 from maml_jax.inner import InnerLearner, inner_loop
 from maml_jax.meta import MetaLearner, meta_learner
-from maml_jax.parallel.task_axis import TaskBatchSize, sum_gradients
+from maml_jax.parallel.task_axis import TaskBatchSize, sum_over_tasks
 from maml_jax.types import Batch, LossFn, MetaParams, Task
 
 Batches = Callable[[Batch, int], Batch]
@@ -74,7 +74,7 @@ def reptile(
     support_loss = validation.checked_loss(loss_fn)
     query_loss = validation.checked_loss(query_loss_fn or loss_fn)
 
-    def gradient(meta_params: MetaParams, task: Task, step: jax.Array) -> tuple[Any, MetaParams]:
+    def task_gradient(meta_params: MetaParams, task: Task, step: jax.Array) -> tuple[Any, Any]:
         params, inner_params = meta_params
 
         # Adapt to the support set, or to one batch of it in each inner step.
@@ -86,7 +86,11 @@ def reptile(
         # The query loss is a metric. The meta-gradient points from the adapted parameters to the initial ones.
         loss, aux = query_loss(adapted, task.query)
         direction = jax.tree.map(jnp.subtract, params, adapted)
-        return (loss, (aux, info)), MetaParams(direction, inner_params)
+        return (loss, MetaParams(direction, inner_params)), (aux, info)
+
+    def gradient(meta_params: MetaParams, tasks: Task, step: jax.Array) -> tuple[Any, MetaParams]:
+        (loss, grads), info = sum_over_tasks(task_gradient)(meta_params, tasks, step)
+        return (loss, info), grads
 
     # This `update` takes no extra arguments, so the outer optimizer does not get the query loss, whose gradient the
     # meta-gradient is not.
@@ -94,7 +98,7 @@ def reptile(
         outer.init, lambda grads, state, params=None: outer.update(grads, state, params)
     )
     return meta_learner(
-        sum_gradients(gradient),
+        gradient,
         support_loss,
         query_loss,
         inner,

@@ -61,21 +61,11 @@ class TaskAxis(NamedTuple):
     def mean(
         self, gradient: GroupGradient, params: Any, tasks: Task, step: Any, num_tasks: int | None = None
     ) -> tuple[tuple[jax.Array, Any], Any]:
-        """Returns the means over the tasks of the loss and the gradient, and the outputs of each task, `[T, ...]`.
+        """Returns `((loss, outputs), gradient)`: means over the tasks, and the outputs of each task, `[T, ...]`.
 
         The means need one all-reduce over the devices. Memory grows with the size of a group, not with the number of
-        groups.
-
-        Args:
-          gradient: the gradient of a group, such as `jax.value_and_grad(sum_over_tasks(task_loss), has_aux=True)`.
-          params: the parameters, the same for all tasks.
-          tasks: the tasks, `[T, ...]`.
-          step: the number of previous meta-steps.
-          num_tasks: the divisor of the sums; None for `T`. A device that has a share of the tasks divides by the number
-            of all tasks.
-
-        Returns:
-          `((loss, outputs), gradient)`.
+        groups. `num_tasks` is the divisor of the means, None for `T`; a device that computes a share of the tasks
+        divides by the number of all tasks.
 
         Raises:
           ValueError: while tracing, if the devices cannot have equal shares of complete groups.
@@ -114,11 +104,12 @@ class TaskAxis(NamedTuple):
         groups = jax.tree.map(lambda leaf: leaf.reshape(-1, group_size, *leaf.shape[1:]), tasks)
         first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), groups)
         (loss, _), grads = jax.eval_shape(gradient, params, first, step)
-        shapes = (loss, grads)
         # Sum in float32 or wider: a sum of many bfloat16 numbers stops growing.
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), shapes)
+        zeros = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), (loss, grads)
+        )
         total, outputs = lax.scan(add_group, zeros, groups)
-        loss, grads = jax.tree.map(lambda leaf, shape: (leaf / num_tasks).astype(shape.dtype), total, shapes)
+        loss, grads = jax.tree.map(lambda leaf, shape: (leaf / num_tasks).astype(shape.dtype), total, (loss, grads))
         return (loss, jax.tree.map(lambda leaf: leaf.reshape(size, *leaf.shape[2:]), outputs)), grads
 
     def _group_size(self, shared: Any) -> int | None:
@@ -143,28 +134,14 @@ def sum_over_tasks(fn: Callable[[Any, Any, Any], tuple[Any, Any]]) -> Callable[[
       (Array(6, dtype=int32), Array([1, 2, 3], dtype=int32))
     """
 
-    def group_fn(params: Any, tasks: Any, step: Any) -> tuple[Any, Any]:
+    def total(params: Any, tasks: Any, step: Any) -> tuple[Any, Any]:
         if len(jax.tree.leaves(tasks)[0]) == 1:  # Products of one task are faster without a batch axis.
             part, output = fn(params, jax.tree.map(lambda leaf: leaf[0], tasks), step)
             return part, jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], output)
         parts, outputs = jax.vmap(fn, in_axes=(None, 0, None))(params, tasks, step)
         return jax.tree.map(lambda leaf: leaf.sum(0), parts), outputs
 
-    return group_fn
-
-
-def sum_gradients(gradient: GroupGradient) -> GroupGradient:
-    """Converts `gradient(params, task, step) -> ((loss, output), gradient)` of one task to the gradient of a group."""
-
-    def parts(params: Any, task: Any, step: Any) -> tuple[Any, Any]:
-        (loss, output), grads = gradient(params, task, step)
-        return (loss, grads), output
-
-    def group_gradient(params: Any, tasks: Any, step: Any) -> tuple[tuple[jax.Array, Any], Any]:
-        (loss, grads), outputs = sum_over_tasks(parts)(params, tasks, step)
-        return (loss, outputs), grads
-
-    return group_gradient
+    return total
 
 
 def task_axis(task_batch_size: TaskBatchSize, mesh: Mesh | None) -> TaskAxis:
