@@ -29,6 +29,9 @@ METHODS = {
     "oracle": "oracle",
 }
 
+PAPER: dict[Any, options.Config] = {**locomotion.PRESETS, "navigation": navigation.Config()}
+"""The paper's settings, by environment."""
+
 OPTIONS = {
     "inner_loss": "`{}`",
     "physics": "physics of {}",
@@ -124,8 +127,7 @@ def main(prepared: tuple[Config, list[Line]]) -> None:
 
 def description(line: Line) -> str:
     """Describes the method of a line by its name and by the options that differ from the paper's settings."""
-    presets: dict[Any, options.Config] = {**locomotion.PRESETS, "navigation": navigation.Config()}
-    config, defaults = line.results["config"], presets[line.environment]
+    config, defaults = line.results["config"], PAPER[line.environment]
     named = OPTIONS if line.method == "random" else OPTIONS | TRAINING_OPTIONS
     changed = [name for name in named if name in config and config[name] != getattr(defaults, name, config[name])]
     return ", ".join([METHODS[line.method], *(named[name].format(config[name]) for name in changed)])
