@@ -9,12 +9,17 @@ from pathlib import Path
 
 # Most of the test time is compilation of programs that run once. LLVM's optimisations would take longer than they save,
 # so they are off. XLA's own passes are as for users. XLA_FLAGS=--xla_backend_optimization_level=3 turns all
-# optimisations on. In jaxlib 0.10 the fusion emitters take three times as long to compile as the older emitters. Later
-# versions do not have the flag that turns them off, and abort at an unknown flag.
+# optimisations on. In jaxlib 0.10 the fusion emitters take three times as long to compile as the older emitters, and a
+# division of the code of a program for several threads takes 15% longer than no division. Later versions do not have
+# the flag that turns the emitters off, and abort at an unknown flag.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0 "
     "--xla_llvm_disable_expensive_passes=true "
-    + ("--xla_cpu_use_fusion_emitters=false " if version("jaxlib").startswith("0.10.") else "")
+    + (
+        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
+        if version("jaxlib").startswith("0.10.")
+        else ""
+    )
     + os.environ.get("XLA_FLAGS", "")
 )
 
@@ -65,11 +70,17 @@ def interruptible():
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(scope="session")
+def compiled_programs(tmp_path_factory) -> Path:
+    """A folder of compiled programs for the tests of one process, and for the processes that these tests start."""
+    return tmp_path_factory.mktemp("compiled")
+
+
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """Keeps compiled programs for the other tests of a file, and for processes that get the yielded options."""
+def compiled(compiled_programs):
+    """Keeps compiled programs for other tests, and for processes that get the yielded options."""
     options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_compilation_cache_dir": str(compiled_programs),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
     }
     before = {name: getattr(jax.config, name) for name in options}

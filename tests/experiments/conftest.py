@@ -7,6 +7,11 @@ from experiments import omniglot
 from experiments.few_shot import methods
 
 
+@pytest.fixture(scope="module", autouse=True)
+def share_compiled_programs(compiled):
+    """All experiments, in this process or in others, share compiled programs."""
+
+
 @pytest.fixture
 def characters(shared_data, omniglot_cache):
     """Omniglot, with made-up hashes."""

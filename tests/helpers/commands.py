@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+
 import maml_jax
 
 ROOT = Path(maml_jax.__file__).parents[1]
@@ -59,8 +61,11 @@ def wait(processes):
 
 
 def launch(*args, cwd=None, timeout=300):
-    """Runs `python -m` with `args`, by default from the root of the checkout."""
+    """Runs `python -m` with `args`, by default from the root of the checkout. Compiled programs are shared."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if jax.config.jax_compilation_cache_dir:
+        environment["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
+        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     # The command chooses its number of devices.
     environment["XLA_FLAGS"] = environment["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=2", "")
     command = [sys.executable, "-m", *map(str, args)]
