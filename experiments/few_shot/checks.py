@@ -1,6 +1,6 @@
 """Checks of the options of a resolved few-shot run."""
 
-from typing import TYPE_CHECKING, get_args
+from typing import Any, get_args
 
 from experiments.few_shot.names import ANNEALED, WITH_HEAD_RATES, WITHOUT_ORDER, Net, Optimizer
 from maml_jax import validation
@@ -9,12 +9,9 @@ from maml_jax.parallel import processes
 from maml_jax.parallel.task_axis import task_mesh
 from maml_jax.tasks.episodes import ROTATIONS
 
-if TYPE_CHECKING:
-    from experiments.few_shot.run import Run
 
-
-def check(run: "Run") -> None:
-    """Raises ValueError if an option of this resolved run is not allowed."""
+def check(run: Any) -> None:
+    """Raises ValueError if an option of a resolved `experiments.few_shot.run.Run` is not allowed."""
     validation.at_least("ways", run.ways, 2)
     validation.at_least("train_ways", run.train_ways, 2)
     counts = ("shots", "queries", "train_shots", "train_queries", "tasks", "inner_steps", "downscale", "test_tasks")
@@ -50,7 +47,7 @@ def check(run: "Run") -> None:
             )
 
 
-def _check_combinations(run: "Run") -> None:
+def _check_combinations(run: Any) -> None:
     if run.net == "mlp" and run.normalisation in ("instance", "tasknorm"):
         raise ValueError(
             f"normalisation {run.normalisation!r} needs spatial axes, which the fully connected net does not "
@@ -90,7 +87,7 @@ def _check_combinations(run: "Run") -> None:
         )
 
 
-def _check_one_step(run: "Run") -> None:
+def _check_one_step(run: Any) -> None:
     if run.method != "one-step":
         for name, neutral in (("train_ways", run.ways), ("downscale", 1)):
             if (value := getattr(run, name)) != neutral:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-
 from pathlib import Path
 
 import pytest
@@ -54,9 +53,19 @@ def test_the_fast_recipe_starts_from_one_step_maml_with_one_shot(tmp_path):
     given = {"ways": 20, "shots": 5, "seed": 3, "split": "vinyals", "order": 1, "workdir": tmp_path, "first_steps": 70}
     run = omniglot.Run(recipe="fast", **given).resolved()
     assert (run.method, run.inner_steps, run.head_rates, run.tasks) == ("zero-head", 2, (10.0, 10.0), 2)
-    assert run.first_phase == omniglot.Run(
-        recipe="one-step", ways=20, shots=1, seed=3, split="vinyals", order=1, workdir=tmp_path / "first-phase", steps=70
-    ).resolved()
+    assert (
+        run.first_phase
+        == omniglot.Run(
+            recipe="one-step",
+            ways=20,
+            shots=1,
+            seed=3,
+            split="vinyals",
+            order=1,
+            workdir=tmp_path / "first-phase",
+            steps=70,
+        ).resolved()
+    )
     assert miniimagenet.Run(recipe="fast", size=64).resolved().first_phase.size == 64
     assert [omniglot.Run(recipe="fast", ways=5, shots=k).resolved().tasks for k in (1, 5)] == [8, 4]
     assert omniglot.Run().resolved().first_phase is None
@@ -145,7 +154,17 @@ def test_methods_change_the_recipe(method, inner_rate, inner_steps, outer_rate, 
 def test_resolving_sets_every_option_of_the_recipe():
     for run in (omniglot.Run(), miniimagenet.Run(), omniglot.Run(method="pretrained")):
         empty = {name for name, value in dataclasses.asdict(run.resolved()).items() if value is None}
-        allowed = {"workdir", "wandb", "cache_dir", "row", "task_batch_size", "preset", "expect", "start_from", "first_steps"}
+        allowed = {
+            "workdir",
+            "wandb",
+            "cache_dir",
+            "row",
+            "task_batch_size",
+            "preset",
+            "expect",
+            "start_from",
+            "first_steps",
+        }
         assert empty <= {*allowed, *(("clip",) if run.experiment == "omniglot" else ())}
 
 
