@@ -7,6 +7,15 @@ import numpy as np
 from maml_jax.rl.baseline import RIDGE, features, linear_baseline
 
 
+def test_features_are_clipped_observations_squares_and_powers_of_time():
+    observation = np.full((2, 150, 2), [12.0, -3.0], np.float32)
+    found = features(jnp.asarray(observation))
+    assert found.shape == (2, 150, 8)
+    for time in (0, 149):
+        expected = [10, -3, 100, 9, time / 100, (time / 100) ** 2, (time / 100) ** 3, 1]
+        np.testing.assert_allclose(found[1, time], expected, rtol=1e-6)
+
+
 def test_float32_predictions_equal_ridge_regression_in_float64():
     """The observations are collinear, like those of the half-cheetah."""
     rng = np.random.default_rng(0)

@@ -52,10 +52,48 @@ def test_the_line_search_takes_the_longest_step_that_improves(x64, objective_of_
     # The step of twice the length is not accepted.
     longer = compiled(objective.terms)(optax.tree.add_scale(meta_params, -30.0 * 2 * moved, grads))
     assert exponent < 0.5 or longer.loss >= loss or longer.kl > 0.01
+    # The bound is exact: the divergence of the full step is accepted as the bound, and 0.9 times it is not.
+    step = optax.tree.scale(30.0 * moved, grads)
+    bound = compiled(objective.terms)(optax.tree.sub(meta_params, step)).kl
+    for factor, halvings in ((1 + 1e-9, 0), (0.9, 1)):
+        new, terms = search(step, loss, factor * bound)
+        np.testing.assert_allclose(
+            optax.tree.norm(optax.tree.sub(meta_params, new)), optax.tree.norm(step) / 2**halvings, rtol=1e-9
+        )
+        assert terms.kl <= factor * bound
     # Uphill no step is accepted.
     new, terms = search(optax.tree.scale(-1.0, grads), loss, 0.01)
     jax.tree.map(np.testing.assert_array_equal, new, meta_params)
     assert terms.loss == loss and terms.kl == 0
+
+
+def test_a_step_solves_the_damped_system_and_reports_its_effect(x64, objective_of_two_steps):
+    """The reference builds the curvature matrix. The conjugate gradients take as many steps as they need."""
+    params, objective = objective_of_two_steps
+    damping = 0.1
+    flat, unravel = ravel_pytree(MetaParams(params, ()))
+    outer = trpo(0.01, damping=damping, conjugate_steps=3 * flat.size, backtracking=0.5, curvature_tasks=2)
+
+    @compiled
+    def step_and_reference(meta_params):
+        first = objective._replace(tasks=jax.tree.map(lambda leaf: leaf[:2], objective.tasks))
+        product = curvature_product(first.distributions, first.kl, meta_params)
+        matrix = jax.vmap(lambda row: ravel_pytree(product(unravel(row)))[0])(jnp.eye(flat.size))
+        before, gradient = jax.value_and_grad(lambda m: objective.terms(m).loss)(meta_params)
+        new, _, info = outer.update(objective, meta_params, ())
+        return new, info, matrix, before, ravel_pytree(gradient)[0], objective.terms(new)
+
+    new, info, matrix, before, gradient, after = step_and_reference(unravel(flat))
+    direction = jnp.linalg.solve(matrix + damping * jnp.eye(flat.size), gradient)
+    step = direction * jnp.sqrt(2 * 0.01 / (direction @ gradient + 1e-8))
+    moved = flat - ravel_pytree(new)[0]
+    halvings = -jnp.log2(moved @ step / (step @ step))
+    np.testing.assert_allclose(halvings, jnp.round(halvings), atol=1e-3)
+    np.testing.assert_allclose(moved, step / 2 ** jnp.round(halvings), atol=1e-3 * jnp.abs(moved).max())
+    np.testing.assert_allclose(info.grad_norm, jnp.linalg.norm(gradient))
+    np.testing.assert_allclose(info.improvement, before - after.loss)
+    np.testing.assert_allclose(info.kl, after.kl)
+    assert info.improvement > 0 and 0 < info.kl <= 0.01
 
 
 def test_arguments_that_are_not_allowed_raise():
