@@ -17,7 +17,7 @@ def test_the_curvature_product_is_the_hessian_of_the_divergence(x64, objective_o
     meta_params = MetaParams(params, ())
 
     def divergence(meta_params):
-        return objective.kl(objective.distributions(meta_params))
+        return objective.terms(meta_params).kl
 
     @compiled
     def products(along):
@@ -30,8 +30,11 @@ def test_the_curvature_product_is_the_hessian_of_the_divergence(x64, objective_o
     at = terms(meta_params)
     # At the parameters that sampled the episodes, the divergences are 0.
     assert abs(at.kl) < 1e-14 and abs(at.inner_kl) < 1e-14
-    moved = terms(optax.tree.add_scale(meta_params, 0.1, direction_like(meta_params)))
-    assert moved.kl > 1e-4 and moved.inner_kl > 1e-4
+    away = optax.tree.add_scale(meta_params, 0.1, direction_like(meta_params))
+    moved = terms(away)
+    kl_of_steps = compiled(jax.vmap(lambda task: objective.adapt(away, task)[1].aux.kl))(objective.tasks)
+    assert moved.kl > 1e-4 and kl_of_steps.shape == (3, 2) and kl_of_steps.min() > 1e-5
+    np.testing.assert_allclose(moved.inner_kl, kl_of_steps.mean())
 
 
 def test_the_line_search_takes_the_longest_step_that_improves(x64, objective_of_two_steps):
@@ -40,8 +43,8 @@ def test_the_line_search_takes_the_longest_step_that_improves(x64, objective_of_
     meta_params = MetaParams(params, ())
 
     @compiled
-    def search(step, loss, kl_limit):
-        return line_search(objective, meta_params, step, loss, kl_limit, 0.5, 12)
+    def search(step, loss, kl_limit, attempts=12):
+        return line_search(objective, meta_params, step, loss, kl_limit, 0.5, attempts)
 
     loss, grads = compiled(jax.value_and_grad(lambda m: objective.terms(m).loss))(meta_params)
     new, terms = search(optax.tree.scale(30.0, grads), loss, 0.01)
@@ -61,6 +64,8 @@ def test_the_line_search_takes_the_longest_step_that_improves(x64, objective_of_
             optax.tree.norm(optax.tree.sub(meta_params, new)), optax.tree.norm(step) / 2**halvings, rtol=1e-9
         )
         assert terms.kl <= factor * bound
+    new, _ = search(step, loss, 0.9 * bound, attempts=1)
+    jax.tree.map(np.testing.assert_array_equal, new, meta_params)
     # Uphill no step is accepted.
     new, terms = search(optax.tree.scale(-1.0, grads), loss, 0.01)
     jax.tree.map(np.testing.assert_array_equal, new, meta_params)
