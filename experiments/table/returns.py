@@ -31,6 +31,7 @@ METHODS = {
 
 OPTIONS = {
     "inner_loss": "`{}`",
+    "gae_lambda": "lambda of GAE {}",
     "physics": "physics of {}",
     "test_tasks": "{} test tasks",
     "test_episodes": "{} test episodes",
