@@ -90,6 +90,8 @@ def prepare(config: Config) -> Config:
     """
     validation.one_of("preset", config.preset, get_args(PresetName))
     validation.one_of("physics", config.physics, get_args(Physics))
+    if config.render and {*config.methods} == {"oracle"}:
+        raise ValueError("render is for the methods maml first_order pretrained random, but got --methods oracle.")
     options.prepare(config, PRESETS[config.preset])
     try:
         environment(config.preset, config.physics)

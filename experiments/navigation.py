@@ -106,6 +106,7 @@ def main(
             outer=config.outer_step(),
             episodes=config.episodes * (config.inner_steps + 1 if joint else 1),
             inner_loss_name=config.inner_loss,
+            gae_lambda=config.gae_lambda,
             sampling_term=config.sampling_term,
             mesh=task_mesh(config.tasks),
         )
@@ -133,7 +134,7 @@ def main(
                 progress.update(row["step"], **before, after=row["return"])
 
         # Evaluation on held-out tasks.
-        trained[method] = Trained(family, policy, processes.local(state), config.inner_loss)
+        trained[method] = Trained(family, policy, processes.local(state), config.inner_loss, config.gae_lambda)
         if processes.is_leader():
             rates = (config.test_rates,) if config.test_rates else paper.rates_at_test(environment.name, method)
             found = evaluation.evaluate(config, trained[method], () if method == "oracle" else rates)

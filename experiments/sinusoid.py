@@ -33,6 +33,7 @@ from maml_jax.tasks import sinusoid
 TEST_SHOTS = (5, 10, 20)
 TEST_STEPS = 10
 TEST_QUERIES = 100
+TEST_SEED = 600  # The training seeds must differ from this seed.
 SHOWN_STEPS = (0, 1, 5, 10)
 
 # The paper's errors for 5 points after 1, 5 and 10 steps (section 5.1, by the tables of the authors' code).
@@ -96,6 +97,8 @@ class Config(command_line.RunOptions):
                     )
         for seed in self.seeds:
             validation.seed("seeds", seed)
+            if seed == TEST_SEED:
+                raise ValueError(f"seeds must not be {TEST_SEED}, the seed of the test curves.")
 
 
 class Method(NamedTuple):
@@ -269,7 +272,7 @@ def main(config: Config) -> dict:
     run = RunDirectory(config.workdir, "sinusoid", **run_of(config))
     titles = ", ".join(methods(config)[name].title for name in config.methods)
     print(f"{config.steps:,} meta-steps of each: {titles}.\nWriting to {run.path}", flush=True)
-    test_key = jax.random.key(600)  # The same for all training seeds, and independent of their keys.
+    test_key = jax.random.key(TEST_SEED)  # The same for all training seeds, and independent of their keys.
     rows: list[dict] = []
     states: dict[MethodName, maml_jax.MetaState] = {}
     for seed in config.seeds:

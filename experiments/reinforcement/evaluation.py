@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 import maml_jax
-from experiments.reinforcement.options import Config
+from experiments.reinforcement.options import TEST_SEEDS, Config
 from experiments.reinforcement.paper import Rates
 from maml_jax.evaluation import interval
 from maml_jax.parallel.task_axis import local_mesh, task_axis
@@ -27,8 +27,6 @@ from maml_jax.rl.policy import Policy
 TEST_STEPS = 3
 TUNING_BATCHES = 8
 """Number of task batches on which inner rates are compared, each as large as the test batch. Fewer are too noisy."""
-TEST_SEED = 600
-"""Seed of the test tasks. All training seeds have the same test tasks."""
 
 
 class Trained(NamedTuple):
@@ -39,6 +37,8 @@ class Trained(NamedTuple):
     state: maml_jax.MetaState
     inner_loss: InnerLossName
     """Loss of the gradient steps."""
+    gae_lambda: float = 1.0
+    """Lambda of generalised advantage estimation in the gradient steps."""
 
 
 def adaptation_learner(trained: Trained, rates: Rates, episodes: int) -> maml_jax.MetaLearner:
@@ -58,6 +58,7 @@ def adaptation_learner(trained: Trained, rates: Rates, episodes: int) -> maml_ja
         policy_gradient(optax.identity()),  # The outer step is not used.
         episodes=episodes,
         inner_loss_name=trained.inner_loss,
+        gae_lambda=trained.gae_lambda,
         mesh=local_mesh(),
     )
 
@@ -77,7 +78,7 @@ def evaluate(config: Config, trained: Trained, pairs: Sequence[Rates]) -> dict[s
       with a value that is not finite, `num_nonfinite`; and the entries of `returns_by_task`.
     """
     steps = TEST_STEPS if pairs else 0
-    test_key, tuning_key = jax.random.split(jax.random.key(TEST_SEED))
+    test_key, tuning_key = jax.random.split(jax.random.key(TEST_SEEDS[0]))
     state = task_axis("all", local_mesh()).replicate(trained.state)
 
     @jax.jit
@@ -143,7 +144,7 @@ def sample_episodes(trained: Trained, rates: Rates, episodes: int, tasks: Any) -
     Returns:
       Observations `[T, S + 1, E, H, O]` and the mask `[T, S + 1, E, H]` of valid time steps.
     """
-    task_batch = TaskBatch(jax.random.split(jax.random.key(TEST_SEED + 1), len(tasks)), jnp.asarray(tasks))
+    task_batch = TaskBatch(jax.random.split(jax.random.key(TEST_SEEDS[1]), len(tasks)), jnp.asarray(tasks))
     learner = adaptation_learner(trained, rates, episodes)
     _, info = jax.jit(jax.vmap(lambda one_task: learner.adapt(trained.state, one_task)))(task_batch)
     sampled = info.aux[1].episodes

@@ -19,6 +19,9 @@ from maml_jax.runs.resumable import check_steps
 
 OuterName = Literal["trpo", "policy_gradient", "promp"]
 
+TEST_SEEDS = (600, 601)
+"""Seeds of the test tasks and of the episodes in figures, the same for all training runs. Training may not use them."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Config(command_line.RunOptions):
@@ -40,6 +43,8 @@ class Config(command_line.RunOptions):
     """Inner steps in training, each on new episodes."""
     inner_loss: InnerLossName = "logp"
     """Loss of the inner steps. 'logp' is the paper's; 'lvc' and 'dice' have second derivatives that 'logp' lacks."""
+    gae_lambda: float = 1.0
+    """Lambda of generalised advantage estimation, in training and at test. 1 is the paper's: returns minus baseline."""
     sampling_term: bool = False
     """Add the gradient of the sampling of support episodes to the meta-gradient, as E-MAML does."""
     outer: OuterName = "trpo"
@@ -79,13 +84,22 @@ MUTABLE_FIELDS = ("steps", "test_rates", "test_tasks", "test_episodes", "render"
 APPENDABLE_FIELDS = ("methods", "seeds")
 """Options that may get further entries when a run is resumed. Each entry is a separate training run."""
 
+TRAINED: tuple[MethodName, ...] = ("maml", "first_order", "pretrained", "oracle")
+"""The methods that are trained."""
+
+TRAINING_OPTIONS = (
+    "steps", "tasks", "episodes", "inner_steps", "outer", "kl_limit", "curvature_tasks", "outer_rate", "profile",
+)  # fmt: skip
+"""Options that have an effect only in training."""
+
 METHODS_OF_OPTION: dict[str, tuple[MethodName, ...]] = {
+    **dict.fromkeys(TRAINING_OPTIONS, TRAINED),
     "sampling_term": ("maml", "first_order"),
     "inner_rate": ("maml", "first_order"),
     "inner_loss": ("maml", "first_order", "pretrained", "random"),
     "test_rates": ("maml", "first_order", "pretrained", "random"),
 }
-"""The methods for which an option has an effect: those that adapt in training, or at test."""
+"""The methods for which an option has an effect: those that are trained, or that adapt in training or at test."""
 
 OUTERS_OF_OPTION: dict[str, tuple[OuterName, ...]] = {
     "kl_limit": ("trpo",),
@@ -126,6 +140,11 @@ def check(config: Config, defaults: Config) -> None:
         validation.one_of("methods", method, get_args(MethodName))
     for seed in config.seeds:
         validation.seed("seeds", seed)
+        if seed in TEST_SEEDS:
+            named = " or ".join(map(str, TEST_SEEDS))
+            raise ValueError(f"seeds must not be {named}, the seeds of the test tasks, but got {seed}.")
+    if not 0 <= config.gae_lambda <= 1:
+        raise ValueError(f"gae_lambda must be between 0 and 1, but got {config.gae_lambda!r}.")
     validation.one_of("inner_loss", config.inner_loss, get_args(InnerLossName))
     validation.one_of("outer", config.outer, get_args(OuterName))
     if config.curvature_tasks is not None:

@@ -34,6 +34,7 @@ PAPER: dict[Any, options.Config] = {**locomotion.PRESETS, "navigation": navigati
 
 OPTIONS = {
     "inner_loss": "`{}`",
+    "gae_lambda": "lambda of GAE {}",
     "physics": "physics of {}",
     "test_tasks": "{} test tasks",
     "test_episodes": "{} test episodes",

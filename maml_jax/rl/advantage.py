@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from maml_jax.rl.baseline import linear_baseline
-from maml_jax.rl.policy import Gaussian
+from maml_jax.rl.baseline import features, linear_baseline
+from maml_jax.rl.policy import Distribution
 from maml_jax.rl.rollout import Episodes
 
 
@@ -18,17 +18,17 @@ class Experience(NamedTuple):
     log_prob: jax.Array
     """`[E, H]`: log probability of the actions under the policy that sampled them; 0 where the mask is 0."""
     advantage: jax.Array
-    """`[E, H]`: advantages, with mean 0 and standard deviation 1 over the time steps where the mask is 1."""
+    """`[E, H]`: advantages, with mean 0 and standard deviation 1 over the time steps where the mask is 1; else 0."""
     reward: jax.Array
     """`[E, H]`: rewards, discounted to the start of the episode and divided by the deviation of the advantages."""
     baseline: jax.Array
     """`[E, H]`: predicted returns, discounted and divided as `reward`."""
 
-    def log_prob_under(self, distribution: Gaussian) -> jax.Array:
+    def log_prob_under(self, distribution: Distribution) -> jax.Array:
         """Returns the log probability of each action under another distribution, `[E, H]`; 0 where the mask is 0."""
         return self.episodes.mask * distribution.log_prob(self.episodes.action)
 
-    def kl_to(self, distribution: Gaussian) -> jax.Array:
+    def kl_to(self, distribution: Distribution) -> jax.Array:
         """Returns the mean KL divergence from the policy that sampled the actions to `distribution`, a scalar."""
         return self.episodes.mean(self.episodes.distribution.kl_to(distribution))
 
@@ -42,6 +42,8 @@ class Summary(NamedTuple):
     """Mean number of time steps of an episode."""
     num_nonfinite: jax.Array
     """Number of episodes that ended early because a value was not finite."""
+    terminated: jax.Array
+    """Share of the episodes that ended in a terminal state, before the horizon or at it."""
 
 
 def discounted_sums(values: jax.Array, discount: float) -> jax.Array:
@@ -64,15 +66,17 @@ def discounted_sums(values: jax.Array, discount: float) -> jax.Array:
     return lax.scan(add, jnp.zeros_like(values[:, 0]), values.T, reverse=True)[1].T
 
 
-def experience(episodes: Episodes, discount: float, gae_lambda: float) -> Experience:
+def experience(episodes: Episodes, discount: float, gae_lambda: float, bootstrap: bool = False) -> Experience:
     """Estimates advantages of episodes by generalised advantage estimation.
 
-    The baseline is fitted to the same episodes. The value after the horizon is 0, as in the code of Finn et al.
+    The baseline is fitted to the same episodes. The value after a terminal state is 0.
 
     Args:
       episodes: episodes of one task.
       discount: discount of rewards per time step, 0 to 1.
       gae_lambda: the parameter lambda of the estimator, 0 to 1. With 1, advantages are returns minus the baseline.
+      bootstrap: whether the value after an episode that the horizon or the environment truncated is the prediction of
+        the baseline. False: 0, as in the code of Finn et al.
 
     Returns:
       The episodes with normalised advantages.
@@ -82,8 +86,13 @@ def experience(episodes: Episodes, discount: float, gae_lambda: float) -> Experi
     """
     mask, reward = episodes.mask, episodes.reward
     # Fit the baseline.
-    value = linear_baseline(episodes.observation, discounted_sums(reward, discount), mask)
+    value, weights = linear_baseline(episodes.observation, discounted_sums(reward, discount), mask)
     next_value = jnp.pad(value[:, 1:], ((0, 0), (0, 1)))
+    if bootstrap:
+        after = (features(episodes.last_observation[:, None], mask.sum(1, keepdims=True)) @ weights)[:, 0]
+        after = after * (1 - episodes.terminated) * (1 - episodes.nonfinite)
+        is_last = mask - jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
+        next_value = next_value + is_last * after[:, None]
     # Sum the temporal differences, and normalise the sums over all time steps of the task.
     advantage = discounted_sums(mask * (reward + discount * next_value - value), discount * gae_lambda)
     centred = mask * (advantage - episodes.mean(advantage))
@@ -96,4 +105,9 @@ def experience(episodes: Episodes, discount: float, gae_lambda: float) -> Experi
 
 def summary(episodes: Episodes) -> Summary:
     """Computes the metrics of a batch of episodes."""
-    return Summary(episodes.reward.sum(1).mean(), episodes.mask.sum(1).mean(), episodes.nonfinite.sum())
+    return Summary(
+        episodes.reward.sum(1).mean(),
+        episodes.mask.sum(1).mean(),
+        episodes.nonfinite.sum(),
+        episodes.terminated.mean(),
+    )

@@ -8,21 +8,21 @@ RIDGE = 1e-5
 """Weight of the ridge penalty, for feature columns of unit length."""
 
 
-def features(observation: jax.Array) -> jax.Array:
-    """Computes the features of the baseline, `[E, H, O] -> [E, H, 2 O + 4]`.
+def features(observation: jax.Array, time: jax.Array) -> jax.Array:
+    """Computes the features of the baseline at time steps `[H]` or `[E, H]`, `[E, H, O] -> [E, H, 2 O + 4]`.
 
     The features are the observation clipped to [-10, 10], its square, the time (in units of 100 steps) to the
     powers 1 to 3, and 1.
     """
-    episodes, horizon, _ = observation.shape
     observation = jnp.clip(observation, -10, 10)
-    time = jnp.arange(horizon, dtype=observation.dtype)[:, None] / 100
-    time = jnp.concatenate([time, time**2, time**3, jnp.ones_like(time)], 1)
-    return jnp.concatenate([observation, observation**2, jnp.broadcast_to(time, (episodes, *time.shape))], -1)
+    time = time[..., None].astype(observation.dtype) / 100
+    time = jnp.concatenate([time, time**2, time**3, jnp.ones_like(time)], -1)
+    time = jnp.broadcast_to(time, (*observation.shape[:-1], 4))
+    return jnp.concatenate([observation, observation**2, time], -1)
 
 
-def linear_baseline(observation: jax.Array, returns: jax.Array, mask: jax.Array) -> jax.Array:
-    """Fits returns by ridge regression, and returns the predictions of the fit.
+def linear_baseline(observation: jax.Array, returns: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Fits returns by ridge regression.
 
     The feature columns are first scaled to unit length. Some of the half-cheetah's observations are collinear.
     Without the scaling, the float32 Cholesky factorisation fails.
@@ -33,17 +33,18 @@ def linear_baseline(observation: jax.Array, returns: jax.Array, mask: jax.Array)
       mask: `[E, H]`: 1 for the time steps of an episode, 0 for the time steps after the end.
 
     Returns:
-      The predictions `[E, H]`, 0 where the mask is 0.
+      The predictions `[E, H]`, 0 where the mask is 0; and the weights `[2 O + 4]` of the features.
 
     References:
       Duan et al. 2016, arXiv:1604.06778.
     """
     # Scale the feature columns.
-    design = features(observation) * mask[..., None]
+    design = features(observation, jnp.arange(observation.shape[1])) * mask[..., None]
     design = design.reshape(-1, design.shape[-1])
     length = jnp.sqrt(jnp.square(design).sum(0))
-    design = design / jnp.where(length > 0, length, 1)
+    length = jnp.where(length > 0, length, 1)
+    design = design / length
     # Solve the normal equations of ridge regression.
     gram = design.T @ design + RIDGE * jnp.eye(design.shape[1], dtype=design.dtype)
     weights = cho_solve(cho_factor(gram), design.T @ (mask * returns).reshape(-1))
-    return (design @ weights).reshape(returns.shape)
+    return (design @ weights).reshape(returns.shape), weights / length

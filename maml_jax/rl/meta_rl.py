@@ -14,7 +14,7 @@ from maml_jax.meta import MetaLearner, init_state
 from maml_jax.parallel import backend
 from maml_jax.parallel.task_axis import task_axis
 from maml_jax.rl.advantage import Experience, experience, summary
-from maml_jax.rl.environment import Environment
+from maml_jax.rl.environment import Environment, checked
 from maml_jax.rl.losses import InnerLossName, inner_loss
 from maml_jax.rl.objective import Objective
 from maml_jax.rl.outer import Outer
@@ -48,9 +48,12 @@ def draw_task_batch(environment: Environment, key: jax.Array, tasks: int) -> Tas
       environment: the family of tasks.
       key: a PRNG key.
       tasks: the number of tasks, `T`.
+
+    Raises:
+      ValueError: if `sample_tasks` of the environment returns another number of tasks.
     """
     task_key, key = jax.random.split(key)
-    return TaskBatch(jax.random.split(key, tasks), environment.sample_tasks(task_key, tasks))
+    return TaskBatch(jax.random.split(key, tasks), checked(environment).sample_tasks(task_key, tasks))
 
 
 def maml_rl(
@@ -64,6 +67,7 @@ def maml_rl(
     sampling_term: bool = False,
     discount: float = 0.99,
     gae_lambda: float = 1.0,
+    bootstrap: bool = False,
     mesh: Mesh | None = None,
 ) -> MetaLearner:
     """Model-agnostic meta-learning of a policy.
@@ -88,7 +92,8 @@ def maml_rl(
 
     Args:
       environment: the family of tasks.
-      policy: the policy, such as `gaussian_mlp(environment.observation_size, environment.action_size)`.
+      policy: the policy, such as `gaussian_mlp(environment.observation_size, environment.action_size)`, or
+        `categorical_mlp` for discrete actions.
       inner: the inner learner, such as `maml_jax.sgd(0.1, steps=1)`. The inner loss is a mean over time steps,
         with advantages of standard deviation 1.
       outer: the outer step, such as `trpo(0.01)`.
@@ -97,6 +102,8 @@ def maml_rl(
       sampling_term: whether the outer loss has a term for the sampling of the support episodes (E-MAML).
       discount: discount of rewards per time step, 0 to 1.
       gae_lambda: the parameter lambda of generalised advantage estimation, 0 to 1.
+      bootstrap: whether the value after a truncated episode is the prediction of the baseline, and not 0; see
+        `maml_jax.rl.advantage.experience`.
       mesh: the devices that share the tasks, such as `maml_jax.task_mesh(T)`; None uses one device. On several CPU
         devices, XLA needs more threads than devices if the environment calls the host or observations are large.
         Otherwise large calls can hang. Set the environment variable NPROC to the number of threads before JAX starts.
@@ -113,7 +120,8 @@ def maml_rl(
     Raises:
       TypeError: if `inner` is not an inner learner, or if `outer` is not an outer step.
       ValueError: for fewer than 1 episode, for a discount or `gae_lambda` outside 0 to 1, for an unknown loss name, for
-        `remat='mixflow'`, and in `step` for a sampling term with fewer than 2 tasks.
+        `remat='mixflow'`, and in `step` for a sampling term with fewer than 2 tasks. When called, the functions of the
+        learner raise TypeError or ValueError as `maml_jax.rl.rollout.rollout`.
 
     References:
       Finn, Abbeel and Levine 2017, arXiv:1703.03400, algorithm 3; Stadie et al. 2018, arXiv:1803.01118 (E-MAML).
@@ -139,7 +147,7 @@ def maml_rl(
 
     def sample(params: Params, one_task: TaskBatch) -> Experience:
         sampled = rollout(environment, policy, params, one_task.key, one_task.task, episodes)
-        return lax.stop_gradient(experience(sampled, discount, gae_lambda))
+        return lax.stop_gradient(experience(sampled, discount, gae_lambda, bootstrap))
 
     def sampled_loss(params: Params, one_task: TaskBatch) -> tuple[jax.Array, Experience]:
         """Returns the inner loss on new episodes of the current policy, and the experience as aux."""

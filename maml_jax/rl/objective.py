@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from maml_jax.inner import InnerLearner, inner_loop
 from maml_jax.parallel.task_axis import TaskAxis
 from maml_jax.rl.losses import clipped_ratio, ratio
-from maml_jax.rl.policy import Gaussian, Policy
+from maml_jax.rl.policy import Distribution, Policy
 from maml_jax.types import LossFn, MetaParams, Task
 
 
@@ -37,16 +37,16 @@ class Objective(NamedTuple):
     over_tasks: TaskAxis
     """How the tasks are divided into groups and over devices."""
 
-    def distributions(self, meta_params: MetaParams) -> Gaussian:
+    def distributions(self, meta_params: MetaParams) -> Distribution:
         """Returns the action distributions of the adapted policies in the query episodes, `[T, E, H, A]`."""
 
-        def task_distribution(meta_params: MetaParams, task: Task) -> Gaussian:
+        def task_distribution(meta_params: MetaParams, task: Task) -> Distribution:
             params, _ = inner_loop(self.inner, self.loss_fn, *meta_params, task.support, batch_per_step=True)
             return self.policy.apply(params, task.query.episodes.observation)
 
         return self.over_tasks.map(task_distribution, meta_params, self.tasks)
 
-    def kl(self, distributions: Gaussian) -> jax.Array:
+    def kl(self, distributions: Distribution) -> jax.Array:
         """Returns the mean KL divergence from the policies that sampled the query episodes to `distributions`."""
         return jax.vmap(lambda task, new: task.query.kl_to(new))(self.tasks, distributions).mean()
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from maml_jax.rl.environment import Environment, Step
-from maml_jax.rl.policy import Gaussian, Policy
+from maml_jax.rl.environment import Environment, checked
+from maml_jax.rl.policy import Categorical, Distribution, Gaussian, Policy
 from maml_jax.types import Params
 
 
@@ -18,14 +18,18 @@ class Episodes(NamedTuple):
     """`[E, H, O]`: the observation before each action."""
     action: jax.Array
     """`[E, H, A]`: the action as sampled. The environment gets the action clipped to [-1, 1]."""
-    distribution: Gaussian
-    """The distribution that the action was sampled from; mean and log_std `[E, H, A]`."""
+    distribution: Distribution
+    """The distribution that the action was sampled from; its arrays are `[E, H, A]`."""
     reward: jax.Array
     """`[E, H]`, 0 where the mask is 0."""
     mask: jax.Array
     """`[E, H]`: 1 for the time steps of an episode, 0 for the time steps after the end."""
     nonfinite: jax.Array
     """`[E]`: 1 for episodes that ended early because an observation, action, reward or state was not finite."""
+    terminated: jax.Array
+    """`[E]`: 1 for episodes that ended in a terminal state; 0 at the horizon, and if the environment truncated them."""
+    last_observation: jax.Array
+    """`[E, O]`: the observation after the last step, with 0 for entries that are not finite."""
 
     def mean(self, values: jax.Array) -> jax.Array:
         """Returns the mean of values `[E, H]` over the time steps where the mask is 1; 0 without such time steps."""
@@ -59,29 +63,37 @@ def rollout(
 
     Returns:
       The episodes, padded to the horizon `H`.
+
+    Raises:
+      TypeError, ValueError: if a function of the environment returns a value of another form than `Environment` and
+        `Step` describe, or if the policy is for another number or another kind of actions.
     """
+    environment = checked(environment)
     params = lax.stop_gradient(params)
     reset_key, noise_key = jax.random.split(key)
     state = jax.vmap(environment.reset, (0, None))(jax.random.split(reset_key, episodes), task)
+    observe = jax.vmap(environment.observe, (0, None))
     shape = (environment.horizon, episodes, environment.action_size)
-    noise = jax.random.normal(noise_key, shape, jax.tree.leaves(params)[0].dtype)
+    example = jax.eval_shape(policy.apply, params, jax.eval_shape(observe, state, task))
+    _check_policy(environment, example)
+    noise = example.noise(noise_key, shape, jax.tree.leaves(params)[0].dtype)
 
     def time_step(carry: Any, noise: jax.Array) -> Any:
         state, running = carry
         # Sample an action.
-        observation = jax.vmap(environment.observe, (0, None))(state, task)
+        observation = observe(state, task)
         distribution = policy.apply(params, observation)
-        action = distribution.mean + jnp.exp(distribution.log_std) * noise
+        action = distribution.sample(noise)
         # Step every environment, with a zero action where the action or the observation is not finite.
         finite = jnp.isfinite(action).all(-1) & jnp.isfinite(observation).all(-1)
         clipped = jnp.where(finite[:, None], jnp.clip(action, -1, 1), 0)
-        step: Step = jax.vmap(environment.step, (0, 0, None))(state, clipped, task)
+        step = jax.vmap(environment.step, (0, 0, None))(state, clipped, task)
         for leaf in jax.tree.leaves((step.reward, step.state)):
             finite &= jnp.isfinite(leaf).reshape(episodes, -1).all(-1)
         # Record the step of the episodes that have not ended.
         valid = running & finite
         state = jax.tree.map(lambda new, old: jnp.where(_broadcast(valid, new), new, old), step.state, state)
-        recorded = Episodes(
+        recorded = dict(
             observation=jnp.where(valid[:, None], observation, 0),
             action=jnp.where(valid[:, None], action, 0),
             distribution=jax.tree.map(
@@ -90,12 +102,28 @@ def rollout(
             reward=jnp.where(valid, step.reward, 0),
             mask=valid.astype(noise.dtype),
             nonfinite=(running & ~finite).astype(noise.dtype),
+            terminated=(valid & step.done & ~step.truncated).astype(noise.dtype),
         )
         return (state, valid & ~step.done), recorded
 
-    _, recorded = lax.scan(time_step, (state, jnp.ones(episodes, bool)), noise)
+    (state, _), recorded = lax.scan(time_step, (state, jnp.ones(episodes, bool)), noise)
+    ends = {name: recorded.pop(name).sum(0) for name in ("nonfinite", "terminated")}
     by_episode = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), recorded)
-    return by_episode._replace(nonfinite=by_episode.nonfinite.sum(1))
+    last = observe(state, task)
+    return Episodes(**by_episode, **ends, last_observation=jnp.where(jnp.isfinite(last), last, 0))
+
+
+def _check_policy(environment: Environment, distribution: Distribution) -> None:
+    """Raises ValueError if a distribution is for other actions than those of the environment."""
+    sizes = {leaf.shape[-1] for leaf in jax.tree.leaves(distribution)}
+    wrong_kind = isinstance(distribution, Gaussian if environment.discrete else Categorical)
+    if sizes != {environment.action_size} or wrong_kind:
+        kind, policy = ("discrete", "categorical_mlp") if environment.discrete else ("continuous", "gaussian_mlp")
+        raise ValueError(
+            f"The environment {environment.name!r} has {kind} actions of size {environment.action_size}, but the "
+            f"policy gives a {type(distribution).__name__} of size {', '.join(map(str, sorted(sizes)))}. Use a policy "
+            f"such as {policy}({environment.observation_size}, {environment.action_size})."
+        )
 
 
 def _broadcast(flags: jax.Array, leaf: jax.Array) -> jax.Array:

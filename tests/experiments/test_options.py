@@ -43,6 +43,24 @@ def rate():
     return SimpleNamespace(values=st.floats().map(repr) | st.sampled_from(["0", "-0.0", "1e-400"]), allowed=allowed)
 
 
+def fraction():
+    def allowed(text):
+        try:
+            return 0 <= float(text) <= 1
+        except ValueError:
+            return False
+
+    return SimpleNamespace(values=st.floats(-0.5, 1.5).map(repr) | st.sampled_from(["0", "1", "nan"]), allowed=allowed)
+
+
+def seed_except(*test_seeds):
+    """Seeds of a training, which must differ from the seeds of the test tasks."""
+    seed, excluded = whole(0, MOST_SEED), st.sampled_from([*map(str, test_seeds)])
+    return SimpleNamespace(
+        values=seed.values | excluded, allowed=lambda text: seed.allowed(text) and int(text) not in test_seeds
+    )
+
+
 def choice(*names):
     others = st.sampled_from([name.upper() + "x" for name in names])
     return SimpleNamespace(values=st.sampled_from(names) | others, allowed=lambda text: text in names)
@@ -72,13 +90,17 @@ RL = {
     "inner_rate": RATE, "inner_steps": COUNT, "inner_loss": choice("logp", "lvc", "dice"),
     "outer": choice("trpo", "policy_gradient", "promp"), "kl_limit": RATE,
     "curvature_tasks": optional(COUNT), "outer_rate": RATE, "test_tasks": whole(2),
-    "test_episodes": COUNT, "seeds": whole(0, MOST_SEED),
+    "test_episodes": COUNT, "seeds": seed_except(600, 601), "gae_lambda": fraction(),
     "methods": choice("maml", "first_order", "pretrained", "random", "oracle"),
 }  # fmt: skip
+TRAINING_OPTIONS = {
+    "steps", "tasks", "episodes", "inner_steps", "outer", "kl_limit", "curvature_tasks", "outer_rate"
+}  # fmt: skip
+"""Options that have no effect on the untrained policy."""
 FIELDS = {
     "sinusoid": {
         "steps": whole(1, MOST_STEPS), "tasks": COUNT, "shots": COUNT, "queries": COUNT, "inner_rate": RATE,
-        "inner_steps": COUNT, "outer_rate": RATE, "test_tasks": whole(2), "seeds": whole(0, MOST_SEED),
+        "inner_steps": COUNT, "outer_rate": RATE, "test_tasks": whole(2), "seeds": seed_except(600),
         "methods": choice("maml", "first_order", "pretrained", "oracle", "steady"),
     },
     "omniglot": FEW_SHOT | {
@@ -110,6 +132,7 @@ def contradicts(name, given):
         changed = {field for field in given if given[field] != str(getattr(defaults, field))}
         return (
             ("inner_rate" in changed and method not in ("maml", "first_order"))
+            or (method == "random" and bool(changed & TRAINING_OPTIONS))
             or ("inner_loss" in changed and method == "oracle")
             or ("kl_limit" in changed and outer != "trpo")
             or ("outer_rate" in changed and outer == "trpo")
@@ -239,6 +262,7 @@ PAIRS = [
     ("navigation", {"outer": "promp", "curvature_tasks": "2"}),
     ("locomotion", {"tasks": "2", "curvature_tasks": "3"}),
     ("navigation", {"methods": "random", "inner_rate": "0.2"}),
+    ("locomotion", {"methods": "random", "episodes": "3"}),
     ("locomotion", {"methods": "oracle", "inner_loss": "lvc"}),
     ("omniglot", {"preset": "5w1s", "net": "conv"}),
     ("omniglot", {"shots": "10", "queries": "11"}),

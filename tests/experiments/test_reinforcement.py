@@ -22,6 +22,7 @@ from experiments.shared import command_line
 from maml_jax.parallel.backend import cores
 from maml_jax.rl.policy import gaussian_mlp
 
+TRAINED = "maml first_order pretrained oracle"
 BAD = [
     (navigation, ["--steps", "0"], "steps must be an integer of at least 1, but got 0"),
     (navigation, ["--episodes", "0"], "episodes must be an integer of at least 1, but got 0"),
@@ -45,6 +46,23 @@ BAD = [
         "for the methods maml first_order, but got True",
     ),
     (navigation, ["--test-rates", "0.1", "0.1", "--methods", "oracle"], "test_rates is for the methods maml"),
+    (navigation, ["--gae-lambda", "1.5"], "gae_lambda must be between 0 and 1, but got 1.5"),
+    (navigation, ["--gae-lambda", "nan"], "gae_lambda must be between 0 and 1, but got nan"),
+    (navigation, ["--seeds", "0", "600"], "seeds must not be 600 or 601, the seeds of the test tasks, but got 600"),
+    *(
+        (navigation, [f"--{name}", *value, "--methods", "random"], f"is for the methods {TRAINED}, but got {given}")
+        for name, value, given in (
+            ("steps", ["7"], "7"),
+            ("tasks", ["3"], "3"),
+            ("episodes", ["3"], "3"),
+            ("inner-steps", ["2"], "2"),
+            ("outer", ["promp"], "promp"),
+            ("kl-limit", ["0.1"], "0.1"),
+            ("curvature-tasks", ["3"], "3"),
+            ("profile", [], "True"),
+        )
+    ),
+    (locomotion, ["--render", "--methods", "oracle"], "render is for the methods maml"),
     (locomotion, ["--preset", "snail"], "preset"),
     (locomotion, ["--physics", "aristotle"], "physics"),
     (rl_speed, ["--curvature-share", "0"], "curvature_share must be above 0 and at most 1, but got 0"),
@@ -149,26 +167,49 @@ def test_navigation_end_to_end(quickly_compiled, monkeypatch, capsys, tmp_path):
     assert rows[0]["return"] < 0 and rows[0]["return_before"] < 0
     # A method may be added later. Trained methods are kept.
     with pytest.raises(SystemExit):
-        start(navigation, [*arguments, "--methods", "random"], monkeypatch, tmp_path)
-    assert "methods was ['maml'], is ['random']" in capsys.readouterr().err
+        start(navigation, [*arguments, "--methods", "pretrained"], monkeypatch, tmp_path)
+    assert "methods was ['maml'], is ['pretrained']" in capsys.readouterr().err
     start(navigation, [*arguments, "--methods", "random", "maml"], monkeypatch, tmp_path)
     random, again = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
     assert random["method"] == "random" and again["return"] == maml["return"]
     assert [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == rows
 
 
-def untrained(inner_loss="logp"):
+def untrained(inner_loss="logp", gae_lambda=1.0):
     """The initial policy of navigation."""
     policy = gaussian_mlp(2, 2)
     state = maml_jax.MetaState(jnp.int32(0), policy.init(jax.random.key(0)), (), ())
-    return evaluation.Trained(navigation.ENVIRONMENT, policy, state, inner_loss)
+    return evaluation.Trained(navigation.ENVIRONMENT, policy, state, inner_loss, gae_lambda)
 
 
-def test_gradient_steps_at_test_use_the_chosen_loss(quickly_compiled):
-    """The losses 'dice' and 'logp' have different first derivatives."""
+def test_gradient_steps_at_test_use_the_chosen_loss_and_advantages(quickly_compiled):
+    """The losses 'dice' and 'logp' have different first derivatives, and lambda changes the advantages."""
     config = navigation.Config(test_tasks=2, test_episodes=3)
-    logp, dice = (evaluation.evaluate(config, untrained(loss), ((0.1, 0.05),)) for loss in ("logp", "dice"))
-    assert abs(dice["return"][1:] - logp["return"][1:]).min() > 0.01 and dice["return"][0] == logp["return"][0]
+    logp, *others = (
+        evaluation.evaluate(config, untrained(*options), ((0.1, 0.05),))["return"]
+        for options in (("logp",), ("dice",), ("logp", 0.9))
+    )
+    for other in others:
+        assert abs(other[1:] - logp[1:]).min() > 0.01 and other[0] == logp[0]
+
+
+def test_training_and_test_get_the_options_of_the_learner(monkeypatch, tmp_path):
+    """The learners are recorded, and the first one ends the command."""
+    made = []
+
+    def maml_rl(*arguments, **given):
+        made.append(given)
+        raise InterruptedError
+
+    monkeypatch.setattr(navigation, "maml_rl", maml_rl)
+    config = navigation.Config(
+        gae_lambda=0.9, inner_loss="lvc", sampling_term=True, episodes=7, workdir=tmp_path / "run"
+    )
+    with pytest.raises(InterruptedError):
+        navigation.main(config)
+    (given,) = made
+    names = ("gae_lambda", "inner_loss_name", "sampling_term", "episodes")
+    assert [given[name] for name in names] == [0.9, "lvc", True, 7]
 
 
 def test_locomotion_end_to_end(tmp_path):

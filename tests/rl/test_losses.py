@@ -7,7 +7,11 @@ import pytest
 from helpers.rl_cases import POLICY, compiled
 from jax.flatten_util import ravel_pytree
 
-from maml_jax.rl.losses import SURROGATES, inner_loss
+from maml_jax.rl.advantage import Experience
+from maml_jax.rl.losses import SURROGATES, clipped_ratio, inner_loss
+from maml_jax.rl.rollout import Episodes
+
+ENDS = ("nonfinite", "terminated", "last_observation")
 
 
 def test_hessians_differ_by_the_known_terms(x64, objective_of_two_steps):
@@ -39,6 +43,17 @@ def test_hessians_differ_by_the_known_terms(x64, objective_of_two_steps):
     added = jnp.einsum("eh,ehi,ehj->ij", sampled.reward, past, past)
     added = -(added - jnp.einsum("eh,ehij->ij", sampled.baseline, products)) / count
     np.testing.assert_allclose(hessians[2] - plain, added, atol=1e-9)
+
+
+def test_ratios_outside_the_clip_do_not_lower_the_loss():
+    mask = jnp.array([[1.0, 1.0, 1.0, 0.0]] * 2)
+    episodes = Episodes(*[jnp.zeros((2, 4))] * 3, reward=mask, mask=mask, **dict.fromkeys(ENDS, jnp.zeros(2)))
+    advantage = jnp.array([[1.0] * 4, [-1.0] * 4])
+    sampled = Experience(episodes, jnp.full((2, 4), -0.5), advantage, mask, mask)
+    log_prob = jnp.log(jnp.array([[0.5, 1.1, 2.0, 9.0]] * 2)) - 0.5
+    expected = -np.mean([0.5, 1.1, 1.3, -0.7, -1.1, -2.0])
+    np.testing.assert_allclose(clipped_ratio(sampled, log_prob, 0.3), expected, rtol=1e-5)
+    np.testing.assert_allclose(SURROGATES["lvc"](sampled, log_prob), 0, atol=1e-6)
 
 
 def test_an_unknown_name_raises():

@@ -63,6 +63,18 @@ def test_evaluate_gives_the_losses_of_adapt_for_each_task(x64, adapting):
     assert np.ptp(together.loss, axis=0).min() > 1e-3 and np.ptp(together.loss, axis=1).min() > 1e-3
 
 
+def test_the_metrics_of_a_meta_iteration_are_those_of_its_evaluation(x64, adapting):
+    """A meta-iteration and an evaluation with the same keys sample the same episodes."""
+    learner, state, task_batch, _ = adapting
+    evaluation = compiled(learner.evaluate)(state, task_batch)
+    _, info = compiled(learner.step)(state, task_batch)
+    np.testing.assert_allclose(info.aux["return_before"], -evaluation.loss[:, 0])
+    np.testing.assert_allclose(info.aux["return"], -evaluation.loss[:, -1])
+    np.testing.assert_allclose(info.aux["length"], evaluation.aux.length[:, -1])
+    np.testing.assert_allclose(info.support_loss, evaluation.loss[:, :-1])
+    np.testing.assert_allclose(info.loss, evaluation.loss[:, -1].mean())
+
+
 def test_each_inner_step_is_gradient_descent_on_new_episodes(x64, adapting):
     """The two steps have different rates. The reference is the update, written in plain JAX."""
     _, state, _, alone = adapting

@@ -15,6 +15,7 @@ from helpers.rl_cases import (
 )
 
 from maml_jax.rl.environment import Step
+from maml_jax.rl.envs.navigation import MAX_STEP
 from maml_jax.rl.outer import policy_gradient
 from maml_jax.rl.rollout import rollout
 
@@ -49,6 +50,11 @@ def test_a_nan_state_ends_its_episode_and_is_counted():
     for mask, length in zip(sampled.mask, (3, 5)):
         np.testing.assert_array_equal(mask, np.tile(np.arange(8) < length, (5, 1)))
     np.testing.assert_array_equal(sampled.reward, -sampled.mask)
+    np.testing.assert_array_equal(sampled.terminated, [[0] * 5, [1] * 5])
+    # The deviation is that of the policy, and the last action leads to the last observation.
+    np.testing.assert_allclose(sampled.distribution.log_std, sampled.mask[..., None] * params["log_std"], rtol=1e-6)
+    before, action = sampled.observation[1, :, 4], sampled.action[1, :, 4]
+    np.testing.assert_allclose(sampled.last_observation[1], before + MAX_STEP * jnp.clip(action, -1, 1), rtol=1e-6)
     nan_actions = sample(jax.tree.map(lambda leaf: leaf * jnp.nan, params))
     assert nan_actions.nonfinite.all() and not nan_actions.mask.any()
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((sampled, nan_actions)))
@@ -61,9 +67,33 @@ def test_a_nan_state_ends_its_episode_and_is_counted():
     assert info.aux["kl"][0] > 0 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((after.params, info)))
 
 
-@pytest.mark.parametrize(("where", "length"), [("reset", 0), ("observe", 3)])
-def test_a_nan_observation_ends_its_episode(where, length):
-    """One of two tasks has NaN observations. The other task still trains."""
+def test_episodes_have_different_starts_and_noise_and_no_derivatives():
+    environment = ENVIRONMENT._replace(reset=lambda key, task: jax.random.normal(key, (2,)))
+    params = perturbed(POLICY)
+
+    @compiled
+    def sample_and_gradient(key):
+        def total(params):
+            episodes = rollout(environment, POLICY, params, key, jnp.zeros(2), 3)
+            return episodes.action.sum(), episodes
+
+        return jax.grad(total, has_aux=True)(params)
+
+    gradient, episodes = sample_and_gradient(jax.random.key(0))
+    _, others = sample_and_gradient(jax.random.key(1))
+    assert not any(leaf.any() for leaf in jax.tree.leaves(gradient))
+    starts = np.concatenate([each.observation[:, 0] for each in (episodes, others)])
+    assert len(np.unique(starts)) == 2 * 3 * 2
+    standardised = (episodes.action - episodes.distribution.mean) / jnp.exp(episodes.distribution.log_std)
+    assert len(np.unique(np.round(standardised, 4))) > 0.9 * standardised.size
+    assert (jnp.abs(episodes.action) > 1).any()  # Recorded as sampled; the environment got the clipped action.
+    moved = MAX_STEP * jnp.clip(episodes.action[:, :-1], -1, 1)
+    np.testing.assert_allclose(jnp.diff(episodes.observation, axis=1), moved, atol=1e-6)
+
+
+@pytest.mark.parametrize(("where", "length"), [("reset", 0), ("observe", 3), ("reward", 3)])
+def test_a_nan_observation_or_reward_ends_its_episode(where, length):
+    """One of two tasks has NaN observations or rewards. The other task still trains."""
 
     def nan_if(position, task, when):
         return jnp.where((task[0] > 0) & when, jnp.nan, position)
@@ -78,10 +108,11 @@ def test_a_nan_observation_ends_its_episode(where, length):
     def step(state, action, task):
         position, time = state
         moved = ENVIRONMENT.step(position, action, task)
-        return moved._replace(state=(moved.state, time + 1))
+        reward = nan_if(moved.reward, task, (where == "reward") & (time > 2))
+        return moved._replace(state=(moved.state, time + 1), reward=reward)
 
     environment = ENVIRONMENT._replace(reset=reset, step=step, observe=observe)
-    learner = small_learner(policy_gradient(optax.sgd(0.1)), environment)
+    learner = small_learner(policy_gradient(optax.sgd(0.1)), environment, bootstrap=True)
     task_batch = task_batch_of([[0.4, 0.4], [-0.4, 0.4]])
     after, info = compiled(learner.step)(learner.init(perturbed(POLICY)), task_batch)
     np.testing.assert_array_equal(info.aux["num_nonfinite"], [12, 0])

@@ -38,7 +38,7 @@ def row(method="maml", seed=0, first=0.0, improved=0.5):
 
 def test_a_description_names_the_options_that_differ_from_the_papers(tmp_path):
     made_up(tmp_path / "a", rows=[row("oracle"), row("maml", 0), row("maml", 1)], kl_limit=0.01, curvature_tasks=10)
-    made_up(tmp_path / "b", rows=[row("random")], inner_loss="lvc", test_tasks=400, kl_limit=0.03)
+    made_up(tmp_path / "b", rows=[row("random")], inner_loss="lvc", gae_lambda=0.9, test_tasks=400, kl_limit=0.03)
     made_up(tmp_path / "c", "half-cheetah-direction", rows=[row()], steps=5, kl_limit=0.01, inner_steps=2)
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "results.json").write_text('{"protocol": "of another kind"}')
@@ -46,7 +46,7 @@ def test_a_description_names_the_options_that_differ_from_the_papers(tmp_path):
     assert [(Path(line.folder).name, returns.description(line), line.steps, len(line.rows)) for line in lines] == [
         ("a", "MAML, curvature of 10 tasks", 30, 2),
         ("c", "MAML, 2 inner steps, trust region 0.01", 5, 1),
-        ("b", "untrained, `lvc`, 400 test tasks", 0, 1),
+        ("b", "untrained, `lvc`, lambda of GAE 0.9, 400 test tasks", 0, 1),
         ("a", "oracle, curvature of 10 tasks", 30, 1),
     ]
 
