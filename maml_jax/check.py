@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maml_jax import validation
+from maml_jax import diagnosis, validation
 from maml_jax.autodiff.finite_differences import (
     Comparison,
     GradientChecker,
@@ -303,7 +303,8 @@ def _finite(problem: _Problem, trained: _Problem, given: Params) -> Finding:
         if not np.isfinite(support).all():
             return (
                 "The support loss is not finite before any adaptation. Check the tasks and the parameters for values "
-                "that are not finite, and the loss for a log, a division or a square root."
+                "that are not finite, and the loss for a log, a division or a square root. "
+                + diagnosis.values_to_check(problem.tasks)
             )
         if not np.isfinite(problem.jitted_meta_loss(problem.start)):
             return (

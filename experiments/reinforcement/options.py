@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 import optax
 
 from experiments.reinforcement.paper import MethodName
-from experiments.shared import command_line
+from experiments.shared import command_line, option_checks
 from experiments.shared.command_line import DefaultInHelp
 from maml_jax import validation
 from maml_jax.parallel import processes
@@ -112,7 +112,7 @@ def prepare(config: Config, defaults: Config) -> Config:
 
 def check(config: Config, defaults: Config) -> None:
     """Raises ValueError if an option is not allowed, or differs from its default but has no effect."""
-    validation.meta_steps("steps", config.steps)
+    option_checks.meta_steps("steps", config.steps)
     for name in ("tasks", "episodes", "inner_steps", "test_episodes"):
         validation.at_least(name, getattr(config, name), 1)
     validation.at_least("test_tasks", config.test_tasks, 2)
@@ -121,11 +121,11 @@ def check(config: Config, defaults: Config) -> None:
     for rate in config.test_rates or ():
         validation.positive("test_rates", rate)
     for name in ("methods", "seeds"):
-        validation.different(name, getattr(config, name))
+        option_checks.different(name, getattr(config, name))
     for method in config.methods:
         validation.one_of("methods", method, get_args(MethodName))
     for seed in config.seeds:
-        validation.seed("seeds", seed)
+        option_checks.seed("seeds", seed)
     validation.one_of("inner_loss", config.inner_loss, get_args(InnerLossName))
     validation.one_of("outer", config.outer, get_args(OuterName))
     if config.curvature_tasks is not None:

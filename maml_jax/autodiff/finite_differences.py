@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal, jaxprs_in_params
 
-
 LARGEST_LIMIT = 0.01
 """Largest limit in float64. Differences that are less certain can confirm no gradient."""
 

@@ -13,7 +13,9 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 def loops(x, dtype):
     x = x.astype(dtype)
-    total, stacked = jax.lax.scan(lambda total, row: (total + row / 3, total * row), jnp.zeros(3, dtype), x, reverse=True)
+    total, stacked = jax.lax.scan(
+        lambda total, row: (total + row / 3, total * row), jnp.zeros(3, dtype), x, reverse=True
+    )
     _, grown = jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] * x[0] / 7 + 1), (0, total))
     return jax.lax.cond(x.sum() > 0, lambda y: y / 3, lambda y: y / 7, grown), stacked
 

@@ -119,3 +119,8 @@ def test_the_nearest_neighbour_against_a_loop(context):
             distances = [np.sum((scale * (query[task, number] - one)) ** 2) for one in support[task]]
             expected = int(labels[task, int(np.argmin(distances))])
             assert np.exp(log_probabilities[task, 0, number]).tolist() == [float(i == expected) for i in range(4)]
+
+
+def test_infinite_and_nan_losses_are_diverged():
+    support_loss = [[1.0, 0.5, 2.0], [np.inf, np.inf, 1.0], [1.0, np.nan, np.inf]]
+    np.testing.assert_allclose(evaluation.divergence_rate(support_loss), [1 / 3, 2 / 3, 2 / 3])

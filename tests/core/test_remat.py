@@ -181,9 +181,9 @@ def test_mixflow_gives_gradients_of_the_type_of_the_parameters():
     def in_float32(params, batch):
         return jnp.square(batch @ params["w"].astype(jnp.float32) - 1).mean(), {}
 
-    batch = jnp.array([[[0.5, 1.0], [1.0, -1.0]]])
-    (got, _), _ = meta_gradient(in_float32, maml_jax.sgd(0.3, steps=2, remat="mixflow"), params, maml_jax.Task(batch, batch))
-    (expected, _), _ = meta_gradient(in_float32, maml_jax.sgd(0.3, steps=2), params, maml_jax.Task(batch, batch))
+    batch = maml_jax.Task(*[jnp.array([[[0.5, 1.0], [1.0, -1.0]]])] * 2)
+    (got, _), _ = meta_gradient(in_float32, maml_jax.sgd(0.3, steps=2, remat="mixflow"), params, batch)
+    (expected, _), _ = meta_gradient(in_float32, maml_jax.sgd(0.3, steps=2), params, batch)
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(got))
     assert_same(got, expected, rtol=0.02)
 
