@@ -6,10 +6,8 @@ meta-gradient with finite differences of the meta-loss, and with the meta-gradie
 `vmap`.
 """
 
-import operator
-from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +25,10 @@ from maml_jax.autodiff.finite_differences import (
     random_direction,
     relative_difference,
 )
-from maml_jax.autodiff.widening import in_float64
-from maml_jax.inner import InnerLearner, adapted_part
+from maml_jax.checked_problem import Problem
+from maml_jax.inner import InnerLearner
 from maml_jax.meta import StepWeights, task_loss
-from maml_jax.types import LossFn, MetaParams, Params, Task
+from maml_jax.types import LossFn, Params, Task
 
 PERTURBATION = 1e-3
 """Standard deviation of the random step away from the given parameters. Without this step, a ReLU with bias zero and an
@@ -179,7 +177,7 @@ def check_meta_gradient(
         given, tasks = cast((params, tasks), np.float64)
         params = jax.tree.map(lambda leaf: leaf + PERTURBATION * random.standard_normal(leaf.shape), given)
         objective = partial(task_loss, support_loss, query_loss, step_weights=weights)
-        problem = _Problem(support_loss, objective, inner, params, tasks)
+        problem = Problem(support_loss, objective, inner, params, tasks)
         problem_in_float32 = problem.in_float32()
 
         finite = _finite(problem, problem if trains_in_float64 else problem_in_float32, given)
@@ -217,69 +215,7 @@ def check_meta_gradient(
     return MetaGradientReport(tuple(findings))
 
 
-class _Problem:
-    """The meta-loss of one batch of tasks as a function of the meta-parameters, and its gradient."""
-
-    def __init__(
-        self,
-        support_loss: LossFn,
-        objective: Callable[[InnerLearner, MetaParams, Task], tuple[jax.Array, Any]],
-        inner: InnerLearner,
-        params: Params,
-        tasks: Task,
-        widen: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda fn: fn,
-    ):
-        self._arguments = (support_loss, objective, inner, params, tasks)
-        self.inner, self.tasks = inner, tasks
-        self.start = MetaParams(params, inner.init_inner_params(adapted_part(inner, params)))
-
-        def loss_before_first_step(started: Params, support: Any) -> jax.Array:
-            if inner.params_at_step is not None:
-                started = inner.params_at_step(started, jnp.zeros([], int))
-            return support_loss(started, support)[0]
-
-        def loss_of_task(meta_params: MetaParams, task: Task) -> jax.Array:
-            return objective(inner, meta_params, task)[0]
-
-        def meta_loss(meta_params: MetaParams) -> jax.Array:
-            return jax.vmap(partial(loss_of_task, meta_params))(tasks).mean()
-
-        self.support_loss = jax.jit(widen(loss_before_first_step))
-        self.support_gradient = jax.jit(widen(jax.grad(loss_before_first_step)))
-        self.meta_loss, self.widened_meta_loss = meta_loss, widen(meta_loss)
-        self.jitted_meta_loss = jax.jit(self.widened_meta_loss)
-        self.value_and_grad = jax.jit(widen(jax.value_and_grad(meta_loss)))
-        self.task_gradient = jax.jit(jax.grad(loss_of_task))
-
-    def started(self, task: Task) -> Params:
-        """The parameters before the first inner step."""
-        params = self.start.params
-        return params if self.inner.start is None else self.inner.start(params, task.support)
-
-    def coarsest(self) -> np.dtype:
-        """The floating-point type of the lowest precision in the meta-loss."""
-        return coarsest_type(jax.make_jaxpr(self.widened_meta_loss)(self.start).jaxpr)
-
-    def with_order(self, order: Literal[1, 2]) -> "_Problem":
-        support_loss, objective, inner, params, tasks = self._arguments
-        return _Problem(support_loss, objective, inner._replace(order=order), params, tasks)
-
-    def in_float32(self) -> "_Problem":
-        support_loss, objective, inner, *data = self._arguments
-        with jax.enable_x64(False):
-            return _Problem(support_loss, objective, inner, *cast(tuple(data), np.float32))
-
-    def in_float64(self) -> "_Problem":
-        """The same problem without casts to other floating-point types."""
-        return _Problem(*self._arguments, widen=in_float64)
-
-    def each_task(self) -> list[Task]:
-        return [
-            jax.tree.map(operator.itemgetter(index), self.tasks) for index in range(validation.num_tasks(self.tasks))
-        ]
-
-
-def _amplification(problem: _Problem, gradient: Any, seed: int) -> float:
+def _amplification(problem: Problem, gradient: Any, seed: int) -> float:
     """The relative change of the meta-gradient over a small relative change of the meta-parameters."""
     length = SMALL_CHANGE * norm(problem.start)
     direction = random_direction(np.random.default_rng(seed), problem.start)
@@ -291,7 +227,7 @@ def _relative_error(value: jax.Array, expected: jax.Array) -> float:
     return float(abs(value - expected) / jnp.maximum(abs(expected), jnp.finfo(expected.dtype).tiny))
 
 
-def _finite(problem: _Problem, trained: _Problem, given: Params) -> Finding:
+def _finite(problem: Problem, trained: Problem, given: Params) -> Finding:
     """Whether the losses and the meta-gradient are finite; if not, the message says where.
 
     `trained` is the problem in the precision of training. `given` are the parameters without the random step.
@@ -335,7 +271,7 @@ def _finite(problem: _Problem, trained: _Problem, given: Params) -> Finding:
     return Finding("finite", 0.0, 0.0, meaning)
 
 
-def _loss_gradient(checker: GradientChecker, problem: _Problem) -> Finding:
+def _loss_gradient(checker: GradientChecker, problem: Problem) -> Finding:
     """Compares the gradient of the support loss, to tell a wrong first derivative from a wrong second derivative."""
     # Take the first task with a gradient other than zero: a hinge loss, for example, can be constant on some tasks.
     for task in problem.each_task():
@@ -364,7 +300,7 @@ def _in_leaves(found: Comparison) -> str:
     return f" in {leaf_names(list(found.failing))}" if found.failing else ""
 
 
-def _value(limit: float, problem: _Problem, value: jax.Array) -> Finding:
+def _value(limit: float, problem: Problem, value: jax.Array) -> Finding:
     error = _relative_error(value, problem.jitted_meta_loss(problem.start))
     if error <= limit:
         meaning = "The meta-loss is the same with and without its gradient."
@@ -376,7 +312,7 @@ def _value(limit: float, problem: _Problem, value: jax.Array) -> Finding:
     return Finding("value", error, limit, meaning)
 
 
-def _meta_gradient(checker: GradientChecker, problem: _Problem, gradient: Any, amplification: float) -> Finding:
+def _meta_gradient(checker: GradientChecker, problem: Problem, gradient: Any, amplification: float) -> Finding:
     if norm(gradient) == 0:
         meaning = (
             "The meta-gradient is zero, so nothing is meta-learned. Look for stop_gradient, rounding or argmax in the "
@@ -416,7 +352,7 @@ def _meta_gradient(checker: GradientChecker, problem: _Problem, gradient: Any, a
     return Finding("meta-gradient", found.error, found.limit, meaning)
 
 
-def _jit(limit: float, problem: _Problem, gradient: Any) -> Finding:
+def _jit(limit: float, problem: Problem, gradient: Any) -> Finding:
     with jax.disable_jit():
         error = relative_difference(gradient, jax.grad(problem.meta_loss)(problem.start))
     if error <= limit:
@@ -429,7 +365,7 @@ def _jit(limit: float, problem: _Problem, gradient: Any) -> Finding:
     return Finding("jit", error, limit, meaning)
 
 
-def _vmap(limit: float, problem: _Problem, gradient: Any) -> Finding:
+def _vmap(limit: float, problem: Problem, gradient: Any) -> Finding:
     gradients = [problem.task_gradient(problem.start, task) for task in problem.each_task()]
     error = relative_difference(gradient, jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *gradients))
     if error <= limit:
@@ -442,7 +378,7 @@ def _vmap(limit: float, problem: _Problem, gradient: Any) -> Finding:
     return Finding("vmap", error, limit, meaning)
 
 
-def _order(problem: _Problem, gradient: Any) -> Finding:
+def _order(problem: Problem, gradient: Any) -> Finding:
     other = problem.with_order(1 if problem.inner.order == 2 else 2).value_and_grad(problem.start)[1]
     first, second = (gradient, other) if problem.inner.order == 1 else (other, gradient)
     error = relative_difference(first, second)
@@ -456,7 +392,7 @@ def _order(problem: _Problem, gradient: Any) -> Finding:
     return Finding("order", error, float("inf"), meaning)
 
 
-def _precision(problem_in_float32: _Problem, gradient: Any, coarsest: np.dtype) -> Finding:
+def _precision(problem_in_float32: Problem, gradient: Any, coarsest: np.dtype) -> Finding:
     with jax.enable_x64(False):
         rounded = problem_in_float32.value_and_grad(problem_in_float32.start)[1]
     error = relative_difference(cast(rounded, np.float64), gradient)

@@ -78,15 +78,18 @@ def checked_loss(loss_fn: LossFn) -> LossFn:
 
     @functools.wraps(loss_fn, updated=())
     def checked(params, batch):
-        _not_varying(batch)
+        if any(getattr(getattr(jax.typeof(leaf), "mat", None), "varying", None) for leaf in jax.tree.leaves(batch)):
+            raise ValueError(
+                "The loss was called inside a jax.shard_map with check_vma=True, which sums the inner gradients over "
+                "the devices. Give the devices to the learner, such as maml(..., mesh=task_mesh(T)), or use "
+                "check_vma=False and average the results over the devices with jax.lax.pmean."
+            )
         try:
             out = loss_fn(params, batch)
         except Exception as error:
             given = jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", batch)
-            error.add_note(
-                f"The loss function {name} was called for one task, with the batch {given}. A meta-batch has a leading "
-                "axis of tasks, also if it holds a single task. adapt takes the support set of one task, without it."
-            )
+            call = f"The loss function {name} was called for one task, with the batch {given}."
+            error.add_note(f"{call} A meta-batch has a leading axis of tasks; the batch that adapt takes has none.")
             raise
         if not (isinstance(out, tuple) and len(out) == 2):
             raise TypeError(
@@ -109,18 +112,6 @@ def checked_loss(loss_fn: LossFn) -> LossFn:
     return checked
 
 
-def _not_varying(batch: Any) -> None:
-    """Raises ValueError inside a `jax.shard_map` with `check_vma=True`. There, the gradient in parameters that are the
-    same on all devices is summed over the devices, in the inner loop too."""
-    for leaf in jax.tree.leaves(batch):
-        if getattr(getattr(jax.typeof(leaf), "mat", None), "varying", None):
-            raise ValueError(
-                "The loss was called inside a jax.shard_map with check_vma=True, which sums inner gradients over the "
-                "devices. Give the devices to the learner, such as maml(..., mesh=task_mesh(T)), or use "
-                "check_vma=False and average the results over the devices with jax.lax.pmean."
-            )
-
-
 def floating_params(params: Params) -> None:
     """Checks that all parameters are floating-point arrays.
 
@@ -134,16 +125,11 @@ def floating_params(params: Params) -> None:
     for path, leaf in leaves:
         if isinstance(leaf, float) and not hasattr(leaf, "dtype"):
             raise TypeError(f"params{jax.tree_util.keystr(path)} is a Python number: use jnp.asarray({leaf!r}).")
-        if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-            raise TypeError(
-                f"params{jax.tree_util.keystr(path)} is complex ({leaf.dtype}), but parameters must be real: make the "
-                "real and the imaginary part two parameters, and combine them in the loss."
-            )
         if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(
                 f"params{jax.tree_util.keystr(path)} must be a floating-point array, but is {_describe(leaf)}. "
-                "Split leaves of other types off, for example with nnx.split(model, nnx.Param, ...) or "
-                "eqx.partition(model, eqx.is_inexact_array), and close over these leaves in the loss."
+                "Split leaves of other types off, such as with nnx.split(model, nnx.Param, ...) or eqx.partition(model, "
+                "eqx.is_inexact_array), and close over them in the loss. Give a complex number as two real parameters."
             )
 
 

@@ -185,7 +185,7 @@ def test_evaluation_steps():
 
 
 def test_complex_parameters():
-    with pytest.raises(TypeError, match=r"params\['w'\] is complex \(complex64\).*real and the imaginary part"):
+    with pytest.raises(TypeError, match=r"params\['w'\].*complex64.*as two real parameters"):
         learner(plain_dict()[0]).init({"w": jnp.ones(3, jnp.complex64)})
 
 
@@ -196,7 +196,7 @@ def test_an_error_of_the_loss_names_the_shapes_of_its_batch():
     with pytest.raises(TypeError) as caught:
         maml_jax.adapt(loss_fn, jnp.ones(4), (jnp.ones((5, 3)), 1), learning_rate=0.1, steps=1)
     note = " ".join(caught.value.__notes__)
-    assert "loss_fn was called for one task" in note and "float32[5, 3]" in note and "adapt takes" in note
+    assert "loss_fn was called for one task" in note and "float32[5, 3]" in note and "adapt takes has none" in note
 
 
 def test_a_checked_shard_map_is_refused():
@@ -211,6 +211,6 @@ def test_a_checked_shard_map_is_refused():
             mesh=mesh, in_specs=(P(), P("devices")), out_specs=P("devices"), check_vma=check_vma,
         )(params, tasks(4))  # fmt: skip
 
-    with pytest.raises(ValueError, match="check_vma=True, which sums inner gradients"):
+    with pytest.raises(ValueError, match="check_vma=True, which sums the inner gradients"):
         evaluate(True)
     np.testing.assert_allclose(evaluate(False), mapped.evaluate(mapped.init(params), tasks(4)).loss, rtol=1e-5)
