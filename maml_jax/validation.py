@@ -128,7 +128,7 @@ def floating_params(params: Params) -> None:
         if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(
                 f"params{jax.tree_util.keystr(path)} must be a floating-point array, but is {_describe(leaf)}. "
-                "Split leaves of other types off, such as with nnx.split(model, nnx.Param, ...) or eqx.partition(model, "
+                "Split other leaves off, for example with nnx.split(model, nnx.Param, ...) or eqx.partition(model, "
                 "eqx.is_inexact_array), and close over them in the loss. Give a complex number as two real parameters."
             )
 

@@ -97,10 +97,7 @@ def test_apply_params_takes_other_state_or_names_it():
     np.testing.assert_allclose(running(variables["params"], x), x @ variables["params"]["Dense_0"]["kernel"], rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "net",
-    [models.MLP((4,), 4, "group"), models.ConvNet(4, filters=4), models.ConvNet(4, 4, True, normalisation="tasknorm")],
-)
+@pytest.mark.parametrize("net", [models.ConvNet(4, 4), models.ConvNet(4, 4, True, normalisation="tasknorm")])
 def test_meta_steps_run_in_the_strict_modes_of_jax(net):
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         images, labels = jnp.ones((1, 2, 16, 16, 1)), jnp.array([[0, 1]])
@@ -108,5 +105,5 @@ def test_meta_steps_run_in_the_strict_modes_of_jax(net):
         params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params)
         loss_fn = losses.log_probabilities(models.apply_params(net))
         tasks = maml_jax.Task((images, labels), (images, labels))
-        learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.1, steps=2), optax.adam(1e-3))
+        learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.1, steps=1), optax.sgd(1e-3))
         jax.eval_shape(learner.step, learner.init(params), losses.query_with_support(tasks))
