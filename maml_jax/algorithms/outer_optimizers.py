@@ -56,8 +56,10 @@ def separate_outer(
 
     def update_both(grads: Any, states: Any, meta_params: Any = None, *, value: jax.Array) -> Any:
         updated = [
-            update(optimizer, *of_one, value)
-            for optimizer, *of_one in zip((params, inner_params), grads, states, meta_params, strict=True)
+            update(optimizer, gradient, state, updated, value)
+            for optimizer, gradient, state, updated in zip(
+                (params, inner_params), grads, states, meta_params, strict=True
+            )
         ]
         return MetaParams(*(updates for updates, _ in updated)), tuple(state for _, state in updated)
 

@@ -72,7 +72,8 @@ def _evaluate(program: Any, consts: Sequence[Any], *args: Any) -> list[Any]:
         if _keeps_types(equation):
             variables = [atom for atom in dict.fromkeys(equation.invars) if not isinstance(atom, Literal)]
             alone = program.replace(constvars=[], invars=variables, outvars=equation.outvars, eqns=[equation])
-            results = map(_wide, eval_jaxpr(alone, [], *(_typed(known[atom], atom.aval.dtype) for atom in variables)))
+            typed = [_typed(known[atom], atom.aval.dtype) for atom in variables]
+            results: Sequence[Any] = [_wide(result) for result in eval_jaxpr(alone, [], *typed)]
         else:
             results = _results(equation, [read(atom) for atom in equation.invars])
         known.update(zip(equation.outvars, results, strict=True))
@@ -140,7 +141,7 @@ def _wide_parameter(key: str, value: Any) -> Any:
     if key == "precision":  # The algorithm of a product, which may be for one type alone.
         return None
     if isinstance(value, (Jaxpr, ClosedJaxpr)):  # The sum in a scatter, or the operation of a reduction.
-        avals = value.in_avals if isinstance(value, ClosedJaxpr) else [variable.aval for variable in value.invars]
+        avals: Any = value.in_avals if isinstance(value, ClosedJaxpr) else [variable.aval for variable in value.invars]
         wide = jax.make_jaxpr(_function(value))(*(_wide(np.zeros(aval.shape, aval.dtype)) for aval in avals))
         return wide if isinstance(value, ClosedJaxpr) else wide.jaxpr
     return np.dtype(np.float64) if isinstance(value, np.dtype) and _is_floating(value) else value
