@@ -141,7 +141,8 @@ def _wide_parameter(key: str, value: Any) -> Any:
     if key == "precision":  # The algorithm of a product, which may be for one type alone.
         return None
     if isinstance(value, (Jaxpr, ClosedJaxpr)):  # The sum in a scatter, or the operation of a reduction.
-        avals: Any = value.in_avals if isinstance(value, ClosedJaxpr) else [variable.aval for variable in value.invars]
-        wide = jax.make_jaxpr(_function(value))(*(_wide(np.zeros(aval.shape, aval.dtype)) for aval in avals))
+        program: Any = value.jaxpr if isinstance(value, ClosedJaxpr) else value
+        scalars = [_wide(np.zeros(variable.aval.shape, variable.aval.dtype)) for variable in program.invars]
+        wide = jax.make_jaxpr(_function(value))(*scalars)
         return wide if isinstance(value, ClosedJaxpr) else wide.jaxpr
     return np.dtype(np.float64) if isinstance(value, np.dtype) and _is_floating(value) else value

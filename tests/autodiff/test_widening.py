@@ -60,3 +60,10 @@ def test_a_call_of_the_host_keeps_its_types():
 
     result = in_float64(fn)(jnp.array([0.1]))
     assert result.dtype == jnp.float64 and result == np.float64(np.float32(0.1)) * 2
+
+
+def test_products_with_an_algorithm_for_one_type():
+    def fn(x):
+        return jnp.dot(x.astype(jnp.float32), jnp.ones(1, jnp.float32), precision="F32_F32_F32")
+
+    assert in_float64(fn)(jnp.array([0.1])) == 0.1
