@@ -18,7 +18,7 @@ import tyro
 from experiments.few_shot import testing
 from experiments.few_shot.names import Split
 from experiments.few_shot.run import TEST_STEPS, DataSet, Run
-from experiments.shared import command_line, plots
+from experiments.shared import command_line, option_checks, plots
 from experiments.shared.command_line import DefaultInHelp
 from experiments.table.rows import EXPERIMENTS
 from maml_jax import evaluation, validation
@@ -95,7 +95,7 @@ def prepare(config: Config) -> tuple[Config, list[Model]]:
     """
     if not config.models:
         raise ValueError("models must have at least one model file, from the folder best/ of a run, but got none.")
-    validation.different("models", [str(path) for path in config.models])
+    option_checks.different("models", [str(path) for path in config.models])
     for path in config.models:
         if path.is_dir():
             raise ValueError(f"models must be model files, from the folder best/ of a run, but {path} is a folder.")

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from experiments.shared import command_line
+from experiments.shared import command_line, option_checks
 from experiments.shared.command_line import DefaultInHelp
 from experiments.table import compare, page
 from experiments.table.rows import Row, choose
@@ -131,12 +131,12 @@ def prepare(config: Config) -> tuple[Config, list[Job]]:
             "rows must have at least one name or pattern, but got none. --list --rows '*' prints all rows."
         )
     if config.steps is not None:
-        validation.meta_steps("steps", config.steps)
+        option_checks.meta_steps("steps", config.steps)
     if config.hours is not None:
         validation.positive("hours", config.hours)
-    validation.different("seeds", config.seeds)
+    option_checks.different("seeds", config.seeds)
     for seed in config.seeds:
-        validation.seed("seeds", seed)
+        option_checks.seed("seeds", seed)
     for path in config.results:
         if not path.is_dir():
             raise ValueError(f"results must be folders that exist, but {path} does not.")

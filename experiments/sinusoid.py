@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 import maml_jax
-from experiments.shared import command_line, plots
+from experiments.shared import command_line, option_checks, plots
 from experiments.shared.command_line import RUN_OPTIONS
 from maml_jax import losses, validation
 from maml_jax.evaluation import divergence_rate, interval
@@ -79,14 +79,14 @@ class Config(command_line.RunOptions):
 
     def check(self) -> None:
         """Raises ValueError if an option is not allowed. The message has the option, the value and what is allowed."""
-        validation.meta_steps("steps", self.steps)
+        option_checks.meta_steps("steps", self.steps)
         for name in ("tasks", "shots", "queries", "inner_steps"):
             validation.at_least(name, getattr(self, name), 1)
         validation.at_least("test_tasks", self.test_tasks, 2)  # One curve gives no interval.
         for name in ("inner_rate", "outer_rate"):
             validation.positive(name, getattr(self, name))
         for name in ("methods", "seeds"):
-            validation.different(name, getattr(self, name))
+            option_checks.different(name, getattr(self, name))
         for method in self.methods:
             validation.one_of("methods", method, get_args(MethodName))
         if set(self.methods) == {"steady"}:
@@ -96,7 +96,7 @@ class Config(command_line.RunOptions):
                         f"{name} has no effect on the method 'steady', but got {given}: add another method."
                     )
         for seed in self.seeds:
-            validation.seed("seeds", seed)
+            option_checks.seed("seeds", seed)
             if seed == TEST_SEED:
                 raise ValueError(f"seeds must not be {TEST_SEED}, the seed of the test curves.")
 

@@ -6,28 +6,29 @@ meta-gradient with finite differences of the meta-loss, and with the meta-gradie
 `vmap`.
 """
 
-import operator
-from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maml_jax import validation
+from maml_jax import diagnosis, validation
 from maml_jax.autodiff.finite_differences import (
+    Comparison,
     GradientChecker,
     cast,
     coarsest_type,
     gradient_checker,
     leaf_names,
     norm,
+    random_direction,
     relative_difference,
 )
-from maml_jax.inner import InnerLearner, adapted_part
+from maml_jax.checked_problem import Problem
+from maml_jax.inner import InnerLearner
 from maml_jax.meta import StepWeights, task_loss
-from maml_jax.types import LossFn, MetaParams, Params, Task
+from maml_jax.types import LossFn, Params, Task
 
 PERTURBATION = 1e-3
 """Standard deviation of the random step away from the given parameters. Without this step, a ReLU with bias zero and an
@@ -35,6 +36,12 @@ input of zeros is at its kink and has no derivative."""
 
 LARGE_ROUNDING = 0.05
 """Relative change of the meta-gradient in float32 above which the report suggests remedies."""
+
+SMALL_CHANGE = 1e-12
+"""Relative change of the meta-parameters that measures how much the inner loop amplifies changes."""
+
+LARGE_AMPLIFICATION = 1e4
+"""Amplification above which the report names it."""
 
 
 class Finding(NamedTuple):
@@ -100,15 +107,20 @@ def check_meta_gradient(
 ) -> MetaGradientReport:
     """Compares the meta-gradient with finite differences, and with the meta-gradient without compilation or `vmap`.
 
-    The comparisons use float64, at parameters that are a small random step away from `params`. The finding 'finite'
-    also covers `params` themselves, in the precision of training: float32 unless `jax_enable_x64` is set. A check
-    evaluates the losses dozens of times, once without compilation. Two tasks with a small batch are enough.
+    The comparisons use float64, at parameters that are a small random step away from `params`. Finite differences are
+    in float64 even if the loss casts to other types, so a model in bfloat16 is checked as strictly as one in float32.
+    The finding 'finite' also covers `params` themselves, in the precision of training: float32 unless `jax_enable_x64`
+    is set. A check evaluates the losses dozens of times, and at least twice for each array of parameters. It evaluates
+    them once without compilation. Two tasks with a small batch are enough.
+
+    The limits follow the rounding errors that the check measures. If the inner loop amplifies small changes, as a loop
+    that diverges does, the differences are less certain, and the report says so.
 
     The report has these findings. If 'finite' fails, the report has no other finding. If the meta-gradient is not
     finite, 'meta-gradient' is the last finding.
 
     - 'finite': the losses before and after adaptation, and the meta-gradient, are finite.
-    - 'loss gradient': `jax.grad` of the support loss agrees with finite differences.
+    - 'loss gradient': `jax.grad` of the support loss before the first inner step agrees with finite differences.
     - 'value': the meta-loss is the same with and without its gradient.
     - 'meta-gradient': the jitted and vmapped meta-gradient agrees with finite differences of the meta-loss.
     - 'jit': the meta-gradient is the same compiled and not compiled.
@@ -136,7 +148,7 @@ def check_meta_gradient(
       query_loss_fn: as for `maml`.
       step_weights: as for `maml`. A function is evaluated at meta-step 0.
       directions: number of random directions in the space of the meta-parameters.
-      tolerance: largest relative difference that counts as agreement in float64.
+      tolerance: largest relative difference that counts as agreement in float64, where rounding errors are smaller.
       seed: seed of the random step and of the directions.
 
     Returns:
@@ -165,75 +177,57 @@ def check_meta_gradient(
         given, tasks = cast((params, tasks), np.float64)
         params = jax.tree.map(lambda leaf: leaf + PERTURBATION * random.standard_normal(leaf.shape), given)
         objective = partial(task_loss, support_loss, query_loss, step_weights=weights)
-        problem = _Problem(support_loss, objective, inner, params, tasks)
+        problem = Problem(support_loss, objective, inner, params, tasks)
         problem_in_float32 = problem.in_float32()
 
         finite = _finite(problem, problem if trains_in_float64 else problem_in_float32, given)
         if not finite.passed:
             return MetaGradientReport((finite,))
 
-        # The meta-gradient to check. The lowest precision in the meta-loss sets the tolerance.
+        # The meta-gradient to check, and the same with all operations in float64.
         value, gradient = problem.value_and_grad(problem.start)
         coarsest = coarsest_type(jax.make_jaxpr(problem.meta_loss)(problem.start).jaxpr)
-        checker = gradient_checker(tolerance, coarsest, directions, seed)
+        exact = problem if coarsest == np.float64 else problem.in_float64()
+        exact_value, exact_gradient = exact.value_and_grad(exact.start)
+        # The lowest precision that remains sets the tolerance of the differences.
+        checker = gradient_checker(tolerance, exact.coarsest(), directions, seed)
+        # Rounding errors set the limit of the other comparisons.
+        amplification = _amplification(exact, exact_gradient, seed)
+        rounding = max(
+            amplification * float(np.finfo(np.float64).eps),
+            relative_difference(gradient, exact_gradient),
+            _relative_error(value, exact_value),
+        )
+        limit = max(tolerance, min(10 * rounding, gradient_checker(tolerance, coarsest, directions, seed).largest))
         findings = [
             finite,
-            _loss_gradient(checker, problem),
-            _value(checker, problem, value),
-            _meta_gradient(checker, problem, gradient),
+            _loss_gradient(checker, exact),
+            _value(limit, problem, value),
+            _meta_gradient(checker, exact, exact_gradient, amplification),
         ]
         if np.isfinite(norm(gradient)):
             findings += [
-                _jit(checker, problem, gradient),
-                _vmap(checker, problem, gradient),
+                _jit(limit, problem, gradient),
+                _vmap(limit, problem, gradient),
                 _order(problem, gradient),
-                _precision(problem_in_float32, gradient, coarsest),
+                _precision(problem_in_float32, exact_gradient, coarsest),
             ]
     return MetaGradientReport(tuple(findings))
 
 
-class _Problem:
-    """The meta-loss of one batch of tasks as a function of the meta-parameters, and its gradient."""
-
-    def __init__(
-        self,
-        support_loss: LossFn,
-        objective: Callable[[InnerLearner, MetaParams, Task], tuple[jax.Array, Any]],
-        inner: InnerLearner,
-        params: Params,
-        tasks: Task,
-    ):
-        self._arguments = (support_loss, objective, inner, params, tasks)
-        self.inner, self.tasks = inner, tasks
-        self.start = MetaParams(params, inner.init_inner_params(adapted_part(inner, params)))
-
-        def loss_of_task(meta_params: MetaParams, task: Task) -> jax.Array:
-            return objective(inner, meta_params, task)[0]
-
-        def meta_loss(meta_params: MetaParams) -> jax.Array:
-            return jax.vmap(partial(loss_of_task, meta_params))(tasks).mean()
-
-        self.support_loss = jax.jit(lambda params, support: support_loss(params, support)[0])
-        self.meta_loss, self.jitted_meta_loss = meta_loss, jax.jit(meta_loss)
-        self.value_and_grad = jax.jit(jax.value_and_grad(meta_loss))
-        self.task_gradient = jax.jit(jax.grad(loss_of_task))
-
-    def with_order(self, order: Literal[1, 2]) -> "_Problem":
-        support_loss, objective, inner, params, tasks = self._arguments
-        return _Problem(support_loss, objective, inner._replace(order=order), params, tasks)
-
-    def in_float32(self) -> "_Problem":
-        support_loss, objective, inner, *data = self._arguments
-        with jax.enable_x64(False):
-            return _Problem(support_loss, objective, inner, *cast(tuple(data), np.float32))
-
-    def each_task(self) -> list[Task]:
-        return [
-            jax.tree.map(operator.itemgetter(index), self.tasks) for index in range(validation.num_tasks(self.tasks))
-        ]
+def _amplification(problem: Problem, gradient: Any, seed: int) -> float:
+    """The relative change of the meta-gradient over a small relative change of the meta-parameters."""
+    length = SMALL_CHANGE * norm(problem.start)
+    direction = random_direction(np.random.default_rng(seed), problem.start)
+    moved = jax.tree.map(lambda x, d: np.asarray(x) + length * d, problem.start, direction)
+    return relative_difference(problem.value_and_grad(moved)[1], gradient) / SMALL_CHANGE
 
 
-def _finite(problem: _Problem, trained: _Problem, given: Params) -> Finding:
+def _relative_error(value: jax.Array, expected: jax.Array) -> float:
+    return float(abs(value - expected) / jnp.maximum(abs(expected), jnp.finfo(expected.dtype).tiny))
+
+
+def _finite(problem: Problem, trained: Problem, given: Params) -> Finding:
     """Whether the losses and the meta-gradient are finite; if not, the message says where.
 
     `trained` is the problem in the precision of training. `given` are the parameters without the random step.
@@ -241,11 +235,12 @@ def _finite(problem: _Problem, trained: _Problem, given: Params) -> Finding:
     dtype = np.dtype(np.float64 if trained is problem else np.float32)
 
     def failure() -> str:
-        support = [float(problem.support_loss(problem.start.params, task.support)) for task in problem.each_task()]
+        support = [float(problem.support_loss(problem.started(task), task.support)) for task in problem.each_task()]
         if not np.isfinite(support).all():
             return (
                 "The support loss is not finite before any adaptation. Check the tasks and the parameters for values "
-                "that are not finite, and the loss for a log, a division or a square root."
+                "that are not finite, and the loss for a log, a division or a square root. "
+                + diagnosis.values_to_check(problem.tasks)
             )
         if not np.isfinite(problem.jitted_meta_loss(problem.start)):
             return (
@@ -276,13 +271,12 @@ def _finite(problem: _Problem, trained: _Problem, given: Params) -> Finding:
     return Finding("finite", 0.0, 0.0, meaning)
 
 
-def _loss_gradient(checker: GradientChecker, problem: _Problem) -> Finding:
+def _loss_gradient(checker: GradientChecker, problem: Problem) -> Finding:
     """Compares the gradient of the support loss, to tell a wrong first derivative from a wrong second derivative."""
-    params = problem.start.params
     # Take the first task with a gradient other than zero: a hinge loss, for example, can be constant on some tasks.
     for task in problem.each_task():
-        loss = partial(problem.support_loss, support=task.support)
-        gradient = jax.grad(loss)(params)
+        params = problem.started(task)
+        gradient = problem.support_gradient(params, task.support)
         if norm(gradient):
             break
     else:
@@ -291,99 +285,100 @@ def _loss_gradient(checker: GradientChecker, problem: _Problem) -> Finding:
             "rounding or argmax in the loss, and check that the loss uses the parameters that it is given."
         )
         return Finding("loss gradient", float("inf"), checker.tolerance, meaning)
-    error = checker.error(loss, params, gradient)
-    if error <= checker.tolerance:
+    found = checker.compare(lambda params: problem.support_loss(params, task.support), params, gradient)
+    if found.passed:
         meaning = "jax.grad of the support loss agrees with finite differences."
     else:
-        where = _in_leaves(checker.failing_leaves(loss, params, gradient))
         meaning = (
-            f"jax.grad of the support loss disagrees with finite differences{where}. Look for stop_gradient, rounding "
-            "or a custom derivative in the loss and the model."
+            f"jax.grad of the support loss disagrees with finite differences{_in_leaves(found)}. Look for "
+            "stop_gradient, rounding or a custom derivative in the loss and the model."
         )
-    return Finding("loss gradient", error, checker.tolerance, meaning)
+    return Finding("loss gradient", found.error, found.limit, meaning)
 
 
-def _in_leaves(names: str) -> str:
-    return f" in {names}" if names else ""
+def _in_leaves(found: Comparison) -> str:
+    return f" in {leaf_names(list(found.failing))}" if found.failing else ""
 
 
-def _value(checker: GradientChecker, problem: _Problem, value: jax.Array) -> Finding:
-    alone = problem.jitted_meta_loss(problem.start)
-    error = float(abs(value - alone) / jnp.maximum(abs(alone), jnp.finfo(alone.dtype).tiny))
-    if error <= checker.tolerance:
+def _value(limit: float, problem: Problem, value: jax.Array) -> Finding:
+    error = _relative_error(value, problem.jitted_meta_loss(problem.start))
+    if error <= limit:
         meaning = "The meta-loss is the same with and without its gradient."
     else:
         meaning = (
             "The meta-loss has a different value when it is compiled together with its gradient. The usual cause is "
             "the derivative of a maximum reduction. For max-pooling use maml_jax.nets.layers.max_pool."
         )
-    return Finding("value", error, checker.tolerance, meaning)
+    return Finding("value", error, limit, meaning)
 
 
-def _meta_gradient(checker: GradientChecker, problem: _Problem, gradient: Any) -> Finding:
+def _meta_gradient(checker: GradientChecker, problem: Problem, gradient: Any, amplification: float) -> Finding:
     if norm(gradient) == 0:
         meaning = (
             "The meta-gradient is zero, so nothing is meta-learned. Look for stop_gradient, rounding or argmax in the "
             "query loss, and check that the query loss uses the parameters that it is given."
         )
         return Finding("meta-gradient", float("inf"), checker.tolerance, meaning)
-    meta_loss = problem.jitted_meta_loss
-    error = checker.error(meta_loss, problem.start, gradient)
+    found = checker.compare(problem.jitted_meta_loss, problem.start, gradient)
     if problem.inner.order == 1:
         meaning = (
             "The inner learner is first order (order=1), so its meta-gradient is an approximation. The error is its "
             "difference from the finite differences."
         )
-    elif error <= checker.tolerance:
-        meaning = (
-            f"The meta-gradient agrees with finite differences of the meta-loss along {checker.directions} random "
-            "directions."
-        )
-        leaves = jax.tree_util.tree_leaves_with_path(gradient)
-        if zero := leaf_names([path for path, leaf in leaves if not np.any(leaf)]):
-            meaning += f" It is zero in {zero}: these parameters are not meta-learned."
     elif not np.isfinite(norm(gradient)):
         meaning = (
             "The meta-gradient is not finite. An inner optimizer with a square root, such as Adam, needs eps_root > 0. "
             "In the loss, sqrt, log and norm need care at zero."
         )
-    else:
-        where = _in_leaves(checker.failing_leaves(meta_loss, problem.start, gradient))
+    elif found.passed:
         meaning = (
-            f"The meta-gradient disagrees with finite differences of the meta-loss{where}. If 'loss gradient' agrees, "
-            "look for an operation with a wrong second derivative, or for stop_gradient in the query loss or the inner "
-            "optimizer."
+            f"The meta-gradient agrees with finite differences of the meta-loss along {checker.directions} random "
+            "directions and in each array."
         )
-    return Finding("meta-gradient", error, checker.tolerance, meaning)
+        leaves = jax.tree_util.tree_leaves_with_path(gradient)
+        if zero := leaf_names([path for path, leaf in leaves if not np.any(leaf)]):
+            meaning += f" It is zero in {zero}: these parameters are not meta-learned."
+    else:
+        meaning = (
+            f"The meta-gradient disagrees with finite differences of the meta-loss{_in_leaves(found)}. If 'loss "
+            "gradient' agrees, look for an operation with a wrong second derivative, or for stop_gradient in the query "
+            "loss or the inner optimizer."
+        )
+    if amplification > LARGE_AMPLIFICATION:
+        meaning += (
+            f" The inner loop amplifies a small change of the parameters {amplification:.0e} times, so that finite "
+            "differences are less certain: use a smaller inner rate or fewer steps for a stricter check."
+        )
+    return Finding("meta-gradient", found.error, found.limit, meaning)
 
 
-def _jit(checker: GradientChecker, problem: _Problem, gradient: Any) -> Finding:
+def _jit(limit: float, problem: Problem, gradient: Any) -> Finding:
     with jax.disable_jit():
         error = relative_difference(gradient, jax.grad(problem.meta_loss)(problem.start))
-    if error <= checker.tolerance:
+    if error <= limit:
         meaning = "The meta-gradient is the same compiled and not compiled."
     else:
         meaning = (
             "Compilation changes the meta-gradient: the compiled program is wrong (see 'value'), or the loss has side "
             "effects."
         )
-    return Finding("jit", error, checker.tolerance, meaning)
+    return Finding("jit", error, limit, meaning)
 
 
-def _vmap(checker: GradientChecker, problem: _Problem, gradient: Any) -> Finding:
+def _vmap(limit: float, problem: Problem, gradient: Any) -> Finding:
     gradients = [problem.task_gradient(problem.start, task) for task in problem.each_task()]
     error = relative_difference(gradient, jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *gradients))
-    if error <= checker.tolerance:
+    if error <= limit:
         meaning = "The meta-gradient is the same with vmap over tasks and with a Python loop over tasks."
     else:
         meaning = (
             "The meta-gradient with vmap over tasks differs from the meta-gradient with a Python loop over tasks. An "
             "operation in the loss behaves differently under vmap."
         )
-    return Finding("vmap", error, checker.tolerance, meaning)
+    return Finding("vmap", error, limit, meaning)
 
 
-def _order(problem: _Problem, gradient: Any) -> Finding:
+def _order(problem: Problem, gradient: Any) -> Finding:
     other = problem.with_order(1 if problem.inner.order == 2 else 2).value_and_grad(problem.start)[1]
     first, second = (gradient, other) if problem.inner.order == 1 else (other, gradient)
     error = relative_difference(first, second)
@@ -397,7 +392,7 @@ def _order(problem: _Problem, gradient: Any) -> Finding:
     return Finding("order", error, float("inf"), meaning)
 
 
-def _precision(problem_in_float32: _Problem, gradient: Any, coarsest: np.dtype) -> Finding:
+def _precision(problem_in_float32: Problem, gradient: Any, coarsest: np.dtype) -> Finding:
     with jax.enable_x64(False):
         rounded = problem_in_float32.value_and_grad(problem_in_float32.start)[1]
     error = relative_difference(cast(rounded, np.float64), gradient)
@@ -406,7 +401,7 @@ def _precision(problem_in_float32: _Problem, gradient: Any, coarsest: np.dtype) 
         meaning += " The inner loop amplifies rounding errors: a smaller inner rate, fewer steps or float64 help."
     if coarsest != np.float64:
         meaning += (
-            f" The loss computes in {coarsest} whatever the type of its inputs. The limits of all comparisons in this "
-            "report follow this precision."
+            f" The loss computes in {coarsest} whatever the type of its inputs. 'loss gradient' and 'meta-gradient' "
+            "compare it in float64. The limits of 'value', 'jit' and 'vmap' follow its rounding errors."
         )
     return Finding("precision", error, float("inf"), meaning)

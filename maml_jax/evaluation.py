@@ -74,7 +74,7 @@ class Results(NamedTuple):
     accuracy: np.ndarray
     """`[T, S + 1]`: fraction of correct queries of a task after 0 to S inner steps."""
     diverged: np.ndarray
-    """`[T, S + 1]` of bools: whether the support loss is larger than before adaptation, or NaN."""
+    """`[T, S + 1]` of bools: whether the support loss is larger than before adaptation, or not finite."""
 
     def interval(self) -> "Interval":
         """Mean accuracy in per cent, and the half width of its 95% interval over the tasks: `[S + 1]` each."""
@@ -147,7 +147,7 @@ def evaluate(predictors: Iterable[Predictor], groups: Callable[[], Iterable[Task
         for index, tasks in enumerate(groups()):
             log_probabilities, support_loss = map(np.asarray, predict(tasks))
             group_probabilities = np.exp(log_probabilities.astype(np.float64))
-            group_diverged = ~(support_loss <= support_loss[:, :1])  # Also True for NaN.
+            group_diverged = _diverged(support_loss)
             if number == 0:
                 labels.append(np.asarray(tasks.query[1]))
                 probabilities.append(group_probabilities)
@@ -239,10 +239,13 @@ def divergence_rate(support_loss: Any) -> np.ndarray:
       support_loss: `[T, S + 1]`, before adaptation and after each inner step, as `Evaluation.support_loss`.
 
     Returns:
-      `[S + 1]`: the fraction of tasks whose support loss is larger than before adaptation, or NaN.
+      `[S + 1]`: the fraction of tasks whose support loss is larger than before adaptation, or not finite.
     """
-    support_loss = np.asarray(support_loss)
-    return 1 - (support_loss <= support_loss[:, :1]).mean(0)
+    return _diverged(np.asarray(support_loss)).mean(0)
+
+
+def _diverged(support_loss: np.ndarray) -> np.ndarray:
+    return ~((support_loss <= support_loss[:, :1]) & np.isfinite(support_loss))
 
 
 class Difference(NamedTuple):

@@ -1,9 +1,9 @@
 """Losses of the MAML paper's supervised tasks, for a model given as `apply(params, inputs) -> outputs`.
 
 Mean squared error and cross-entropy are means over the batch. A batch may have a third part, the weights `[B]` of its
-examples. The losses are then weighted means, and an example of weight 0 does not count in the loss. The example still
-enters the statistics of batch normalisation. To pad tasks of unequal size, use a normalisation of each example alone,
-such as 'layer'.
+examples. The losses are then weighted means, and an example of weight 0 does not count in the loss. An example of
+weight 0 would still enter the statistics of a batch normalisation. To pad tasks of unequal size, use a normalisation of
+each example alone, such as 'layer'. Weights for a network of `maml_jax.nets` with another normalisation are refused.
 
 The paper's code divides the sum of the cross-entropy over N * K examples by K, so its loss is N times the mean.
 `rate_for_mean_loss` converts the inner learning rates of the paper's code.
@@ -21,7 +21,14 @@ import optax
 from maml_jax.types import Batch, LossFn, Params, Task
 
 Apply = Callable[..., jax.Array]
-"""`(params, inputs) -> outputs`, or `(params, inputs, context) -> outputs` for a `QueryWithSupport` as batch."""
+"""`(params, inputs) -> outputs`, or `(params, inputs, context) -> outputs` for a `QueryWithSupport` as batch. If it has
+an attribute `mixes_examples` that is True, the outputs for an example depend on the other examples of the batch."""
+
+
+ONE_TASK = (
+    "The loss is called for one task: a meta-batch has a leading axis of tasks, also if it holds a single task, and "
+    "adapt takes the support set of one task, without this axis."
+)
 
 
 class QueryWithSupport(NamedTuple):
@@ -58,18 +65,19 @@ def mean_squared_error(apply: Apply) -> LossFn:
       `(params, (inputs [B, ...], targets [B, D])) -> (loss, {})`.
 
     Raises (when called):
-      ValueError: if targets and outputs have different shapes.
+      ValueError: if targets and outputs have different shapes, or no axis of examples.
 
     References:
       Finn, Abbeel and Levine 2017, Model-agnostic meta-learning, arXiv:1703.03400.
     """
 
     def loss_fn(params: Params, batch: Batch) -> tuple[jax.Array, dict[str, Any]]:
-        inputs, targets, weights, context = _parts(batch)
+        inputs, targets, weights, context = _parts(batch, apply)
         outputs = apply(params, inputs, *context)
-        if jnp.shape(outputs) != jnp.shape(targets):
+        if jnp.shape(outputs) != jnp.shape(targets) or not jnp.shape(outputs):
             raise ValueError(
-                f"The targets must have the shape of the outputs, {jnp.shape(outputs)}, but have {jnp.shape(targets)}."
+                f"The targets must have the shape of the outputs, {jnp.shape(outputs)}, and an axis of examples, but "
+                f"have {jnp.shape(targets)}. {ONE_TASK}"
             )
         errors = jnp.square(outputs - targets)
         if weights is None:
@@ -94,18 +102,18 @@ def cross_entropy(apply: Apply) -> LossFn:
 
     Returns:
       `(params, (inputs [B, ...], labels [B])) -> (loss, {"accuracy": fraction of correct predictions})`. Labels are
-      integers from 0 to N - 1. Compiled programs cannot check this range: the loss is NaN for a label of N or more,
-      and a negative label counts from the last class.
+      integers from 0 to N - 1. Compiled programs cannot check this range: the loss is NaN for other labels, unless
+      their examples have the weight 0.
 
     Raises (when called):
-      ValueError: if the labels are not integers, or their number is not the number of rows of the logits.
+      ValueError: if the labels are not integers `[B]`, one for each row of the logits.
 
     References:
       Finn, Abbeel and Levine 2017, Model-agnostic meta-learning, arXiv:1703.03400.
     """
 
     def loss_fn(params: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        inputs, labels, weights, context = _parts(batch)
+        inputs, labels, weights, context = _parts(batch, apply)
         logits = apply(params, inputs, *context)
         loss = _mean_cross_entropy(logits, labels, weights)
         return loss, {"accuracy": _mean((jnp.argmax(logits, -1) == labels).astype(logits.dtype), weights)}
@@ -120,23 +128,30 @@ def log_probabilities(apply: Apply) -> LossFn:
     """
 
     def loss_fn(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        inputs, labels, weights, context = _parts(batch)
+        inputs, labels, weights, context = _parts(batch, apply)
         logits = apply(params, inputs, *context)
         return _mean_cross_entropy(logits, labels, weights), jax.nn.log_softmax(logits)
 
     return loss_fn
 
 
-def _parts(batch: Batch) -> tuple[Any, Any, Any, tuple[Any, ...]]:
+def _parts(batch: Batch, apply: Apply) -> tuple[Any, Any, Any, tuple[Any, ...]]:
     """Inputs, targets, weights of the examples or None, and the further arguments of the model.
 
     Raises:
       TypeError: if the batch has another form.
+      ValueError: for weights of examples that the model does not treat separately.
     """
     if isinstance(batch, QueryWithSupport):
         return batch.inputs, batch.targets, None, (batch.context,)
     if isinstance(batch, (tuple, list)) and len(batch) in (2, 3):
         inputs, targets, *weights = batch
+        if weights and getattr(apply, "mixes_examples", False):
+            raise ValueError(
+                "The batch has weights, but the normalisation of the network takes its statistics from all examples, "
+                "those of weight 0 included. Use a normalisation of each example alone, such as 'layer', or "
+                "losses.inductive(apply)."
+            )
         return inputs, targets, weights[0] if weights else None, ()
     form = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
     raise TypeError(
@@ -154,16 +169,20 @@ def _weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
         raise ValueError(
             f"The weights must be one for each example, of shape {jnp.shape(values)}, but have {jnp.shape(weights)}."
         )
-    return (weights * values).sum() / weights.sum()
+    weights = jnp.asarray(weights, values.dtype)
+    return (weights * jnp.where(weights == 0, 0, values)).sum() / weights.sum()  # NaN does not count either.
 
 
 def _mean_cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array | None = None) -> jax.Array:
     rows = jnp.shape(logits)[:-1]
-    if not jnp.issubdtype(jnp.result_type(labels), jnp.integer) or jnp.shape(labels) != rows:
+    if not jnp.issubdtype(jnp.result_type(labels), jnp.integer) or jnp.shape(labels) != rows or len(rows) != 1:
         raise ValueError(
-            f"The labels must be integers of shape {rows}, one for each row of logits {jnp.shape(logits)}, but are "
-            f"{jnp.result_type(labels)} of shape {jnp.shape(labels)}."
+            f"The labels must be integers [B], one for each row of logits [B, N], but are {jnp.result_type(labels)} of "
+            f"shape {jnp.shape(labels)} for logits of shape {jnp.shape(logits)}. {ONE_TASK}"
         )
+    # A negative index would count from the last class. N is no class, and gives NaN.
+    labels = jnp.asarray(labels)
+    labels = jnp.where(labels < 0, logits.shape[-1], labels.astype(jnp.promote_types(labels.dtype, jnp.int32)))
     return _mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels), weights)
 
 

@@ -12,7 +12,7 @@ from jax import lax
 from jax.extend.core import Var, jaxpr_as_fun
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from maml_jax import validation
+from maml_jax import diagnosis, validation
 from maml_jax.meta import MetaLearner
 from maml_jax.parallel import processes
 from maml_jax.types import MetaInfo, MetaState, NotFiniteError, Task
@@ -180,7 +180,7 @@ def _train(learner, state, draw, data, steps, steps_per_call, stop):
             before, used_data, taken, (after, metrics, stop_requested) = finished
             metrics = jax.tree.map(lambda leaf: np.asarray(leaf).tolist(), metrics)
             if not _finite(metrics):
-                raise _not_finite(one_more, before, used_data, taken, metrics)
+                raise _not_finite(learner, draw, one_more, before, used_data, taken, metrics)
             done += taken
             yield after, {"step": done, **metrics}
             if bool(stop_requested) if processes.multiple() else stop():
@@ -213,27 +213,31 @@ def _finite(metrics: Metrics) -> bool:
     return bool(np.isfinite([metrics["loss"], metrics["grad_norm"]]).all())
 
 
-def _not_finite(one_more, state, data, count, metrics) -> NotFiniteError:
+def _not_finite(learner, draw, one_more, state, data, count, metrics) -> NotFiniteError:
     """Repeats the meta-steps of a call one by one, to find the first meta-step with a loss or gradient not finite."""
     first, last = int(state.step) + 1, int(state.step) + count
     for step in range(first, last + 1):
-        state, single, _ = one_more(state, data)
+        before = state
+        state, single, _ = one_more(before, data)
         single = jax.tree.map(lambda leaf: np.asarray(leaf).tolist(), single)
         if not _finite(single):
             where, metrics = f"At meta-step {step}", single
             break
     else:
         where, step = f"Between meta-steps {first} and {last}, but not when they were repeated one by one,", last
-    if np.isfinite(metrics["loss"]):
+    hint = ""
+    if step == 1 and not processes.multiple():  # At the start, values of the tasks are the likely cause.
+        hint = diagnosis.before_adaptation(learner, before, draw(data, before.step))
+    if not hint and np.isfinite(metrics["loss"]):
         hint = (
             "The loss itself is finite: look for an infinite derivative, such as that of a square root at zero. In the "
-            "inner loop clip with maml_jax.clip_by_global_norm, not with optax's, and give Adam eps_root > 0"
+            "inner loop clip with maml_jax.clip_by_global_norm, not with optax's, and give Adam eps_root > 0."
         )
-    else:
-        hint = "A smaller inner or outer rate, or optax.clip_by_global_norm before the outer optimizer, usually helps"
+    elif not hint:
+        hint = "A smaller inner or outer rate, or optax.clip_by_global_norm before the outer optimizer, usually helps."
     return NotFiniteError(
         f"{where} the meta-loss or its gradient became NaN or infinite (loss {metrics['loss']}, gradient norm "
-        f"{metrics['grad_norm']}). {hint}.",
+        f"{metrics['grad_norm']}). {hint}",
         step,
     )
 

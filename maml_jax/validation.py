@@ -34,22 +34,6 @@ def at_least(name: str, value: Any, minimum: int) -> None:
         raise ValueError(f"{name} must be an integer of at least {minimum}, but got {value!r}.")
 
 
-def seed(name: str, value: Any) -> None:
-    """Raises ValueError unless `value` is an integer from 0 to 2**32 - 1. `jax.random.key` ignores higher bits."""
-    _within(name, value, 0, 2**32 - 1)
-
-
-def meta_steps(name: str, value: Any) -> None:
-    """Raises ValueError unless `value` is an integer from 1 to 2**31 - 1, the largest int32 of `MetaState.step`."""
-    _within(name, value, 1, 2**31 - 1)
-
-
-def _within(name: str, value: Any, minimum: int, maximum: int) -> None:
-    at_least(name, value, minimum)
-    if value > maximum:
-        raise ValueError(f"{name} must be an integer of at most {maximum}, but got {value!r}.")
-
-
 def weights(name: str, value: Any, count: int) -> None:
     """Raises ValueError unless `value` holds `count` finite numbers of at least 0 that are not all 0."""
     try:
@@ -61,14 +45,6 @@ def weights(name: str, value: Any, count: int) -> None:
             f"{name} must be {count} finite numbers of at least 0 that are not all 0, one before the first inner step "
             f"and one after each, but got {value!r}."
         )
-
-
-def different(name: str, values: Collection[Any]) -> None:
-    """Raises ValueError unless there is at least one value and no value is repeated."""
-    if not values:
-        raise ValueError(f"{name} must have at least one value, but got none.")
-    if len(set(values)) < len(values):
-        raise ValueError(f"{name} must be different from each other, but got {', '.join(map(str, values))}.")
 
 
 def one_of(name: str, value: Any, allowed: Collection[Any]) -> None:
@@ -90,11 +66,11 @@ def inner(name: str, value: Any, kind: type) -> None:
 
 
 def checked_loss(loss_fn: LossFn) -> LossFn:
-    """Wraps a loss function with a check of its return value.
+    """Wraps a loss function with a check of its return value. Other errors get a note with the shapes of the batch.
 
     Raises:
       TypeError: if `loss_fn` is not callable; when called, if it does not return a pair `(loss, aux)`.
-      ValueError: when called, if the loss is not a floating-point scalar.
+      ValueError: when called, if the loss is not a floating-point scalar, or inside a `shard_map` with `check_vma`.
     """
     name = getattr(loss_fn, "__qualname__", None) or repr(loss_fn)
     if not callable(loss_fn):
@@ -102,7 +78,19 @@ def checked_loss(loss_fn: LossFn) -> LossFn:
 
     @functools.wraps(loss_fn, updated=())
     def checked(params, batch):
-        out = loss_fn(params, batch)
+        if any(getattr(getattr(jax.typeof(leaf), "mat", None), "varying", None) for leaf in jax.tree.leaves(batch)):
+            raise ValueError(
+                "The loss was called inside a jax.shard_map with check_vma=True, which sums the inner gradients over "
+                "the devices. Give the devices to the learner, such as maml(..., mesh=task_mesh(T)), or use "
+                "check_vma=False and average the results over the devices with jax.lax.pmean."
+            )
+        try:
+            out = loss_fn(params, batch)
+        except Exception as error:
+            given = jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", batch)
+            call = f"The loss function {name} was called for one task, with the batch {given}."
+            error.add_note(f"{call} A meta-batch has a leading axis of tasks; the batch that adapt takes has none.")
+            raise
         if not (isinstance(out, tuple) and len(out) == 2):
             raise TypeError(
                 f"The loss function {name} must return a pair (scalar loss, aux), but returned "
@@ -140,8 +128,8 @@ def floating_params(params: Params) -> None:
         if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(
                 f"params{jax.tree_util.keystr(path)} must be a floating-point array, but is {_describe(leaf)}. "
-                "Split leaves of other types off, for example with nnx.split(model, nnx.Param, ...) or "
-                "eqx.partition(model, eqx.is_inexact_array), and close over these leaves in the loss."
+                "Split other leaves off, for example with nnx.split(model, nnx.Param, ...) or eqx.partition(model, "
+                "eqx.is_inexact_array), and close over them in the loss. Give a complex number as two real parameters."
             )
 
 

@@ -85,7 +85,7 @@ def test_the_quickstart_learns_and_its_check_passes(tmp_path, monkeypatch):
     assert loss[10] < 0.7 * loss[0] and scope["report"].exact
 
 
-@pytest.mark.parametrize("page", ["docs/algorithms.md", "docs/reinforcement_learning.md"])
+@pytest.mark.parametrize("page", ["docs/algorithms.md", "docs/dropout.md", "docs/reinforcement_learning.md"])
 def test_every_block_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run(page)

@@ -3,6 +3,7 @@
 from typing import Any, get_args
 
 from experiments.few_shot.names import ANNEALED, WITH_HEAD_RATES, WITHOUT_ORDER, Net, Optimizer
+from experiments.shared import option_checks
 from maml_jax import validation
 from maml_jax.nets.normalisation import NEEDS_CONTEXT, NORMALISATIONS
 from maml_jax.parallel import processes
@@ -17,10 +18,10 @@ def check(run: Any) -> None:
     counts = ("shots", "queries", "train_shots", "train_queries", "tasks", "inner_steps", "downscale", "test_tasks")
     for name in counts:
         validation.at_least(name, getattr(run, name), 1)
-    validation.meta_steps("steps", run.steps)
+    option_checks.meta_steps("steps", run.steps)
     if run.first_steps is not None:
-        validation.meta_steps("first_steps", run.first_steps)
-    validation.seed("seed", run.seed)
+        option_checks.meta_steps("first_steps", run.first_steps)
+    option_checks.seed("seed", run.seed)
     for name in ("inner_rate", "outer_rate", *(("clip",) if run.clip is not None else ())):
         validation.positive(name, getattr(run, name))
     for rate in run.head_rates:

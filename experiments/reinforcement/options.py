@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 import optax
 
 from experiments.reinforcement.paper import MethodName
-from experiments.shared import command_line
+from experiments.shared import command_line, option_checks
 from experiments.shared.command_line import DefaultInHelp
 from maml_jax import validation
 from maml_jax.parallel import processes
@@ -126,7 +126,7 @@ def prepare(config: Config, defaults: Config) -> Config:
 
 def check(config: Config, defaults: Config) -> None:
     """Raises ValueError if an option is not allowed, or differs from its default but has no effect."""
-    validation.meta_steps("steps", config.steps)
+    option_checks.meta_steps("steps", config.steps)
     for name in ("tasks", "episodes", "inner_steps", "test_episodes"):
         validation.at_least(name, getattr(config, name), 1)
     validation.at_least("test_tasks", config.test_tasks, 2)
@@ -135,11 +135,11 @@ def check(config: Config, defaults: Config) -> None:
     for rate in config.test_rates or ():
         validation.positive("test_rates", rate)
     for name in ("methods", "seeds"):
-        validation.different(name, getattr(config, name))
+        option_checks.different(name, getattr(config, name))
     for method in config.methods:
         validation.one_of("methods", method, get_args(MethodName))
     for seed in config.seeds:
-        validation.seed("seeds", seed)
+        option_checks.seed("seeds", seed)
         if seed in TEST_SEEDS:
             named = " or ".join(map(str, TEST_SEEDS))
             raise ValueError(f"seeds must not be {named}, the seeds of the test tasks, but got {seed}.")

@@ -102,21 +102,30 @@ def prototypes(features: Callable[..., jax.Array], name: str = "head") -> Start:
 
     Returns:
       A function `(params, support) -> params`, for `start=` of `sgd`. The support set is `(inputs [B, ...],
-      labels [B])`.
+      labels [B])`, or `(inputs, labels, weights [B])` for prototypes that are weighted means.
 
     Raises (when called):
-      ValueError: for parameters without a head of that name.
+      ValueError: for parameters without a head of that name, and for a head without a bias.
 
     References:
       Triantafillou et al. 2020, Meta-Dataset, section 3.1, arXiv:1903.03096.
     """
 
     def start(params: Params, support: Batch) -> Params:
-        inputs, labels = support
+        inputs, labels, *weights = support
+        head = find_head(params, name)
+        if "bias" not in head:
+            raise ValueError(
+                f"The head {name!r} has no bias, only {', '.join(map(repr, head))}, but the logits of prototypes need "
+                "one: use a last layer with a bias."
+            )
         x = features(params, inputs)
-        ways = find_head(params, name)["bias"].shape[-1]
+        ways = head["bias"].shape[-1]
         one_hot = jax.nn.one_hot(labels, ways, dtype=x.dtype)
-        prototypes = one_hot.T @ x / jnp.maximum(one_hot.sum(0), 1)[:, None]
+        if weights:
+            one_hot *= jnp.asarray(weights[0], x.dtype)[:, None]
+        count = one_hot.sum(0)
+        prototypes = one_hot.T @ x / jnp.where(count == 0, 1, count)[:, None]
         # -|x - p|^2 = 2 x'p - |p|^2 - |x|^2, and the last term is the same for all classes.
         return {**params, name: {"kernel": 2 * prototypes.T, "bias": -jnp.square(prototypes).sum(-1)}}
 
@@ -164,7 +173,7 @@ def sgd_with_head_rates(
 
     Raises:
       ValueError: as `sgd`; if `head_rates` is empty or has more rates than steps; if a rate or `scale` is not positive
-        and finite.
+        and finite; when the learner is used, for parameters without a head of that name.
 
     References:
       Antoniou et al. 2019, arXiv:1810.09502, section 4 (a learned rate for every layer and inner step).
@@ -179,6 +188,8 @@ def sgd_with_head_rates(
     rates_of_head = [*head_rates, *[head_rates[-1]] * (steps - len(head_rates))]
 
     def log_rates(adapted: Params) -> InnerParams:
+        find_head(adapted, name)
+
         def log_rates_of_layer(layer: str, leaves: Any) -> Any:
             rates = rates_of_head if layer == name else [learning_rate] * steps
             return jax.tree.map(lambda leaf: jnp.log(jnp.array(rates, leaf.dtype)), leaves)

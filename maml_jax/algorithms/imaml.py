@@ -32,7 +32,10 @@ def imaml(
     initial parameters. At the minimum the meta-gradient is the solution of a linear system in the Hessian of the
     support loss, `(I + Hessian / proximal_weight) x = query gradient`. Conjugate gradients solve it with
     Hessian-vector products, so the memory does not grow with the inner steps. The meta-gradient is exact if the inner
-    loop reaches a minimum at which the support loss is smooth, and the conjugate gradients converge.
+    loop reaches a minimum at which the support loss is smooth, and the conjugate gradients converge. With ReLU, the
+    minimum is often at a kink. Gradient descent then does not settle, the Hessian can have eigenvalues below
+    `-proximal_weight`, and the meta-gradient can be wrong by its own size. It is exact for such a network if
+    `proximal_weight` is so large that no ReLU switches between the initial parameters and the minimum.
 
     Example:
       >>> import jax, jax.numpy as jnp, maml_jax, optax
@@ -62,13 +65,14 @@ def imaml(
 
     Raises:
       TypeError, ValueError: as `maml`; if `proximal_weight` is not positive and finite, if `cg_steps` is below 1, and
-        for an inner learner with `start` or `params_at_step`.
+        for an inner learner without steps, with `start` or with `params_at_step`.
       ValueError (by `init`): for an inner learner with learned parameters. iMAML has no gradient for them.
 
     References:
       Rajeswaran et al. 2019, Meta-learning with implicit gradients, arXiv:1909.04630.
     """
     validation.inner("inner", inner, InnerLearner)
+    validation.at_least("inner.steps", inner.steps, 1)
     validation.at_least("cg_steps", cg_steps, 1)
     if inner.start is not None or inner.params_at_step is not None:
         raise ValueError(

@@ -58,13 +58,14 @@ def reptile(
       A `MetaLearner`. `MetaInfo.grad_norm` is the distance to the mean of the adapted parameters.
 
     Raises:
-      TypeError, ValueError: as `maml`, and for an inner learner with `start` or `params_at_step`.
+      TypeError, ValueError: as `maml`, and for an inner learner without steps, with `start` or with `params_at_step`.
       ValueError (by `init`): for an inner learner with learned parameters. Reptile has no gradient for them.
 
     References:
       Nichol, Achiam and Schulman 2018, On first-order meta-learning algorithms, arXiv:1803.02999.
     """
     validation.inner("inner", inner, InnerLearner)
+    validation.at_least("inner.steps", inner.steps, 1)
     if inner.start is not None or inner.params_at_step is not None:
         raise ValueError(
             "reptile takes an inner learner without start and params_at_step: its meta-gradient compares the initial "

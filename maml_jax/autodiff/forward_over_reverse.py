@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun, jaxprs_in_params
 
 from maml_jax.autodiff.trees import divide, join
 from maml_jax.types import Params
@@ -28,7 +28,8 @@ def forward_over_reverse(loss_fn: LossWithInputs) -> ValueAndGrad:
     """`jax.value_and_grad(loss_fn, has_aux=True)`, with a reverse-mode derivative that stores only the inputs.
 
     The derivative is exact in `params`, in the floating-point leaves of the inputs, and in values that the loss closes
-    over. The derivative of aux is zero. Forward-mode derivatives of the result are not defined.
+    over. The derivative of aux is zero. Forward-mode derivatives of the result are not defined. If a `custom_vjp` in
+    the loss allows no forward mode, the derivative uses reverse mode, with the intermediate values of one gradient.
 
     Example:
       >>> import jax
@@ -72,13 +73,25 @@ def _backward(loss: LossWithInputs, residuals: Any, cotangent: Any) -> Any:
     (loss_cotangent, _), direction = cotangent
     floating, others = divide(inputs, jax.tree.map(_is_floating, inputs))
 
-    def gradients(params: Params) -> Any:
+    def gradients(params: Params, floating: Any) -> Any:
         return jax.grad(lambda params, floating: loss(params, join(floating, others))[0], (0, 1))(params, floating)
 
     # The cotangent of the gradient is a direction in parameter space. The product of the (mixed) second derivatives
     # with this direction is the derivative of the gradients along the direction.
-    first, second = jax.jvp(gradients, (params,), (direction,))
-    return jax.tree.map(lambda gradient, along: loss_cotangent * gradient + along, first, second)
+    if _calls_custom_vjp(jax.make_jaxpr(gradients)(params, floating).jaxpr):
+        first, pullback = jax.vjp(gradients, params, floating)
+        second = pullback((direction, jax.tree.map(jnp.zeros_like, floating)))
+    else:
+        first, second = jax.jvp(lambda params: gradients(params, floating), (params,), (direction,))
+    return jax.tree.map(lambda g, along: (loss_cotangent * g + along).astype(g.dtype), first, second)
+
+
+def _calls_custom_vjp(program: Any) -> bool:
+    """Whether a gradient still has a `custom_vjp`, such as one that is called by its own forward rule."""
+    return any(
+        equation.primitive.name == "custom_vjp_call" or any(map(_calls_custom_vjp, jaxprs_in_params(equation.params)))
+        for equation in program.eqns
+    )
 
 
 def _is_floating(leaf: Any) -> bool:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from maml_jax.nets.convolution import ImplementationName, conv, windows
-from maml_jax.nets.normalisation import Moments, Norm, moments_per_example
+from maml_jax.nets.normalisation import Moments, Norm, moments_per_example, over_channels
 from maml_jax.parallel import backend
 
 POOL_WINNER = "maml_jax_winner"
@@ -50,8 +50,8 @@ class Conv(nn.Module):
         if norm.kind == "batch" and backend.normalises_kernel(math.prod(kernel.shape[:3]), self.features):
             # The normalised output is a convolution with a scaled kernel, plus a shift.
             mean, scale, offset = norm.affine(output_moments(x, kernel, self.stride))
-            kernel, shift = (leaf.astype(kernel.dtype) for leaf in (kernel * scale, offset - mean * scale))
-            return self.convolve(x, kernel) + shift
+            scaled, shift = kernel * over_channels(scale, kernel), over_channels(offset - mean * scale, x)
+            return self.convolve(x, scaled.astype(kernel.dtype)) + shift.astype(kernel.dtype)
         return self.convolve_and_normalise(x, kernel, norm, support)
 
     def kernel(self, x: jax.Array) -> jax.Array:
@@ -82,7 +82,9 @@ class Dense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         out = conv(x.reshape(-1, 1, 1, x.shape[-1]), kernel[None, None]).reshape(*x.shape[:-1], self.features)
-        return out + self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else out
+        if not self.use_bias:
+            return out
+        return out + over_channels(self.param("bias", nn.initializers.zeros, (self.features,)), out)
 
 
 class PooledConv(Conv):
@@ -138,7 +140,7 @@ def output_moments(x: jax.Array, kernel: jax.Array, stride: int = 1) -> Moments:
 
     def sums(images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Sums over all windows of the products of pairs of centred entries, and of the centred entries."""
-        rows = windows(images, kernel.shape[:2], stride).reshape(-1, entries) - centre
+        rows = windows(images, kernel.shape[:2], stride).reshape(-1, entries) - centre[None]
         return product(rows.T, rows), rows.sum(0)
 
     if backend.maps_over_images(x.shape[:3], x.shape[3], entries):
@@ -173,5 +175,5 @@ def max_pool(x: jax.Array) -> jax.Array:
     winner = jnp.where(upper, jnp.where(first, 0, 1), jnp.where(third, 2, 3)).astype(jnp.int8)
     winner = checkpoint_name(winner, POOL_WINNER)
     # Select the maximum with a masked sum over the window. The derivative of the sum is a masked copy.
-    place = jnp.arange(4, dtype=jnp.int8).reshape(2, 1, 2, 1)
+    place = jnp.arange(4, dtype=jnp.int8).reshape(1, 1, 2, 1, 2, 1)
     return jnp.where(winner[:, :, None, :, None] == place, x, 0).sum((2, 4))

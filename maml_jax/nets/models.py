@@ -6,17 +6,18 @@ normalisations in `NEEDS_CONTEXT` use it. With `head=False` the networks return 
 The paper is Finn, Abbeel and Levine 2017, Model-agnostic meta-learning, arXiv:1703.03400.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from maml_jax.nets.convolution import ImplementationName
 from maml_jax.nets.layers import Conv, Dense, PooledConv
-from maml_jax.nets.normalisation import NEEDS_CONTEXT, Norm, Normalisation
+from maml_jax.nets.normalisation import MIXES_EXAMPLES, NEEDS_CONTEXT, Norm, Normalisation
 from maml_jax.types import Params
 
 HEAD = "head"
@@ -111,7 +112,7 @@ def _with_context(
     return jnp.concatenate([context, x]), len(context)
 
 
-def apply_params(net: nn.Module, **options: Any) -> Callable[..., jax.Array]:
+def apply_params(net: nn.Module, *, state: Mapping[str, Any] | None = None, **options: Any) -> Callable[..., jax.Array]:
     """Returns the network as a function `(params, inputs, ...) -> outputs`, the form that `maml_jax.losses` takes.
 
     Example:
@@ -120,9 +121,30 @@ def apply_params(net: nn.Module, **options: Any) -> Callable[..., jax.Array]:
 
     Args:
       net: any linen module.
+      state: the other collections of the module, such as `{"batch_stats": ...}` of `nn.BatchNorm`. Changes of the
+        state are dropped. `nn.BatchNorm(use_running_average=False)` therefore normalises by the batch.
       **options: keyword arguments of the network, such as `head=False`.
+
+    Returns:
+      The function. Its attribute `mixes_examples` says whether the network is one of this module with statistics of
+      several examples.
+
+    Raises (when called):
+      ValueError: if the network reads a collection that is not in `state`.
     """
-    return lambda params, *inputs: cast(jax.Array, net.apply({"params": params}, *inputs, **options))
+
+    def apply(params: Params, *inputs: jax.Array) -> jax.Array:
+        try:
+            outputs = net.apply({"params": params, **(state or {})}, *inputs, mutable=list(state or ()), **options)
+        except flax.errors.ScopeCollectionNotFound as error:
+            raise ValueError(
+                f"The network has more state than its parameters. Pass the other collections of net.init as state, "
+                f"such as state={{'batch_stats': variables['batch_stats']}}. {error}"
+            ) from error
+        return cast(jax.Array, outputs[0])
+
+    apply.mixes_examples = getattr(net, "normalisation", None) in MIXES_EXAMPLES  # type: ignore[attr-defined]
+    return apply
 
 
 # Masks for the options `trainable` and `per_step`. They select parameters by the names of the layers.

@@ -17,7 +17,8 @@ Normalisation = Literal["batch", "support", "tasknorm", "instance", "layer", "gr
   is transductive.
 - 'support': the support set, for support examples and queries.
 - 'tasknorm': a learned mixture of the support set and the example itself (TaskNorm-I, arXiv:2003.03284, equation 7).
-- 'instance', 'layer', 'group': the example itself, over one channel, all channels, or groups of 16 channels.
+- 'instance', 'layer', 'group': the example itself, over one channel, all channels, or groups of 16 channels. 'group'
+  takes a multiple of 16 channels, or fewer than 16 as one group.
 - 'running': other tasks. `running_statistics.gather` computes the statistics after training with 'batch' (MAML++,
   arXiv:1810.09502).
 """
@@ -26,6 +27,9 @@ NORMALISATIONS: tuple[Normalisation, ...] = get_args(Normalisation)
 
 NEEDS_CONTEXT = ("support", "tasknorm")
 """Normalisations that need the support set beside the queries."""
+
+MIXES_EXAMPLES = ("batch", *NEEDS_CONTEXT)
+"""Normalisations with statistics of several examples."""
 
 GROUP = 16  # Channels per group, as in Wu and He 2018, Group normalization, arXiv:1803.08494.
 
@@ -65,6 +69,12 @@ def interpolate(first: Moments, second: Moments, share: jax.Array) -> Moments:
     return Moments(mean, share * spread[0] + (1 - share) * spread[1])
 
 
+def over_channels(leaf: jax.Array, x: jax.Array) -> jax.Array:
+    """Adds leading axes of size 1, up to the rank of `x`. Broadcasting does the same, but JAX may forbid it by
+    `jax_numpy_rank_promotion`."""
+    return jnp.expand_dims(leaf, range(x.ndim - leaf.ndim))
+
+
 def _moments(x: jax.Array, axes: int | tuple[int, ...], *, keep: bool) -> Moments:
     mean = x.mean(axes, keepdims=True)
     variance = jnp.square(x - mean).mean(axes, keepdims=keep)
@@ -100,6 +110,7 @@ class Norm(nn.Module):
         mean, scale, offset = self.affine(moments, support)
         if mean.ndim > 1:  # [B or 1, C]: add the spatial axes.
             mean, scale = (leaf.reshape(len(leaf), *[1] * (x.ndim - 2), -1) for leaf in (mean, scale))
+        mean, scale, offset = (over_channels(leaf, x) for leaf in (mean, scale, offset))
         return (x - mean) * scale + offset
 
     @nn.compact
@@ -132,6 +143,11 @@ class Norm(nn.Module):
             return moments
         if self.kind in ("layer", "group"):
             size = min(GROUP, channels) if self.kind == "group" else channels
+            if channels % size:
+                raise ValueError(
+                    f"Normalisation 'group' takes groups of {GROUP} channels, but {channels} channels are not a "
+                    f"multiple of {GROUP}: use such a multiple, at most {GROUP} channels, or 'layer'."
+                )
             # Pool the moments of the channels of each group, and repeat the result for each channel.
             groups = Moments(*(leaf.reshape(len(leaf), -1, size) for leaf in moments))
             return Moments(*(jnp.repeat(leaf[..., 0], size, -1) for leaf in pooled_moments(groups, -1)))

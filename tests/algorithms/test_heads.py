@@ -127,3 +127,20 @@ def test_parameters_without_the_head_raise_errors():
         heads.shared()({"last": jnp.ones(2)}, support)
     with pytest.raises(ValueError, match="must be a mapping with the head at 'head', but they are a list"):
         heads.shared()([jnp.ones(2)], support)
+
+
+def test_prototypes_with_weights_and_without_a_bias():
+    params = {"head": {"kernel": jnp.zeros((1, 2)), "bias": jnp.zeros(2)}}
+    inputs, labels = jnp.array([[1.0], [3.0], [5.0], [9.0]]), jnp.array([0, 0, 1, 1])
+    start = heads.prototypes(lambda params, inputs: inputs)
+    assert_close(start(params, (inputs, labels, jnp.array([1, 1, 0.5, 0]))), start(params, (inputs[:3], labels[:3])))
+    with pytest.raises(ValueError, match="head 'head' has no bias, only 'kernel'"):
+        start({"head": {"kernel": jnp.zeros((1, 2))}}, (inputs, labels))
+
+
+@pytest.mark.parametrize("learn_rates", [True, False])
+def test_rates_for_a_head_of_another_name_raise(learn_rates):
+    inner = heads.sgd_with_head_rates(0.1, [1.0], steps=2, learn_rates=learn_rates, name="haed")
+    learner = maml_jax.maml(LOSS, inner, optax.sgd(1.0))
+    with pytest.raises(ValueError, match="have no head 'haed', only"):
+        learner.step(learner.init(start_params()), tasks(1))

@@ -1,15 +1,18 @@
 """Tests of iMAML: the implicit meta-gradient equals the derivative at the minimum of the inner problem."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from helpers.algorithm_cases import LOSS, assert_close, meta_gradient, start_params
-from helpers.model_zoo import ZOO, tasks
+from helpers.model_zoo import ZOO, drawn_params, tasks
 
 import maml_jax
+from maml_jax import Task, losses
 from maml_jax.algorithms import heads
 from maml_jax.algorithms.imaml import imaml, with_proximal_term
+from maml_jax.nets import models
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -58,3 +61,34 @@ def test_wrong_arguments_raise_errors():
     with pytest.raises(ValueError, match="no gradient for learned parameters of the inner update"):
         inner = maml_jax.sgd(0.3, steps=2, learn_rates="layer")
         imaml(LOSS, inner, optax.sgd(1.0), proximal_weight=1.0, cg_steps=2).init(start_params())
+
+
+def test_a_relu_net_is_exact_only_where_the_inner_loop_settles():
+    """With a small proximal weight gradient descent stops at kinks, with a large one near the start.
+
+    The residual is the gradient of the regularised inner problem after the inner loop, relative to the one before it.
+    """
+    net = models.ConvNet(ways=2, filters=2)
+    random = np.random.default_rng(0)
+    tasks = Task(*((jnp.asarray(random.random((1, 4, 4, 4, 1))), jnp.array([[0, 1, 0, 1]])) for _ in range(2)))
+    params = jax.tree.map(lambda leaf: leaf.astype(float), drawn_params(net, tasks.support[0][0]))
+    loss_fn = losses.cross_entropy(models.apply_params(net))
+    support = jax.tree.map(lambda leaf: leaf[0], tasks.support)
+    slope = jax.grad(lambda params: loss_fn(params, support)[0])
+
+    @jax.jit
+    def residual_and_error(proximal_weight):
+        inner = maml_jax.sgd(1 / (proximal_weight + 5), steps=60)
+        implicit = imaml(loss_fn, inner, optax.sgd(1.0), proximal_weight=proximal_weight, cg_steps=20)
+        unrolled = maml_jax.maml(loss_fn, with_proximal_term(inner, proximal_weight), optax.sgd(1.0))
+        state = implicit.init(params)
+        adapted, _ = implicit.adapt(state, support)
+        residual = jax.tree.map(lambda g, p, p0: g + proximal_weight * (p - p0), slope(adapted), adapted, params)
+        got, expected = (meta_gradient(learner, state, tasks)[0] for learner in (implicit, unrolled))
+        error = optax.tree.norm(jax.tree.map(jnp.subtract, got, expected)) / optax.tree.norm(expected)
+        return optax.tree.norm(residual) / optax.tree.norm(slope(params)), error
+
+    residual, error = residual_and_error(1000.0)
+    assert residual < 1e-9 and error < 1e-7
+    residual, error = residual_and_error(0.1)
+    assert residual > 1e-3 and error > 1e-2

@@ -1,5 +1,7 @@
 """Reptile moves the parameters towards the adapted parameters."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,3 +64,9 @@ def test_the_outer_optimizer_does_not_get_the_loss():
     learner = reptile(squares, maml_jax.sgd(0.3, steps=2), optax.polyak_sgd())
     with pytest.raises(TypeError, match="value"):
         learner.step(learner.init(jnp.ones(3)), batch)
+
+
+def test_no_inner_step_raises():
+    for algorithm in (maml_jax.reptile, partial(maml_jax.imaml, proximal_weight=1.0, cg_steps=1)):
+        with pytest.raises(ValueError, match=r"inner\.steps must be an integer of at least 1, but got 0"):
+            algorithm(LOSS, maml_jax.no_adaptation(), optax.sgd(0.1))

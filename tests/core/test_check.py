@@ -10,7 +10,7 @@ from helpers.model_zoo import drawn_params, plain_dict, tasks
 
 import maml_jax
 from maml_jax import check_meta_gradient, losses
-from maml_jax.algorithms.maml_plus_plus import multi_step_weights
+from maml_jax.algorithms import maml_plus_plus
 from maml_jax.nets import layers
 from maml_jax.nets.convolution import conv
 
@@ -234,15 +234,6 @@ def test_finite_is_about_the_precision_of_training(x64_everywhere):
     assert failed(report) == {"finite"} and "in float32" in report["finite"].meaning
 
 
-def test_the_tolerance_follows_a_loss_in_bfloat16():
-    loss_fn, params = plain_dict()
-    report = check_meta_gradient(
-        lambda params, batch: (loss_fn(params, batch)[0].astype(jnp.bfloat16), {}),
-        params, tasks(2), maml_jax.sgd(0.3, steps=1),
-    )  # fmt: skip
-    assert report["finite"].passed and "bfloat16" in report["precision"].meaning
-
-
 def test_leaves_that_the_loss_does_not_use_are_named():
     loss_fn, params = plain_dict()
     report = check_meta_gradient(loss_fn, params | {"spare": jnp.ones(3)}, tasks(2), maml_jax.sgd(0.3, steps=1))
@@ -251,7 +242,7 @@ def test_leaves_that_the_loss_does_not_use_are_named():
 
 def test_step_weights_may_be_a_function_of_the_meta_step():
     loss_fn, params = plain_dict()
-    weights = multi_step_weights(2, until=10)
+    weights = maml_plus_plus.multi_step_weights(2, until=10)
     as_numbers, followed = (
         check_meta_gradient(loss_fn, params, tasks(2), maml_jax.sgd(0.3, steps=2), step_weights=given)
         for given in (np.asarray(weights(0)).tolist(), weights)
@@ -283,7 +274,80 @@ def test_low_precision_in_the_model_is_information_and_not_a_failure(dtype):
     loss_fn = losses.mean_squared_error(lambda params, x: net.apply({"params": params}, x))
     report = check_meta_gradient(loss_fn, params, batch, maml_jax.sgd(0.1, steps=1))
     assert f"computes in {dtype} whatever the type of its inputs" in report["precision"].meaning
-    assert report.exact, report
+    assert report.exact and report["meta-gradient"].limit <= 1e-6, report
+
+
+def squared_errors(dtype):
+    """A loss that computes in `dtype`, whatever the type of its inputs."""
+
+    def loss_fn(params, batch):
+        x, w, b = (leaf.astype(dtype) for leaf in (batch, params["w"], params["b"]))
+        return jnp.square(jnp.tanh(x @ w + b) - 1).mean().astype(batch.dtype), {}
+
+    return loss_fn
+
+
+PAIR = {"w": jnp.array([0.5, -1.0]), "b": jnp.array(0.3)}
+POINTS = maml_jax.Task(*np.random.default_rng(0).standard_normal((2, 2, 4, 2)))
+
+
+def test_a_loss_in_bfloat16_is_checked_leaf_by_leaf_in_float64():
+    loss_fn = squared_errors(jnp.bfloat16)
+
+    def stray(params, batch):
+        return loss_fn({**params, "b": jax.lax.stop_gradient(params["b"])}, batch)
+
+    report = check_meta_gradient(stray, PAIR, POINTS, maml_jax.sgd(0.1, steps=1))
+    assert failed(report) == {"loss gradient", "meta-gradient"}
+    for name in failed(report):
+        assert report[name].limit <= 1e-6 and "['b']" in report[name].meaning and "['w']" not in report[name].meaning
+
+
+def test_a_cast_of_a_small_part_of_the_loss_keeps_the_limits():
+    def mostly_float32(params, batch):
+        loss, _ = squared_errors(batch.dtype)(params, batch)
+        return loss + 1e-9 * jnp.square(params["b"].astype(jnp.bfloat16)).astype(loss.dtype), {}
+
+    report = check_meta_gradient(mostly_float32, PAIR, POINTS, maml_jax.sgd(0.1, steps=1))
+    assert report.exact and "bfloat16" in report["precision"].meaning
+    assert all(report[name].limit <= 1e-6 for name in ("loss gradient", "value", "meta-gradient", "jit", "vmap"))
+
+
+def test_the_limit_follows_an_inner_loop_that_amplifies_rounding():
+    """The inner loop is chaotic: it iterates the logistic map, and doubles small changes in every step."""
+
+    def loss_fn(params, batch):
+        return (params**2 / 2 - 4 * (params**2 / 2 - params**3 / 3)).sum() * batch.mean(), {}
+
+    def detached(params, batch):
+        return loss_fn(0.5 * params + 0.5 * jax.lax.stop_gradient(params), batch)
+
+    batch = maml_jax.Task(jnp.ones((1, 1)), jnp.ones((1, 1)))
+    inner = maml_jax.sgd(1.0, steps=20)
+    report = check_meta_gradient(loss_fn, jnp.array(0.3), batch, inner)
+    assert report.exact and report["meta-gradient"].limit > 1e-6, report
+    assert "inner loop amplifies" in report["meta-gradient"].meaning
+    report = check_meta_gradient(loss_fn, jnp.array(0.3), batch, inner, query_loss_fn=detached)
+    assert failed(report) == {"meta-gradient"}
+
+
+def test_the_loss_is_checked_as_the_inner_loop_calls_it():
+    """With parameters of each inner step, a start, and a loss that takes the step."""
+
+    def loss_fn(given, batch):
+        params, step = given
+        return squared_errors(batch.dtype)(params, batch)[0] * (1 + step), {}
+
+    def params_at_step(params, step):
+        return maml_plus_plus.select_step({"w": False, "b": True})(params, step), step
+
+    def start(params, batch):
+        return {**params, "w": 0.5 * params["w"] + batch.mean(0)}
+
+    params = maml_plus_plus.replicate_per_step(PAIR, {"w": False, "b": True}, 2)
+    inner = maml_jax.sgd(0.1, steps=2, start=start, params_at_step=params_at_step)
+    weights = maml_plus_plus.multi_step_weights(2, until=10)
+    assert check_meta_gradient(loss_fn, params, POINTS, inner, step_weights=weights).exact
 
 
 def test_a_maximum_reduction_fails_where_the_compiler_makes_it_wrong():

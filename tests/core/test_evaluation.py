@@ -54,6 +54,12 @@ def test_an_ensemble_averages_probabilities_not_votes():
         assert (found.accuracy == expected).all()
 
 
+def test_a_task_has_diverged_if_it_diverged_for_any_model():
+    members = [predicting(SURE, loss) for loss in (((1, 2), (1, 0)), ((1, 0), (1, 0)), ((1, 0), (np.nan, 0)))]
+    found = evaluation.evaluate(members, lambda: [TASKS], PROTOCOL)
+    np.testing.assert_array_equal(found.diverged, [[False, True], [True, True]])
+
+
 def test_the_interval_of_a_paired_difference_is_narrower_than_separate_intervals():
     random = np.random.default_rng(0)
     hardness = random.uniform(0.3, 0.9, 400)
@@ -119,3 +125,8 @@ def test_the_nearest_neighbour_against_a_loop(context):
             distances = [np.sum((scale * (query[task, number] - one)) ** 2) for one in support[task]]
             expected = int(labels[task, int(np.argmin(distances))])
             assert np.exp(log_probabilities[task, 0, number]).tolist() == [float(i == expected) for i in range(4)]
+
+
+def test_infinite_and_nan_losses_are_diverged():
+    support_loss = [[1.0, 0.5, 2.0], [np.inf, np.inf, 1.0], [1.0, np.nan, np.inf]]
+    np.testing.assert_allclose(evaluation.divergence_rate(support_loss), [1 / 3, 2 / 3, 2 / 3])

@@ -70,10 +70,26 @@ def test_wrong_arguments_raise_errors():
     loss_fn, params = ZOO["dict"]()
     with pytest.raises(ValueError, match="learn_rates must be one of 'parameter', 'layer', 'layer_step', but got True"):
         maml_jax.sgd(0.3, steps=1, learn_rates=True)
-    with pytest.raises(ValueError, match="start must return parameters of the same structure"):
-        inner = maml_jax.sgd(0.3, steps=1, start=lambda params, support: {})
+    for changed in ({}, {**params, "b1": params["b1"][None]}, {**params, "b1": params["b1"].astype(jnp.float16)}):
+        inner = maml_jax.sgd(0.3, steps=1, start=lambda params, support, changed=changed: changed)
         learner = maml_jax.maml(loss_fn, inner, optax.sgd(1.0))
-        learner.step(learner.init(params), tasks(1))
+        with pytest.raises(ValueError, match="start must return parameters of the same structure, shapes and types"):
+            learner.step(learner.init(params), tasks(1))
+
+
+def test_optimizers_that_take_the_gradient_by_name_get_it():
+    def update(updates, state, params=None, *, grad):
+        return jax.tree.map(lambda leaf: -0.1 * leaf, grad), state
+
+    by_name = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    batch = maml_jax.Task(jnp.ones((2, 3)), jnp.zeros((2, 3)))
+    got, expected = (
+        jax.jit(learner.step)(learner.init(jnp.zeros(3)), batch)[0].params
+        for optimizer in (by_name, optax.sgd(0.1))
+        for learner in [maml_jax.maml(quadratic, maml_jax.unrolled(optimizer, steps=2), optimizer)]
+    )
+    np.testing.assert_allclose(got, expected, rtol=1e-12)
+    np.testing.assert_allclose(got, -0.1 * 0.9**2 * (1 - 0.9**2), rtol=1e-12)  # Two steps to 1, and the slope to 0.
 
 
 def quadratic(params, batch):

@@ -4,8 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.model_zoo import drawn_params
 
 from maml_jax import losses
+from maml_jax.nets import models
+from maml_jax.nets.normalisation import NORMALISATIONS
 
 
 def test_rate_for_mean_loss_gives_the_update_of_the_paper():
@@ -65,3 +68,43 @@ def test_a_query_set_may_bring_its_support_set():
     task = losses.query_with_support(losses.Task((jnp.array([[5.0]]), jnp.array([[0.0]])), (jnp.ones((1, 1)),) * 2))
     loss, _ = losses.mean_squared_error(lambda params, x, context: x + context)(None, task.query)
     assert loss == 25.0
+
+
+def test_labels_that_are_no_class_give_nan_unless_their_weight_is_zero():
+    logits = jnp.zeros((3, 5))
+    loss_fn = losses.cross_entropy(lambda params, x: x * params)
+    for labels in (jnp.array([0, -1, 1]), np.array([0, 5, 1], np.int8)):
+        assert jnp.isnan(loss_fn(1.0, (logits, labels))[0])
+        weighted = jax.value_and_grad(lambda params, labels=labels: loss_fn(params, (logits, labels, WEIGHTS))[0])
+        value, slope = weighted(1.0)
+        np.testing.assert_allclose(value, np.log(5), rtol=1e-6)
+        assert jnp.isfinite(slope)
+
+
+WEIGHTS = jnp.array([1, 0, 1])  # Integers: their type is converted.
+
+
+def test_a_batch_of_tasks_and_a_single_example_raise():
+    apply = lambda params, x: x  # noqa: E731
+    with pytest.raises(ValueError, match="leading axis of tasks"):
+        losses.cross_entropy(apply)(None, (jnp.zeros(5), jnp.array(0)))
+    with pytest.raises(ValueError, match="leading axis of tasks"):
+        losses.mean_squared_error(apply)(None, (jnp.array(0.0), jnp.array(0.0)))
+    with pytest.raises(ValueError, match="adapt takes the support set of one task"):
+        losses.cross_entropy(apply)(None, (jnp.zeros((2, 4, 5)), jnp.zeros((2, 4), int)))
+
+
+@pytest.mark.parametrize("normalisation", NORMALISATIONS)
+def test_weights_need_a_normalisation_of_each_example(normalisation):
+    """Padding of weight 0 does not change the loss, or is refused."""
+    net = models.MLP((4,), 2, normalisation)
+    inputs = jnp.asarray(np.random.default_rng(0).standard_normal((3, 4)), jnp.float32)
+    params = drawn_params(net, inputs)
+    apply, labels = models.apply_params(net), jnp.array([0, 1, 0])
+    padded = (inputs, labels, jnp.array([1.0, 1.0, 0.0]))
+    if normalisation in ("batch", "support", "tasknorm"):
+        with pytest.raises(ValueError, match="weights, but the normalisation"):
+            losses.cross_entropy(apply)(params, padded)
+        apply = losses.inductive(apply)
+    expected = losses.cross_entropy(apply)(params, (inputs[:2], labels[:2]))[0]
+    np.testing.assert_allclose(losses.cross_entropy(apply)(params, padded)[0], expected, rtol=1e-5)

@@ -174,6 +174,48 @@ def test_mixflow_accepts_closed_over_values_without_derivative():
     assert_same(gradient(*at, "mixflow"), gradient(*at, "none"))
 
 
+def test_mixflow_gives_gradients_of_the_type_of_the_parameters():
+    """Parameters in bfloat16 and a loss in float32, as in training with low precision."""
+    params = {"w": jnp.array([0.5, -1.0], jnp.bfloat16)}
+
+    def in_float32(params, batch):
+        return jnp.square(batch @ params["w"].astype(jnp.float32) - 1).mean(), {}
+
+    batch = maml_jax.Task(*[jnp.array([[[0.5, 1.0], [1.0, -1.0]]])] * 2)
+    (got, _), _ = meta_gradient(in_float32, maml_jax.sgd(0.3, steps=2, remat="mixflow"), params, batch)
+    (expected, _), _ = meta_gradient(in_float32, maml_jax.sgd(0.3, steps=2), params, batch)
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(got))
+    assert_same(got, expected, rtol=0.02)
+
+
+@pytest.mark.usefixtures("x64")
+def test_mixflow_differentiates_a_custom_vjp_that_allows_no_forward_mode():
+    """The forward rule calls the function itself, so its result has no derivative in forward mode."""
+
+    @jax.custom_vjp
+    def squashed(x):
+        return jnp.tanh(x)
+
+    def forward(x):
+        y = squashed(x)
+        return y, y
+
+    squashed.defvjp(forward, lambda y, cotangent: ((1 - y**2) * cotangent,))
+
+    def adapted_loss(params, scale, activation, remat):
+        def loss_fn(params, batch):
+            return jnp.square(activation(scale * batch @ params) - 1).mean(), {}
+
+        learner = maml_jax.sgd(0.3, steps=2, remat=remat)
+        batch = jnp.linspace(-1, 1, 12).reshape(4, 3)
+        after, info = maml_jax.inner.inner_loop(learner, loss_fn, params, (), batch)
+        return loss_fn(after, batch + 1)[0] + info.loss.sum()
+
+    gradient = jax.jit(jax.grad(adapted_loss, (0, 1)), static_argnums=(2, 3))
+    at = (jnp.array([0.5, -0.2, 0.1]), jnp.array(0.7))
+    assert_same(gradient(*at, squashed, "mixflow"), gradient(*at, jnp.tanh, "none"))
+
+
 def temporary_memory(remat, steps, order=2):
     """Bytes of temporary memory of the compiled meta-step, for a network with large activations."""
     random = np.random.default_rng(0)

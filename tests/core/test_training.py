@@ -210,6 +210,14 @@ def test_raises_at_a_loss_or_gradient_that_is_not_finite_and_names_the_step():
         assert seen == [2] and error.value.step == 3
 
 
+def test_labels_that_are_no_class_are_named_at_the_first_meta_step():
+    learner, state = setting()
+    support, (inputs, labels) = tasks(4)
+    from_one = Task(support, (inputs, labels + 1))
+    with pytest.raises(FloatingPointError, match=r"At meta-step 1 .*tasks\.query\[1\] holds integers from 1 to 4\."):
+        list(train(learner, state, draw, from_one, steps=4, steps_per_call=2))
+
+
 @pytest.mark.parametrize("option", ["steps", "steps_per_call"])
 def test_wrong_options_raise_errors_before_the_first_call(option):
     learner, state = setting()

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from helpers.model_zoo import plain_dict, tasks
+from jax.sharding import PartitionSpec as P
 
 import maml_jax
 from maml_jax import Task, losses
@@ -134,14 +135,15 @@ def test_params():
 def test_targets():
     apply = lambda params, x: x * params  # noqa: E731
     squares, classes = losses.mean_squared_error(apply), losses.cross_entropy(apply)
-    with pytest.raises(ValueError, match=r"have the shape of the outputs, \(4, 1\), but have \(4,\)"):
+    with pytest.raises(ValueError, match=r"have the shape of the outputs, \(4, 1\), .* but have \(4,\)"):
         squares(1.0, (jnp.ones((4, 1)), jnp.ones(4)))
     for labels, given in (
         (jnp.zeros((4, 1), int), r"int.* of shape \(4, 1\)"),
         (jnp.zeros(4), r"float.* of shape \(4,\)"),
     ):
         for loss_fn in (classes, losses.log_probabilities(apply)):
-            with pytest.raises(ValueError, match=rf"labels must be integers of shape \(4,\), .*but are {given}"):
+            message = rf"labels must be integers \[B\], .*but are {given} for logits of shape \(4, 3\)"
+            with pytest.raises(ValueError, match=message):
                 loss_fn(1.0, (jnp.ones((4, 3)), labels))
 
 
@@ -181,3 +183,35 @@ def test_evaluation_steps():
         learner(loss_fn).evaluate(learner(loss_fn).init(params), tasks(2), -1)
     with pytest.raises(ValueError, match="static_argnums"):
         jax.jit(learner(loss_fn).evaluate)(learner(loss_fn).init(params), tasks(2), 3)
+
+
+def test_complex_parameters():
+    with pytest.raises(TypeError, match=r"params\['w'\].*complex64.*as two real parameters"):
+        learner(plain_dict()[0]).init({"w": jnp.ones(3, jnp.complex64)})
+
+
+def test_an_error_of_the_loss_names_the_shapes_of_its_batch():
+    def loss_fn(params, batch):
+        return (batch[0] @ params).sum(), {}
+
+    with pytest.raises(TypeError) as caught:
+        maml_jax.adapt(loss_fn, jnp.ones(4), (jnp.ones((5, 3)), 1), learning_rate=0.1, steps=1)
+    note = " ".join(caught.value.__notes__)
+    assert "loss_fn was called for one task" in note and "float32[5, 3]" in note and "adapt takes has none" in note
+
+
+def test_a_checked_shard_map_is_refused():
+    """With `check_vma`, the gradient in shared parameters would be summed over the devices."""
+    loss_fn, params = plain_dict()
+    mesh = jax.make_mesh((2,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+    mapped = learner(loss_fn)
+
+    def evaluate(check_vma):
+        return jax.shard_map(
+            lambda params, tasks: mapped.evaluate(mapped.init(params), tasks).loss,
+            mesh=mesh, in_specs=(P(), P("devices")), out_specs=P("devices"), check_vma=check_vma,
+        )(params, tasks(4))  # fmt: skip
+
+    with pytest.raises(ValueError, match="check_vma=True, which sums the inner gradients"):
+        evaluate(True)
+    np.testing.assert_allclose(evaluate(False), mapped.evaluate(mapped.init(params), tasks(4)).loss, rtol=1e-5)

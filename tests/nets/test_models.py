@@ -1,5 +1,6 @@
 """Tests of the paper's networks: sizes, initial distributions, and the parameters that the inner loop adapts."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,7 @@ from helpers.algorithm_cases import LOSS, start_params
 from helpers.model_zoo import tasks
 
 import maml_jax
+from maml_jax import losses
 from maml_jax.nets import models
 
 
@@ -76,3 +78,32 @@ def test_images_too_small_for_the_pooled_net_raise():
     with pytest.raises(ValueError, match=r"at least 16x16 pixels.* but have 8x8"):
         net.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
     assert net.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]["head"]["kernel"].shape == (4, 5)
+
+
+class WithState(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=True):
+        return nn.BatchNorm(use_running_average=not train)(nn.Dense(2)(x))
+
+
+def test_apply_params_takes_other_state_or_names_it():
+    net, x = WithState(), jnp.array([[1.0], [2.0], [4.0]])
+    variables = net.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"more state than its parameters.*batch_stats"):
+        models.apply_params(net)(variables["params"], x)
+    normalised = models.apply_params(net, state={"batch_stats": variables["batch_stats"]})(variables["params"], x)
+    np.testing.assert_allclose(normalised.std(0), 1, rtol=1e-2)
+    running = models.apply_params(net, state={"batch_stats": variables["batch_stats"]}, train=False)
+    np.testing.assert_allclose(running(variables["params"], x), x @ variables["params"]["Dense_0"]["kernel"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("net", [models.ConvNet(4, 4), models.ConvNet(4, 4, True, normalisation="tasknorm")])
+def test_meta_steps_run_in_the_strict_modes_of_jax(net):
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        images, labels = jnp.ones((1, 2, 16, 16, 1)), jnp.array([[0, 1]])
+        params = jax.eval_shape(net.init, jax.random.key(0), images[0])["params"]
+        params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params)
+        loss_fn = losses.log_probabilities(models.apply_params(net))
+        tasks = maml_jax.Task((images, labels), (images, labels))
+        learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.1, steps=1), optax.sgd(1e-3))
+        jax.eval_shape(learner.step, learner.init(params), losses.query_with_support(tasks))

@@ -101,3 +101,8 @@ def test_query_with_support_passes_the_support_set_to_the_net(x64):
         loss = jax.jit(loss_fn)(params, query)[0]
         np.testing.assert_allclose(loss, -jax.nn.log_softmax(logits)[jnp.arange(4), task.query[1]].mean(), rtol=1e-9)
     assert abs(losses.cross_entropy(apply)(params, task.query)[0] - loss) > 1e-6
+
+
+def test_groups_that_do_not_divide_the_channels_raise():
+    with pytest.raises(ValueError, match="groups of 16 channels, but 24 channels are not a multiple"):
+        Norm("group").init(jax.random.key(0), jnp.zeros((2, 3, 24)))
