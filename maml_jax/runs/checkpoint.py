@@ -100,12 +100,19 @@ class Checkpoints:
         self._ocp = ocp
         # Orbax must not wait for the other processes, which do not write.
         alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="0")
+        # Directories are created in `save`. If a thread of orbax created them and failed, other threads would wait for
+        # them for ten minutes, and the process could not end.
+        directories_first = ocp.options.AsyncOptions(create_directories_asynchronously=False)
         handler = ocp.CompositeCheckpointHandler(
-            composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
+            composite_options=ocp.CompositeOptions(
+                multiprocessing_options=alone, async_options=directories_first
+            ),
             state=ocp.StandardCheckpointHandler(multiprocessing_options=alone),
             about=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
         )
-        self._checkpointer = ocp.AsyncCheckpointer(handler, multiprocessing_options=alone)
+        self._checkpointer = ocp.AsyncCheckpointer(
+            handler, async_options=directories_first, multiprocessing_options=alone
+        )
 
     def steps(self) -> list[int]:
         """Returns the steps that have a checkpoint, intact or damaged, in ascending order."""

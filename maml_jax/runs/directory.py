@@ -121,7 +121,7 @@ class RunDirectory:
             raise WorkdirError(f"{path} is not a directory. Give another --workdir.")
         if Path(path).is_dir():
             _compare(Path(path), None if config is None else _as_json(config), mutable_fields, appendable_fields)
-            Lock(Path(path)).close()
+            Lock.check(Path(path))
 
     @_leader_only
     def close(self) -> None:

@@ -1,5 +1,7 @@
 """Files of a run directory: atomic writes with errors that name the file, locks, JSON and times."""
 
+import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -16,6 +18,10 @@ import numpy as np
 from maml_jax.atomic import write_atomically
 
 
+WITHOUT_LOCKS = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""Errors of file systems that cannot lock a file or a directory."""
+
+
 class WorkdirError(OSError):
     """A run directory or one of its files cannot be used. The message names the file, the reason and what to do."""
 
@@ -25,8 +31,13 @@ class InUseError(WorkdirError):
 
 
 def print_note(text: str) -> None:
-    """Prints `note: TEXT` on standard error. Notes report decisions of the run, such as the removal of rows."""
-    print(f"note: {text}", file=sys.stderr, flush=True)
+    """Prints `note: TEXT` on standard error. Notes report decisions of the run, such as the removal of rows.
+
+    A note that cannot be written, for example because standard error is closed, is left out: a run goes on without it.
+    """
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def make_directory(path: Path) -> None:
@@ -67,7 +78,9 @@ def write_error(path: Path, error: BaseException) -> WorkdirError:
 class Lock:
     """An exclusive lock on the directory `path`, held until `close` is called or this process ends.
 
-    The kernel releases the lock when the process ends, even by a signal, so no stale lock remains.
+    The lock is on the directory itself and on the file `.lock` in it, which names the process. The removal of the file
+    does not release the lock. File systems that lock no directories, such as NFS, lock the file alone. The kernel
+    releases the lock when the process ends, even by a signal, so no stale lock remains.
 
     Raises:
       InUseError: if another process holds the lock; the message names the process.
@@ -77,27 +90,61 @@ class Lock:
     def __init__(self, path: Path):
         try:
             file = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+            directory = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise write_error(path / ".lock", error) from error
-        self.close = weakref.finalize(self, os.close, file)
+        self.close = weakref.finalize(self, _close_all, directory, file)
         """Releases the lock."""
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.read(file, 1000).decode(errors="replace").strip() or "another process"
+            if not _lock_all(path, directory, file):
+                print_note(f"{path} is on a file system without locks: only one run may use it.")
+            os.ftruncate(file, 0)
+            os.write(file, f"{_this_process()} since {now()}\n".encode())
+        except InUseError:
             self.close()
+            raise
+        except OSError as error:
+            self.close()
+            raise write_error(path / ".lock", error) from error
+
+    @staticmethod
+    def check(path: Path) -> None:
+        """Raises InUseError if another process holds the lock on `path`. No file is written."""
+        files = [path, *([path / ".lock"] if (path / ".lock").exists() else [])]
+        descriptors = [os.open(file, os.O_RDONLY) for file in files]
+        try:
+            _lock_all(path, *descriptors, kind=fcntl.LOCK_SH)
+        finally:
+            _close_all(*descriptors)
+
+
+def _lock_all(path: Path, *descriptors: int, kind: int = fcntl.LOCK_EX) -> bool:
+    """Locks files that the file system can lock, and returns whether there is such a file.
+
+    Raises:
+      InUseError: if another process holds a lock.
+    """
+    locked = False
+    for descriptor in descriptors:
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            locked = True
+        except BlockingIOError as error:
+            lines = (path / ".lock").read_text(errors="replace") if (path / ".lock").exists() else ""
+            holder = lines.strip()[:1000] or "another process"
             advice = "Wait until the process ends, end the process, or give another --workdir."
             if holder.startswith(_this_process()):
                 advice = "The holder is this process: first close() the object with the lock, such as a RunDirectory."
             raise InUseError(f"{path} is in use by {holder}. {advice}") from error
         except OSError as error:
-            print_note(f"{path} is on a file system without locks ({error.strerror}): only one run may use it.")
-        try:
-            os.ftruncate(file, 0)
-            os.write(file, f"{_this_process()} since {now()}\n".encode())
-        except OSError as error:
-            self.close()
-            raise write_error(path / ".lock", error) from error
+            if error.errno not in WITHOUT_LOCKS:
+                raise
+    return locked
+
+
+def _close_all(*descriptors: int) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def _this_process() -> str:

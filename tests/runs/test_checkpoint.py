@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import threading
 from contextlib import closing
 from typing import NamedTuple
 
@@ -160,6 +161,26 @@ class TestLeftovers:
         monkeypatch.setattr(os, "rmdir", never)
         with pytest.raises(WorkdirError, match=r"Cannot write .*12.orbax-checkpoint-tmp: .*not empty"):
             Checkpoints(tmp_path)
+
+
+def test_no_thread_waits_for_a_directory_that_cannot_be_created(tmp_path, monkeypatch):
+    """Threads that wait would keep the process from ending."""
+    before, mkdir = threading.enumerate(), os.mkdir
+
+    def out_of_inodes(path, *args, **options):
+        if "about" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", path)
+        mkdir(path, *args, **options)
+
+    with closing(Checkpoints(tmp_path)) as checkpoints:
+        monkeypatch.setattr(os, "mkdir", out_of_inodes)
+        with pytest.raises(WorkdirError, match="Cannot write .*5: No space left on device"):
+            checkpoints.save(5, make_state(1))
+            checkpoints.wait()
+    for thread in threading.enumerate():
+        if thread not in before and not thread.daemon:
+            thread.join(timeout=5)
+            assert not thread.is_alive()
 
 
 class TestNotFinite:
