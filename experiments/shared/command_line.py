@@ -14,8 +14,12 @@ import jax
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
+from experiments.shared import streams
 from maml_jax.parallel import backend, processes
+from maml_jax.runs import signals
+from maml_jax.runs.agreement import DisagreementError, check_agreement
 from maml_jax.runs.files import WorkdirError
+from maml_jax.runs.provenance import software
 from maml_jax.tasks.cache import DataError
 
 Config = TypeVar("Config")
@@ -63,9 +67,9 @@ def run(
     """Parses the command line into `config_type`, calls `prepare` with the options, and runs the experiment.
 
     The help shows the title and the examples from the docstring of the command's module, then the docstring of
-    `config_type`. The exit status is 2 for wrong input, with one line on
-    standard error. It is 1 if a loss is not finite or the work directory cannot be written. SIGINT and SIGTERM in
-    training save the state (`maml_jax.runs.signals`), and the status is 130 or 143.
+    `config_type`. The exit status is 2 for wrong input, with one line on standard error. It is 1 if a loss is not
+    finite or the work directory cannot be written. SIGINT and SIGTERM end the command with status 130 or 143; in
+    training they first save the state (`maml_jax.runs.signals`).
 
     Args:
       config_type: dataclass of the options.
@@ -76,6 +80,7 @@ def run(
         processes exit if one finds wrong input or is lost.
       small, calls_host: see `use_cores`.
     """
+    streams.tolerate()
     use_cores(small, calls_host)
     given: Any = dataclasses.field() if default is None else dataclasses.field(default=default)
     parts: list[tuple[str, Any, Any]] = [("experiment", config_type, given)]
@@ -90,14 +95,24 @@ def run(
     try:
         if several:
             processes.connect(**dataclasses.asdict(options.hosts))
+            check_agreement(lambda: software() | dataclasses.asdict(options.experiment))
         # Several processes compile together. A process with a cached program would not join them, so none has a cache.
         if not processes.multiple():
             keep_compiled(Path("runs") / "compiled")
     except ValueError as error:
         _end(f"error: {error}", 2)
+    try:
+        with signals.ending():
+            _run(prepare, experiment, options.experiment)
+    except signals.Interrupted as interrupted:
+        processes.exit_process(128 + interrupted.signal)
+
+
+def _run(prepare: Callable[[Config], Prepared], experiment: Callable[[Prepared], object], options: Config) -> None:
+    """Calls `prepare` and `experiment`, and ends the process after an error."""
     problem = ""
     try:
-        prepared = prepare(options.experiment)
+        prepared = prepare(options)
     except (ValueError, DataError, OSError) as error:
         problem = str(error)
     for number, other in enumerate(processes.all_gather_text(problem)):
@@ -107,7 +122,7 @@ def run(
         sys.stdout = open(os.devnull, "w")  # Process 0 prints for all.
     try:
         experiment(prepared)
-    except (FloatingPointError, WorkdirError, processes.LeaderError) as error:
+    except (FloatingPointError, WorkdirError, DisagreementError, processes.LeaderError) as error:
         _end(f"error: {error}", 1)
     except KeyboardInterrupt:
         _end("interrupted", 130)

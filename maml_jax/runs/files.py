@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ import jax
 import numpy as np
 
 from maml_jax.atomic import write_atomically
-
 
 WITHOUT_LOCKS = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """Errors of file systems that cannot lock a file or a directory."""
@@ -184,6 +184,27 @@ def to_jsonable(tree: Any) -> Any:
     if isinstance(tree, float):
         return tree if np.isfinite(tree) else None
     return str(tree) if isinstance(tree, Path) else tree
+
+
+def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Converts values to the types that `json.loads` returns.
+
+    Example:
+      >>> as_json({"sizes": (1, 2)})
+      {'sizes': [1, 2]}
+    """
+    return json.loads(json.dumps(to_jsonable(dict(values))))
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Returns `{name: (old, new)}` for the entries that differ. A missing entry has the value 'absent'.
+
+    Example:
+      >>> differences({"rate": 0.1, "steps": 5}, {"rate": 0.1, "seed": 0})
+      {'seed': ('absent', 0), 'steps': (5, 'absent')}
+    """
+    pairs = {name: (old.get(name, "absent"), new.get(name, "absent")) for name in sorted({*old, *new})}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def now() -> str:

@@ -3,18 +3,21 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from signal import Signals
+from typing import Any
 
 from maml_jax.parallel import processes
 from maml_jax.runs.files import print_note
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+GRACE = 10.0
+"""Seconds after SIGTERM in which the main thread must leave a block of `ending`."""
 
 
 class Interrupted(SystemExit):
-    """A signal stopped the run after its state was saved; the same command resumes the run.
+    """A signal stopped the run; the same command resumes the run.
 
     An uncaught `Interrupted` ends the process with status 128 + the number of the signal: 130 after SIGINT, 143 after
     SIGTERM.
@@ -45,42 +48,80 @@ def deferred() -> Iterator[StopRequest]:
     The first signal is stored in the yielded `StopRequest`. The second signal ends the process at once, with status
     128 + the number of the signal. Signals that the process ignores stay ignored. In other threads than the main thread
     the function does nothing, because Python lets only the main thread handle signals.
-
-    A separate thread waits for the signals. Python runs signal handlers only between bytecodes of the main thread, and
-    the main thread may be in a compilation that takes minutes.
     """
     stop_request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
+
+    def receive(number: Signals) -> None:
+        if stop_request.signal is not None:
+            os._exit(128 + number)
+        stop_request.signal = number
+        print_note(f"{number.name}: stopping after this call, once the state is saved. A second signal stops at once.")
+
+    with _handled(SIGNALS, lambda *_: None, receive):  # The thread alone handles the signals.
         yield stop_request
+
+
+@contextmanager
+def ending() -> Iterator[None]:
+    """Raises `Interrupted` at SIGTERM inside the block, so that the process ends with a message and status 143.
+
+    If the main thread is in a compilation or a compiled program, and does not leave the block within `GRACE` seconds,
+    the process ends with the same status. Other handlers that are set inside the block, such as those of `deferred`,
+    take precedence.
+    """
+
+    def interrupt(number: int, _: object) -> None:
+        raise Interrupted(Signals(number))
+
+    timers: list[threading.Timer] = []
+
+    def receive(number: Signals) -> None:
+        if signal.getsignal(number) is interrupt:
+            print_note(f"Stopped by {number.name}. The same command resumes from the last checkpoint, if there is one.")
+            timers.append(threading.Timer(GRACE, os._exit, (128 + number,)))
+            timers[-1].daemon = True
+            timers[-1].start()
+
+    try:
+        with _handled((signal.SIGTERM,), interrupt, receive):
+            yield
+    finally:
+        for timer in timers:
+            timer.cancel()
+
+
+@contextmanager
+def _handled(
+    numbers: Collection[int], handler: Callable[[int, Any], None], receive: Callable[[Signals], None]
+) -> Iterator[None]:
+    """Sets the handler of signals inside the block, and calls `receive` for each signal in a separate thread.
+
+    Python runs signal handlers only between bytecodes of the main thread, and the main thread may be in a compilation
+    that takes minutes. The separate thread runs at once.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
         return
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
 
     def watch() -> None:
         while received := os.read(reading, 1):  # One byte for each signal; empty when the other end is closed.
-            number = received[0]
-            if number not in SIGNALS:
-                continue
-            if stop_request.signal is not None:
-                os._exit(128 + number)
-            stop_request.signal = Signals(number)
-            print_note(
-                f"{stop_request.signal.name}: stopping after this call, once the state is saved. A second signal stops "
-                "at once."
-            )
+            if received[0] in numbers:
+                receive(Signals(received[0]))
 
     watcher = threading.Thread(target=watch, name="signals", daemon=True)
     watcher.start()
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    handlers = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    handlers = {number: before for number, before in handlers.items() if before is not signal.SIG_IGN}
     descriptor = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     for number in handlers:
-        signal.signal(number, lambda *_: None)  # The watcher handles the signal.
+        signal.signal(number, handler)
     try:
-        yield stop_request
+        yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        for number, before in handlers.items():
+            signal.signal(number, before)
         signal.set_wakeup_fd(descriptor)
         os.close(writing)
         watcher.join()

@@ -174,7 +174,7 @@ def test_no_thread_waits_for_a_directory_that_cannot_be_created(tmp_path, monkey
 
     with closing(Checkpoints(tmp_path)) as checkpoints:
         monkeypatch.setattr(os, "mkdir", out_of_inodes)
-        with pytest.raises(WorkdirError, match="Cannot write .*5: No space left on device"):
+        with pytest.raises(WorkdirError, match=r"Cannot write .*5: No space left on device"):
             checkpoints.save(5, make_state(1))
             checkpoints.wait()
     for thread in threading.enumerate():

@@ -31,7 +31,9 @@ def test_a_loaded_model_equals_the_saved_model(tmp_path):
         with pytest.raises(ValueError, match=r"model\.msgpack is not a file of maml_jax\.save, or its description is"):
             model_file.load(path)
     path.write_bytes(msgpack.packb({"format": "maml_jax 1", "description": "{}"}))
-    with pytest.raises(ValueError, match=r"has the format 'maml_jax 1', but this version of maml_jax reads 'maml_jax 2'"):
+    with pytest.raises(
+        ValueError, match=r"has the format 'maml_jax 1', but this version of maml_jax reads 'maml_jax 2'"
+    ):
         model_file.load(path)
     assert not touched.exists()  # No code was executed.
     pickle.loads(code)
