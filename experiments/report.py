@@ -22,6 +22,7 @@ from experiments.shared import command_line, plots
 from experiments.shared.command_line import DefaultInHelp
 from experiments.table import page
 from maml_jax.runs.files import WorkdirError, read_json, write_file
+from maml_jax.runs.forms import check_form
 from maml_jax.runs.loggers import labels_and_numbers
 
 
@@ -36,6 +37,13 @@ class Config:
     output: DefaultInHelp[Path | None] = None
     """The HTML file. Default: report.html in the directory of the first run."""
 
+
+START = {"started?": str, "until?": str | None, "commit?": str | None, "hardware?": str}
+FORMS: dict[str, Any] = {
+    "run": {"config?": dict | None, "starts?": [START]},
+    "results": {"config?": dict | None, "made_by?": START | {"finished?": str, "earlier_starts?": [START]}},
+}
+"""Forms of `run.json` and `results.json`."""
 
 ABSENT = ""
 """Shown for an option that a run does not have."""
@@ -71,6 +79,8 @@ def read(path: Path) -> Run:
     """
     files = {name: path / f"{name}.json" for name in ("run", "results")}
     found = {name: read_json(file) for name, file in files.items() if file.exists()}
+    for name, content in found.items():
+        check_form(files[name], content, FORMS[name])
     if not found:
         raise ValueError(f"{path} holds no run: run.json and results.json are missing.")
     results = found.get("results")
@@ -89,10 +99,10 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         print(f"{path}: the incomplete last line is left out.")
     try:
         rows = [json.loads(line) for line in lines]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WorkdirError(f"{path} is damaged: {error}.") from error
-    if not all(isinstance(row, dict) for row in rows):
-        raise WorkdirError(f"{path} is damaged: a line is not a JSON object.")
+    for row in rows:
+        check_form(path, row, {"step?": int})
     return rows
 
 
@@ -168,6 +178,7 @@ def _tested(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
         tested = (run.results or {}).get("test")
         for label, summary in tested.items() if isinstance(tested, Mapping) else ():
             if isinstance(summary, Mapping) and {"accuracy", "half_width"} <= summary.keys():
+                check_form(run.path / "results.json", summary, {"accuracy": [float], "half_width": [float]})
                 found[f"{run.label}, {label}"] = dict(summary)
     return found
 

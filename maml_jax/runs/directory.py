@@ -8,6 +8,8 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from maml_jax.parallel import processes
 from maml_jax.runs.agreement import check_agreement
 from maml_jax.runs.files import (
@@ -25,8 +27,15 @@ from maml_jax.runs.files import (
     write_error,
     write_file,
 )
+from maml_jax.runs.forms import check_form
 from maml_jax.runs.loggers import Logger, TensorBoardLogger, WandBLogger, check_wandb
 from maml_jax.runs.provenance import jax_settings, provenance
+
+START = {"started": str, "commit": str | None, "hardware": str, "versions": dict, "until?": str}
+RUN = {"name": str, "config": dict | None, "jax": dict, "starts": [START]}
+"""Forms of `run.json` and of its starts."""
+ROW = {"step?": int}
+"""Form of a row of `metrics.jsonl`."""
 
 
 def _leader_only(method: Callable[..., None]) -> Callable[..., None]:
@@ -143,8 +152,11 @@ class RunDirectory:
             meta-step.
 
         Raises:
+          TypeError: if `step` is not an integer.
           WorkdirError: if the row cannot be written.
         """
+        if not isinstance(row.get("step", 0), (int, np.integer)):
+            raise TypeError(f"step must be an integer, but got {row['step']!r}.")
         self._append([row])
         self._for_each_logger(lambda logger: logger.log(to_jsonable(row)))
 
@@ -247,11 +259,9 @@ class RunDirectory:
         for number, line in enumerate(content.splitlines(), 1):
             try:
                 row = json.loads(line)
-            except ValueError:
-                row = None
-            if isinstance(row, dict):
+                check_form(self._metrics, row, ROW)
                 rows.append(row)
-            else:
+            except (ValueError, RecursionError, WorkdirError):
                 print_note(f"{self._metrics}: line {number} is truncated or damaged and is removed: {line[:60]!r}")
         if (intact := _lines(rows).encode()) != content:
             write_file(self._metrics, intact)
@@ -338,21 +348,5 @@ def _read_run(path: Path) -> dict[str, Any]:
       WorkdirError: if the file is damaged, or does not have the form that `RunDirectory` writes.
     """
     run = read_json(path / "run.json")
-    starts = run.get("starts")
-    wrong = [] if isinstance(run.get("config", ""), dict | None) else ["config"]
-    wrong += [] if isinstance(run.get("jax"), dict) else ["jax"]
-    if not isinstance(starts, list) or not starts or not all(_is_start(start) for start in starts):
-        wrong.append("starts")
-    if wrong:
-        raise WorkdirError(
-            f"{path / 'run.json'} lacks {' and '.join(wrong)}, or has another form of these fields. Restore the file, "
-            "or give another --workdir."
-        )
+    check_form(path / "run.json", run, RUN)
     return run
-
-
-def _is_start(start: Any) -> bool:
-    """Whether `start` has the fields of a start that are read back."""
-    if not isinstance(start, dict) or not isinstance(start.get("versions"), dict):
-        return False
-    return isinstance(start.get("started"), str) and {"commit", "hardware"} <= start.keys()

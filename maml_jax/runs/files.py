@@ -159,7 +159,7 @@ def read_json(path: Path) -> dict:
     """
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WorkdirError(f"{path} cannot be read: {error}. Restore the file, or give another --workdir.") from error
     if not isinstance(content, dict):
         raise WorkdirError(f"{path} does not hold a JSON object. Restore the file, or give another --workdir.")

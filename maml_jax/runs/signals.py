@@ -120,9 +120,9 @@ def _handled(
     try:
         yield
     finally:
-        for number, before in handlers.items():
-            signal.signal(number, before)
         signal.set_wakeup_fd(descriptor)
         os.close(writing)
         watcher.join()
         os.close(reading)
+        for number, before in handlers.items():
+            signal.signal(number, before)

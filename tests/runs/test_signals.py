@@ -2,11 +2,14 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from helpers.commands import ROOT
 
 from maml_jax.runs import signals
 
@@ -54,3 +57,31 @@ def test_signals_are_not_deferred_in_other_threads():
     thread.start()
     thread.join()
     assert requests[0].signal is None
+
+
+def test_sigterm_interrupts_a_block_that_saves_nothing(capsys):
+    with pytest.raises(signals.Interrupted) as end, signals.ending():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    assert end.value.code == 143 and "note: Stopped by SIGTERM. The same command resumes" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+COMPILED = """
+import jax, jax.numpy as jnp
+from maml_jax.runs import signals
+signals.GRACE = 0.2
+with signals.ending():
+    print("running", flush=True)
+    jax.jit(lambda x: jax.lax.while_loop(lambda y: y < 2.0, jnp.sin, x))(1.0).block_until_ready()
+"""
+
+
+def test_sigterm_ends_a_compiled_program():
+    command = [sys.executable, "-c", COMPILED]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as child:
+        assert child.stdout.readline() == "running\n"
+        time.sleep(1)  # The compilation is fast.
+        child.terminate()
+        assert child.wait(timeout=30) == 143
+        assert "Stopped by SIGTERM" in child.stderr.read()
