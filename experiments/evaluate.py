@@ -25,7 +25,7 @@ from maml_jax import evaluation, validation
 from maml_jax.evaluation import QueryMode
 from maml_jax.nets.normalisation import Normalisation
 from maml_jax.runs import model_file
-from maml_jax.runs.files import now, to_jsonable
+from maml_jax.runs.files import now, to_jsonable, write_file
 from maml_jax.runs.provenance import provenance
 from maml_jax.tasks.fixed import fixed_tasks
 from maml_jax.types import MetaState
@@ -196,7 +196,7 @@ def main(prepared: tuple[Config, list[Model]]) -> dict[str, Any]:
             )
     if config.output is not None:
         content = to_jsonable({"made_by": made_by | {"finished": now()}, "test": rows})
-        config.output.write_text(json.dumps(content, indent=1))
+        write_file(config.output, json.dumps(content, indent=1).encode())
         plots.inner_steps(config.output.with_suffix(".png"), rows)
     return rows
 

@@ -102,7 +102,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     except (ValueError, RecursionError) as error:
         raise WorkdirError(f"{path} is damaged: {error}.") from error
     for row in rows:
-        check_form(path, row, {"step?": int})
+        check_form(path, row, {"step?": float})
     return rows
 
 
@@ -126,7 +126,7 @@ def prepare(config: Config) -> tuple[list[Run], Path]:
 def main(prepared: tuple[list[Run], Path]) -> None:
     """Writes the page."""
     runs, output = prepared
-    write_file(output, html(runs).encode())
+    write_file(output, html(runs).encode("utf-8", "backslashreplace"))  # Paths may not be UTF-8.
     print(f"Wrote {output}.")
 
 

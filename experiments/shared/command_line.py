@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import jax
 import tyro
-from tyro.constructors import PrimitiveConstructorSpec
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from experiments.shared import streams
 from maml_jax.parallel import backend, processes
@@ -54,6 +54,28 @@ else:
 """An option that is on as `--option` or `--option True`, off as `--option False`, and None where it is not given."""
 
 
+PATHS = ConstructorRegistry()
+"""Makes an empty path an error: it comes from a shell variable that is not set, and would be the current directory."""
+
+
+@PATHS.primitive_rule
+def _paths(about: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    def path(given: list[str]) -> Path:
+        if not given[0]:
+            raise ValueError("expected a path, but got an empty text.")
+        return Path(given[0])
+
+    if about.type is not Path:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=path,
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
 def run(
     config_type: type[Config],
     prepare: Callable[[Config], Prepared],
@@ -91,6 +113,7 @@ def run(
         prog=f"python -m {getattr(module.__spec__, 'name', module.__name__)}",
         description="\n\n".join((inspect.getdoc(module) or "").split("\n\n")[:2]),
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+        registry=PATHS,
     )
     try:
         if several:
@@ -101,11 +124,8 @@ def run(
             keep_compiled(Path("runs") / "compiled")
     except ValueError as error:
         _end(f"error: {error}", 2)
-    try:
-        with signals.ending():
-            _run(prepare, experiment, options.experiment)
-    except signals.Interrupted as interrupted:
-        processes.exit_process(128 + interrupted.signal)
+    with signals.ending():
+        _run(prepare, experiment, options.experiment)
 
 
 def _run(prepare: Callable[[Config], Prepared], experiment: Callable[[Prepared], object], options: Config) -> None:
@@ -125,7 +145,8 @@ def _run(prepare: Callable[[Config], Prepared], experiment: Callable[[Prepared],
     except (FloatingPointError, WorkdirError, DisagreementError, processes.LeaderError) as error:
         _end(f"error: {error}", 1)
     except KeyboardInterrupt:
-        _end("interrupted", 130)
+        sys.stderr.write("interrupted\n")
+        signals.exit_at_once(130)
     except BrokenPipeError:  # The reader of the output, such as `head`, has closed it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         processes.exit_process(1)

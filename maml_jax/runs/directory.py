@@ -8,8 +8,6 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from maml_jax.parallel import processes
 from maml_jax.runs.agreement import check_agreement
 from maml_jax.runs.files import (
@@ -34,7 +32,7 @@ from maml_jax.runs.provenance import jax_settings, provenance
 START = {"started": str, "commit": str | None, "hardware": str, "versions": dict, "until?": str}
 RUN = {"name": str, "config": dict | None, "jax": dict, "starts": [START]}
 """Forms of `run.json` and of its starts."""
-ROW = {"step?": int}
+ROW = {"step?": float}
 """Form of a row of `metrics.jsonl`."""
 
 
@@ -131,6 +129,7 @@ class RunDirectory:
         check_wandb(wandb)
         if not processes.is_leader() or path is None:
             return
+        _check_name(path)
         if Path(path).exists() and not Path(path).is_dir():
             raise WorkdirError(f"{path} is not a directory. Give another --workdir.")
         if Path(path).is_dir():
@@ -152,11 +151,9 @@ class RunDirectory:
             meta-step.
 
         Raises:
-          TypeError: if `step` is not an integer.
-          WorkdirError: if the row cannot be written.
+          WorkdirError: if `step` is not a number, or the row cannot be written.
         """
-        if not isinstance(row.get("step", 0), (int, np.integer)):
-            raise TypeError(f"step must be an integer, but got {row['step']!r}.")
+        check_form(self._metrics, to_jsonable(row), ROW)
         self._append([row])
         self._for_each_logger(lambda logger: logger.log(to_jsonable(row)))
 
@@ -202,6 +199,7 @@ class RunDirectory:
         wandb: str | None,
     ) -> Path:
         check_wandb(wandb)
+        _check_name(path)
         config = None if config is None else as_json(config)
         self.path, self._lock = _lock_default(name, config) if path is None else _lock(Path(path))
         try:
@@ -280,6 +278,12 @@ def _read_rows(metrics: Path) -> list[dict]:
 
 def _lines(rows: list[dict]) -> str:
     return "".join(json.dumps(to_jsonable(row)) + "\n" for row in rows)
+
+
+def _check_name(path: str | Path | None) -> None:
+    """Raises WorkdirError for the empty text, which would mean the current directory."""
+    if path == "":
+        raise WorkdirError("path must name a directory, but is empty. Give '.' for the current directory.")
 
 
 def _lock(path: Path) -> tuple[Path, Lock]:

@@ -3,15 +3,17 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import socket
 import sys
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jax
 import numpy as np
@@ -205,6 +207,22 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any
     """
     pairs = {name: (old.get(name, "absent"), new.get(name, "absent")) for name in sorted({*old, *new})}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def folder_name(labels: Iterable[Any]) -> str:
+    """Returns a name of a folder for labels: the labels with hyphens between them.
+
+    Hyphens inside labels and characters with a meaning in paths are encoded as in addresses of the web, so different
+    labels have different names, and every name is one folder.
+
+    Example:
+      >>> folder_name(["maml", 0]), folder_name(["a-b", "../c"])
+      ('maml-0', 'a%2Db-%2E.%2Fc')
+    """
+    encoded = (quote(str(label), safe=" +=,").replace("-", "%2D") or "%" for label in labels)
+    name = "-".join(f"%2E{each[1:]}" if each.startswith(".") else each for each in encoded)
+    # File systems allow names of 255 bytes.
+    return name if len(name) <= 200 else f"{name[:180]}%{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
 
 def now() -> str:

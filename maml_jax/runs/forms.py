@@ -12,6 +12,7 @@ NAMES = {
     str: "a text",
     int: "an integer",
     float: "a number",
+    bool: "True or False",
     NoneType: "null",
 }
 
@@ -25,9 +26,9 @@ def check_form(path: Path, content: Any, form: Any) -> None:
     Args:
       path: the file, for the message.
       content: the content.
-      form: a type or a union of types; `{name: form}` for an object with these entries, and with any others;
-        `[form]` for a list that is not empty. An entry whose name ends in `?` may be missing. The name `*` stands for all other entries.
-        An integer also counts as a float.
+      form: a type or a union of types; `{name: form}` for an object with these entries, and with any others; `[form]`
+        for a list that is not empty. An entry whose name ends in `?` may be missing. The name `*` stands for all other
+        entries. An integer also counts as a float.
 
     Raises:
       WorkdirError: if the content has another form. The message names all entries that differ.
@@ -36,8 +37,8 @@ def check_form(path: Path, content: Any, form: Any) -> None:
       >>> check_form(Path("run.json"), {"steps": "many"}, {"steps": int, "seeds": [int], "name?": str})
       Traceback (most recent call last):
       ...
-      maml_jax.runs.files.WorkdirError: run.json has another form: steps must be an integer, but is 'many'; seeds is
-      missing. Restore the file, or move it away.
+      maml_jax.runs.files.WorkdirError: run.json has another form: seeds is missing; steps must be an integer, but is
+      'many'. Restore the file, or move it away.
     """
     if found := _differences(content, form, ""):
         raise WorkdirError(f"{path} has another form: {'; '.join(found)}. Restore the file, or move it away.")
@@ -62,7 +63,9 @@ def _differences(content: Any, form: Any, where: str) -> list[str]:
         return [f"{where} is unknown"]
     types = get_args(form) if isinstance(form, UnionType) else (form,)
     types += (int,) if float in types else ()
-    fits = isinstance(content, types) and not (isinstance(content, bool) and bool not in types)
+    if isinstance(content, bool) and object not in types:  # In Python, True is an integer.
+        types = tuple(each for each in types if each is bool)
+    fits = isinstance(content, types)
     return [] if fits else [_wrong(content, form, where)]
 
 

@@ -12,7 +12,7 @@ from maml_jax.runs import signals
 from maml_jax.runs.agreement import check_agreement
 from maml_jax.runs.checkpoint import Checkpoints, fingerprints
 from maml_jax.runs.directory import RunDirectory
-from maml_jax.runs.files import WorkdirError, print_note, to_jsonable
+from maml_jax.runs.files import WorkdirError, folder_name, print_note, to_jsonable
 from maml_jax.runs.profiling import profile_calls
 from maml_jax.training import DrawFn, Metrics, train
 from maml_jax.types import MetaState, NotFiniteError
@@ -111,7 +111,7 @@ def resumable_train(
     for name, value in intervals.items():
         validation.at_least(name, value, 1)
     labels, rates = dict(labels or {}), rates or {}
-    label = "-".join(map(str, labels.values()))
+    label = folder_name(labels.values())
     folder = run.path / "checkpoints" / label
 
     def calls(state: MetaState) -> Iterator[tuple[MetaState, Metrics]]:

@@ -2,11 +2,12 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from signal import Signals
-from typing import Any
+from typing import Any, NoReturn
 
 from maml_jax.parallel import processes
 from maml_jax.runs.files import print_note
@@ -63,31 +64,40 @@ def deferred() -> Iterator[StopRequest]:
 
 @contextmanager
 def ending() -> Iterator[None]:
-    """Raises `Interrupted` at SIGTERM inside the block, so that the process ends with a message and status 143.
+    """Ends the process at SIGTERM inside the block, with a message and status 143, after `finally` blocks have run.
 
     If the main thread is in a compilation or a compiled program, and does not leave the block within `GRACE` seconds,
-    the process ends with the same status. Other handlers that are set inside the block, such as those of `deferred`,
-    take precedence.
+    the process ends without `finally` blocks. Other handlers that are set inside the block, such as those of
+    `deferred`, take precedence.
     """
+    received: list[Signals] = []
 
     def interrupt(number: int, _: object) -> None:
-        raise Interrupted(Signals(number))
-
-    timers: list[threading.Timer] = []
+        received.append(Signals(number))
+        raise Interrupted(received[0])
 
     def receive(number: Signals) -> None:
         if signal.getsignal(number) is interrupt:
             print_note(f"Stopped by {number.name}. The same command resumes from the last checkpoint, if there is one.")
-            timers.append(threading.Timer(GRACE, os._exit, (128 + number,)))
-            timers[-1].daemon = True
-            timers[-1].start()
+            killer = threading.Timer(GRACE, os._exit, (128 + number,))
+            killer.daemon = True
+            killer.start()
 
     try:
         with _handled((signal.SIGTERM,), interrupt, receive):
             yield
     finally:
-        for timer in timers:
-            timer.cancel()
+        if received:
+            exit_at_once(128 + received[0])
+
+
+def exit_at_once(status: int) -> NoReturn:
+    """Exits with `status`. After an interruption inside JAX, `sys.exit` can end in a segmentation fault."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            with suppress(OSError):
+                stream.flush()
+    os._exit(status)
 
 
 @contextmanager

@@ -3,7 +3,9 @@
 import jax.numpy as jnp
 import pytest
 
+from maml_jax.runs import model_file
 from maml_jax.runs.best import Best
+from maml_jax.runs.files import WorkdirError
 from maml_jax.types import MetaState
 
 
@@ -47,6 +49,9 @@ def test_a_wrong_keep_and_a_damaged_file_raise(tmp_path):
         Best(tmp_path, keep=0)
     (tmp_path / "step-0000001.msgpack").write_text("no model")
     with pytest.raises(ValueError, match="step-0000001"):
+        Best(tmp_path)
+    model_file.save(tmp_path / "step-0000001.msgpack", {"w": jnp.ones(1)}, description={"step": 1, "score": "high"})
+    with pytest.raises(WorkdirError, match=r"step-0000001\.msgpack has another form: score must be a number or null"):
         Best(tmp_path)
 
 

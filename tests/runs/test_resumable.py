@@ -125,6 +125,15 @@ class TestResuming:
         (tmp_path / "checkpoints" / "12345" / "9").mkdir(parents=True)  # The number is a label, not a step.
         check_steps(tmp_path, 12)
 
+    def test_different_labels_have_different_folders_inside_of_the_run(self, tmp_path):
+        run = open_run(tmp_path / "run")
+        labels = ("../../out", "/out", ".."), ("a-b", "c"), ("a", "b-c"), ("", "a"), ("a", ""), ("",), ("a%2Db", "c")
+        for values in labels:
+            train_in(run, 2, labels=dict(zip("xyz", values)))
+        run.close()
+        folders = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+        assert len(folders) == len(labels) and os.listdir(tmp_path) == ["run"]
+
     def test_damaged_and_lost_rows_are_reported(self, tmp_path, capsys):
         run = open_run(tmp_path)
         train_in(run, 12)
