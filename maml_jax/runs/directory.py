@@ -244,7 +244,7 @@ class RunDirectory:
         for field, (old, new) in changed.items():
             print_note(f"{field} was {old!r}, is {new!r}.")
         old, new = (
-            {"commit": start["commit"], "hardware": start["hardware"], **start["versions"]}
+            {**{part: start.get(part, "") for part in ("commit", "hardware", "xla_flags")}, **start["versions"]}
             for start in (self._earlier_starts[-1], self._made_by)
         )
         for part, (old, new) in differences(old, new).items():

@@ -32,6 +32,7 @@ def provenance(devices: str | None = None) -> dict[str, Any]:
         "commit": _commit(),
         "versions": _versions(),
         "hardware": f"{devices} ({_processor()}, {os.cpu_count()} cores)",
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "processes": jax.process_count(),
         "started": now(),
     }

@@ -112,6 +112,13 @@ class TestDamage:
         assert restore(tmp_path / "changed").about == {"row": 10}
         assert "its description has the wrong checksum" in capsys.readouterr().err
 
+    def test_a_checkpoint_under_the_name_of_another_step_is_reported(self, two_checkpoints, tmp_path, capsys):
+        path = tmp_path / "renamed"
+        shutil.copytree(two_checkpoints, path)
+        (path / "20").rename(path / "30")
+        assert restore(path).step == 10
+        assert f"{path / '30'} is damaged: its description has the wrong checksum" in capsys.readouterr().err
+
     def test_if_all_checkpoints_are_damaged_restore_raises_every_time(self, two_checkpoints, tmp_path):
         path = tmp_path / "checkpoints"
         shutil.copytree(two_checkpoints, path)

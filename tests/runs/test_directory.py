@@ -116,11 +116,18 @@ class TestConfiguration:
         RunDirectory(tmp_path, "run", CONFIG).close()
         content = json.loads((tmp_path / "run.json").read_text())
         content["starts"][0]["versions"]["jax"] = "0.1"
+        content["starts"][0] |= {"hardware": "4 x abacus", "xla_flags": "--fast", "commit": "abc"}
         (tmp_path / "run.json").write_text(json.dumps(content))
         capsys.readouterr()
         RunDirectory(tmp_path, "run", CONFIG | {"steps": 20}, mutable_fields={"steps"}).close()
         notes = capsys.readouterr().err
         assert "steps was 10, is 20" in notes and f"jax was 0.1, is {jax.__version__}: the numbers may differ" in notes
+        for change in (
+            "commit was abc, is ",
+            f"hardware was 4 x abacus, is {len(jax.devices())} x cpu",
+            "xla_flags was --fast",
+        ):
+            assert change in notes
         content = json.loads((tmp_path / "run.json").read_text())
         assert content["config"]["steps"] == 20 and content["starts"][1]["changed"] == {"steps": [10, 20]}
 

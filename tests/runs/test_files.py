@@ -10,7 +10,7 @@ from contextlib import closing
 import pytest
 
 from maml_jax.runs.directory import RunDirectory
-from maml_jax.runs.files import InUseError, Lock, print_note
+from maml_jax.runs.files import InUseError, Lock, folder_name, print_note
 
 HOLD = """
 import sys, time
@@ -43,6 +43,27 @@ def test_the_error_for_a_lock_of_this_process_says_so(tmp_path):
     with closing(Lock(tmp_path)), pytest.raises(InUseError, match=r"this process: first close\(\) the object"):
         RunDirectory(tmp_path, "run", {})
     Lock(tmp_path).close()
+
+
+def test_different_labels_have_different_names_of_folders():
+    labels = [
+        ("a-b", "c"),
+        ("a", "b-c"),
+        ("", "a"),
+        ("a", ""),
+        ("",),
+        ("a%2Db", "c"),
+        ("a/b",),
+        ("..",),
+        (".",),
+        ("/a",),
+    ]
+    labels += [("x" * 300,), ("x" * 301,), ("0",), ("é",), ("a b",), ("maml", 0)]
+    names = [folder_name(each) for each in labels]
+    assert len(set(names)) == len(names)
+    for name in names:
+        assert "/" not in name and name not in ("", ".", "..") and len(name) <= 255
+    assert names[-1] == "maml-0"
 
 
 def test_a_check_writes_nothing(tmp_path):
