@@ -232,7 +232,8 @@ def _run(jobs: list[Job], hours: float | None, after_each: Callable[[], None]) -
         print(f"[{number}/{len(jobs)}] {name}: {job}", flush=True)
         outcomes[name] = _one(job, end)
         print(f"[{number}/{len(jobs)}] {name}: {outcomes[name]}", flush=True)
-        if outcomes[name].startswith("failed with status 2") and str(job.folder) in outcomes[name]:
+        error, _, _ = outcomes[name].rpartition("(full output: ")
+        if error.startswith("failed with status 2") and str(job.folder) in error:
             unusable[job.folder] = name
         after_each()
     return outcomes
