@@ -172,6 +172,8 @@ def resumable_train(
                         f"Stopped by {number.name}: step {done} is saved. The same command resumes from this step."
                     )
                 raise signals.Interrupted(number)
+        if stop_request.signal is not None:  # The signal arrived after the last step, while files were closed.
+            raise signals.Interrupted(stop_request.signal)
 
     return calls(state)
 

@@ -37,15 +37,18 @@ def loss_fn(params, batch):
     x, y = batch
     return ((params["a"] * x - y) ** 2).mean(), dict()
 
-def draw(key, step):
-    return sinusoid.draw_tasks(jax.random.fold_in(key, step), 2, shots=3, queries=3)
+def draw(data, step):
+    return sinusoid.draw_tasks(jax.random.fold_in(data[0], step), 2, shots=3, queries=3)
 
-learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.01, steps=1), optax.sgd(0.1), mesh=maml_jax.task_mesh(2))
+mesh = maml_jax.task_mesh(2)
+learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.01, steps=1), optax.sgd(0.1), mesh=mesh)
+# Each process holds another part of this array, which is not compared.
+divided = processes.put(np.arange(2.0), jax.NamedSharding(mesh, jax.P(mesh.axis_names)))
 
 def train(start=1.0, seed=1, **options):
     options = dict(steps=2, steps_per_call=1, save_every=1) | options
     state = learner.init(dict(a=np.float32(start)))
-    trained = resumable_train(learner, state, draw, jax.random.key(seed), run=run, **options)
+    trained = resumable_train(learner, state, draw, (jax.random.key(seed), divided), run=run, **options)
     report(lambda: [None for _ in trained])
 
 train(start=number)
@@ -61,7 +64,7 @@ EXPECTED = (
     "jax_default_prng_impl is 'rbg', not 'threefry2x32'",
     "state.params['a'] is 'float32[]",
     "steps is 3, not 2",
-    "data is 'key<fry>[]",
+    "data[0] is 'key<fry>[]",
     "method is 'b', not 'a'",
 )
 

@@ -233,6 +233,20 @@ def test_a_signal_saves_the_last_step_once(until, tmp_path, capsys):
     assert run.rows()[-1]["step"] == row["step"]
 
 
+def test_a_signal_after_the_last_step_is_not_lost(tmp_path, monkeypatch):
+    close = Checkpoints.close
+
+    def close_slowly(checkpoints):
+        close(checkpoints)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+
+    monkeypatch.setattr(Checkpoints, "close", close_slowly)
+    with closing(open_run(tmp_path)) as run, pytest.raises(Interrupted):
+        train_in(run, 2)
+    assert os.listdir(tmp_path / "checkpoints") == ["2"]
+
+
 def test_a_second_signal_ends_the_process_at_once_even_outside_of_python(environment, tmp_path):
     with process(environment, SCRIPT, tmp_path, 20, "hang") as child:
         while child.stdout.readline() != "hanging\n":
