@@ -20,7 +20,7 @@ import tyro
 
 from experiments.shared import command_line, plots
 from experiments.shared.command_line import DefaultInHelp
-from experiments.table import page
+from experiments.table import compare, page
 from maml_jax.runs.files import WorkdirError, read_json, write_file
 from maml_jax.runs.forms import check_form
 from maml_jax.runs.loggers import labels_and_numbers
@@ -38,10 +38,12 @@ class Config:
     """The HTML file. Default: report.html in the directory of the first run."""
 
 
-START = {"started?": str, "until?": str | None, "commit?": str | None, "hardware?": str}
 FORMS: dict[str, Any] = {
-    "run": {"config?": dict | None, "starts?": [START]},
-    "results": {"config?": dict | None, "made_by?": START | {"finished?": str, "earlier_starts?": [START]}},
+    "run": {"config?": dict | None, "starts?": [compare.START]},
+    "results": {
+        "config?": dict | None,
+        "made_by?": compare.START | {"finished?": str, "earlier_starts?": [compare.START]},
+    },
 }
 """Forms of `run.json` and `results.json`."""
 
