@@ -112,7 +112,9 @@ def _unpack(path: Path) -> tuple[dict[str, Any], list[bytes]]:
         case {"format": str(found), "header": str(header), "sha256": str(digest), "arrays": list(arrays)}:
             if found == FORMAT and digest == _digest(header.encode()):
                 return json.loads(header), arrays
-    raise ValueError(f"{path} is not a file of maml_jax.save, or its description is damaged.")
+    raise ValueError(
+        f"{path} is not a file of maml_jax.save, or is damaged: its description has a wrong checksum or cannot be read."
+    )
 
 
 def _digest(content: bytes) -> str:

@@ -56,7 +56,7 @@ def test_a_wrong_keep_and_a_damaged_file_raise(tmp_path):
     content = path.read_bytes()
     path.write_bytes(content.replace(b'"score": 0.5', b'"score": 0.7'))
     for read in (lambda: Best(path.parent), best.models, lambda: best.describe({})):
-        with pytest.raises(ValueError, match="its description is damaged"):
+        with pytest.raises(ValueError, match="its description has a wrong checksum"):
             read()
     model_file.save(tmp_path / "step-0000001.msgpack", {"w": jnp.ones(1)}, description={"step": 1, "score": "high"})
     with pytest.raises(WorkdirError, match=r"step-0000001\.msgpack has another form: score must be a number or null"):

@@ -28,7 +28,9 @@ def test_a_loaded_model_equals_the_saved_model(tmp_path):
     code = pickle.dumps(Touches(touched))
     for damage in (intact[:100], intact + b"0", b"", code, b"{}", msgpack.packb({"format": []})):
         path.write_bytes(damage)
-        with pytest.raises(ValueError, match=r"model\.msgpack is not a file of maml_jax\.save, or its description is"):
+        with pytest.raises(
+            ValueError, match=r"model\.msgpack is not a file of maml_jax\.save, or is damaged: its description"
+        ):
             model_file.load(path)
     path.write_bytes(msgpack.packb({"format": "maml_jax 1", "description": "{}"}))
     with pytest.raises(
