@@ -21,7 +21,7 @@ from experiments.few_shot import testing
 from experiments.few_shot.run import Run
 from experiments.shared import command_line, plots
 from experiments.shared.command_line import DefaultInHelp
-from experiments.table.rows import EXPERIMENTS
+from experiments.table.rows import trained_run
 from maml_jax import validation
 from maml_jax.runs import model_file
 from maml_jax.tasks import images
@@ -69,11 +69,7 @@ def prepare(config: Config) -> Prepared:
     command_line.check_output(config.output)
     saved = model_file.load(config.model)
     about = saved.description
-    if about.get("experiment") not in EXPERIMENTS:
-        raise ValueError(
-            f"{config.model} must be a few-shot classifier, but is a model of experiment {about.get('experiment')!r}."
-        )
-    run = EXPERIMENTS[about["experiment"]](**about["config"])
+    run = trained_run(config.model, about)
     if run.normalisation == "batch":
         # 'support' has the same parameters as 'batch', and makes predictions independent of the other pictures.
         run = dataclasses.replace(run, normalisation="support")

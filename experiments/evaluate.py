@@ -20,12 +20,12 @@ from experiments.few_shot.names import Split
 from experiments.few_shot.run import TEST_STEPS, DataSet, Run
 from experiments.shared import command_line, option_checks, plots
 from experiments.shared.command_line import DefaultInHelp
-from experiments.table.rows import EXPERIMENTS
+from experiments.table.rows import trained_run
 from maml_jax import evaluation, validation
 from maml_jax.evaluation import QueryMode
 from maml_jax.nets.normalisation import Normalisation
 from maml_jax.runs import model_file
-from maml_jax.runs.files import now, to_jsonable
+from maml_jax.runs.files import now, to_jsonable, write_file
 from maml_jax.runs.provenance import provenance
 from maml_jax.tasks.fixed import fixed_tasks
 from maml_jax.types import MetaState
@@ -136,16 +136,13 @@ def load(path: Path, config: Config, loaded: dict[Run, DataSet]) -> Model:
 
     Raises:
       ValueError: if the options or the data do not fit the model.
+      WorkdirError: if the description of the model has another form.
     """
     saved = model_file.load(path)
     about = saved.description
-    if about.get("experiment") not in EXPERIMENTS:
-        raise ValueError(
-            f"{path} must be a few-shot classifier, but is a model of experiment {about.get('experiment')!r}."
-        )
+    trained = trained_run(path, about)
     if config.inner_rate is not None and jax.tree.leaves(saved.inner_params):
         raise ValueError(f"inner_rate cannot be given for {path}: the inner rates of this model are learned.")
-    trained = EXPERIMENTS[about["experiment"]](**about["config"])
     wanted = config.normalisation or trained.normalisation
     if wanted != trained.normalisation and not {wanted, trained.normalisation} <= {*SAME_PARAMETERS}:
         raise ValueError(
@@ -199,7 +196,7 @@ def main(prepared: tuple[Config, list[Model]]) -> dict[str, Any]:
             )
     if config.output is not None:
         content = to_jsonable({"made_by": made_by | {"finished": now()}, "test": rows})
-        config.output.write_text(json.dumps(content, indent=1))
+        write_file(config.output, json.dumps(content, indent=1).encode())
         plots.inner_steps(config.output.with_suffix(".png"), rows)
     return rows
 

@@ -20,8 +20,9 @@ import tyro
 
 from experiments.shared import command_line, plots
 from experiments.shared.command_line import DefaultInHelp
-from experiments.table import page
+from experiments.table import compare, page
 from maml_jax.runs.files import WorkdirError, read_json, write_file
+from maml_jax.runs.forms import check_form
 from maml_jax.runs.loggers import labels_and_numbers
 
 
@@ -36,6 +37,15 @@ class Config:
     output: DefaultInHelp[Path | None] = None
     """The HTML file. Default: report.html in the directory of the first run."""
 
+
+FORMS: dict[str, Any] = {
+    "run": {"config?": dict | None, "starts?": [compare.START]},
+    "results": {
+        "config?": dict | None,
+        "made_by?": compare.START | {"finished?": str, "earlier_starts?": [compare.START]},
+    },
+}
+"""Forms of `run.json` and `results.json`."""
 
 ABSENT = ""
 """Shown for an option that a run does not have."""
@@ -71,6 +81,8 @@ def read(path: Path) -> Run:
     """
     files = {name: path / f"{name}.json" for name in ("run", "results")}
     found = {name: read_json(file) for name, file in files.items() if file.exists()}
+    for name, content in found.items():
+        check_form(files[name], content, FORMS[name])
     if not found:
         raise ValueError(f"{path} holds no run: run.json and results.json are missing.")
     results = found.get("results")
@@ -89,10 +101,10 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         print(f"{path}: the incomplete last line is left out.")
     try:
         rows = [json.loads(line) for line in lines]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WorkdirError(f"{path} is damaged: {error}.") from error
-    if not all(isinstance(row, dict) for row in rows):
-        raise WorkdirError(f"{path} is damaged: a line is not a JSON object.")
+    for row in rows:
+        check_form(path, row, {"step?": float})
     return rows
 
 
@@ -116,7 +128,7 @@ def prepare(config: Config) -> tuple[list[Run], Path]:
 def main(prepared: tuple[list[Run], Path]) -> None:
     """Writes the page."""
     runs, output = prepared
-    write_file(output, html(runs).encode())
+    write_file(output, html(runs).encode("utf-8", "backslashreplace"))  # Paths may not be UTF-8.
     print(f"Wrote {output}.")
 
 
@@ -168,6 +180,7 @@ def _tested(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
         tested = (run.results or {}).get("test")
         for label, summary in tested.items() if isinstance(tested, Mapping) else ():
             if isinstance(summary, Mapping) and {"accuracy", "half_width"} <= summary.keys():
+                check_form(run.path / "results.json", summary, {"accuracy": [float], "half_width": [float]})
                 found[f"{run.label}, {label}"] = dict(summary)
     return found
 

@@ -25,7 +25,7 @@ from experiments.shared.command_line import DefaultInHelp
 from experiments.table import compare, page
 from experiments.table.rows import Row, choose
 from maml_jax import validation
-from maml_jax.runs.files import read_json
+from maml_jax.runs.files import read_json, write_file
 
 GRACE = 600.0
 """Seconds between SIGTERM and SIGKILL. A run may have to finish a compilation before it saves."""
@@ -122,8 +122,8 @@ def prepare(config: Config) -> tuple[Config, list[Job]]:
     """Checks the options, and lists the runs.
 
     Raises:
-      ValueError: if an option is not allowed, the data of a row are missing, or existing results are damaged.
-      OSError: if the work directory cannot be written.
+      ValueError: if an option is not allowed, or the data of a row are missing.
+      OSError: if existing results are damaged, or the work directory cannot be written.
     """
     rows = choose(config.rows)
     if not rows:
@@ -140,7 +140,7 @@ def prepare(config: Config) -> tuple[Config, list[Job]]:
     for path in config.results:
         if not path.is_dir():
             raise ValueError(f"results must be folders that exist, but {path} does not.")
-    # Raises ValueError for damaged results.
+    # Raises WorkdirError for damaged results.
     compare.find([*config.results, *([config.workdir] if config.workdir.is_dir() else [])])
     jobs = [
         Job(
@@ -202,8 +202,8 @@ def render(config: Config) -> None:
     config.workdir.mkdir(parents=True, exist_ok=True)
     groups = compare.group(rows, [*ours, *others])
     without_row = [run for run in [*ours, *others] if run.row is None]
-    (config.workdir / "index.html").write_text(page.html(groups, without_row), encoding="utf-8")
-    (config.workdir / "table.md").write_text(page.markdown(groups), encoding="utf-8")
+    for name, text in (("index.html", page.html(groups, without_row)), ("table.md", page.markdown(groups))):
+        write_file(config.workdir / name, text.encode("utf-8", "backslashreplace"))  # Paths may not be UTF-8.
     for group in groups:
         if any(line.runs for line in group.lines):
             row = group.lines[0].row
@@ -216,7 +216,8 @@ def render(config: Config) -> None:
 def _run(jobs: list[Job], hours: float | None, after_each: Callable[[], None]) -> dict[str, str]:
     """Runs the jobs one after another. Returns their outcomes by the names of their directories."""
     end = None if hours is None else time.monotonic() + 3600 * hours
-    outcomes = {}
+    outcomes: dict[str, str] = {}
+    unusable: dict[Path, str] = {}  # For each folder of data that a run refused, the name of the run.
     for number, job in enumerate(jobs, 1):
         name = job.path.name
         if job.finished:
@@ -225,9 +226,15 @@ def _run(jobs: list[Job], hours: float | None, after_each: Callable[[], None]) -
         if end is not None and time.monotonic() >= end:
             outcomes[name] = "not run: the budget is over"
             continue
+        if job.folder in unusable:
+            outcomes[name] = f"not run: {unusable[job.folder]} could not use {job.folder}"
+            continue
         print(f"[{number}/{len(jobs)}] {name}: {job}", flush=True)
         outcomes[name] = _one(job, end)
         print(f"[{number}/{len(jobs)}] {name}: {outcomes[name]}", flush=True)
+        error, _, _ = outcomes[name].rpartition("(full output: ")
+        if error.startswith("failed with status 2") and str(job.folder) in error:
+            unusable[job.folder] = name
         after_each()
     return outcomes
 

@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import jax
 import tyro
-from tyro.constructors import PrimitiveConstructorSpec
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from experiments.shared import streams
 from maml_jax.parallel import backend, processes
+from maml_jax.runs import signals
+from maml_jax.runs.agreement import DisagreementError, check_agreement
 from maml_jax.runs.files import WorkdirError
+from maml_jax.runs.provenance import software
 from maml_jax.tasks.cache import DataError
 
 Config = TypeVar("Config")
@@ -50,6 +54,28 @@ else:
 """An option that is on as `--option` or `--option True`, off as `--option False`, and None where it is not given."""
 
 
+PATHS = ConstructorRegistry()
+"""Makes an empty path an error: it comes from a shell variable that is not set, and would be the current directory."""
+
+
+@PATHS.primitive_rule
+def _paths(about: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    def path(given: list[str]) -> Path:
+        if not given[0]:
+            raise ValueError("expected a path, but got an empty text.")
+        return Path(given[0])
+
+    if about.type is not Path:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=path,
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
 def run(
     config_type: type[Config],
     prepare: Callable[[Config], Prepared],
@@ -63,9 +89,9 @@ def run(
     """Parses the command line into `config_type`, calls `prepare` with the options, and runs the experiment.
 
     The help shows the title and the examples from the docstring of the command's module, then the docstring of
-    `config_type`. The exit status is 2 for wrong input, with one line on
-    standard error. It is 1 if a loss is not finite or the work directory cannot be written. SIGINT and SIGTERM in
-    training save the state (`maml_jax.runs.signals`), and the status is 130 or 143.
+    `config_type`. The exit status is 2 for wrong input, with one line on standard error. It is 1 if a loss is not
+    finite or the work directory cannot be written. SIGINT and SIGTERM end the command with status 130 or 143; in
+    training they first save the state (`maml_jax.runs.signals`).
 
     Args:
       config_type: dataclass of the options.
@@ -76,6 +102,7 @@ def run(
         processes exit if one finds wrong input or is lost.
       small, calls_host: see `use_cores`.
     """
+    streams.tolerate()
     use_cores(small, calls_host)
     given: Any = dataclasses.field() if default is None else dataclasses.field(default=default)
     parts: list[tuple[str, Any, Any]] = [("experiment", config_type, given)]
@@ -86,18 +113,26 @@ def run(
         prog=f"python -m {getattr(module.__spec__, 'name', module.__name__)}",
         description="\n\n".join((inspect.getdoc(module) or "").split("\n\n")[:2]),
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+        registry=PATHS,
     )
     try:
         if several:
             processes.connect(**dataclasses.asdict(options.hosts))
+            check_agreement(lambda: software() | dataclasses.asdict(options.experiment))
         # Several processes compile together. A process with a cached program would not join them, so none has a cache.
         if not processes.multiple():
             keep_compiled(Path("runs") / "compiled")
     except ValueError as error:
         _end(f"error: {error}", 2)
+    with signals.ending():
+        _run(prepare, experiment, options.experiment)
+
+
+def _run(prepare: Callable[[Config], Prepared], experiment: Callable[[Prepared], object], options: Config) -> None:
+    """Calls `prepare` and `experiment`, and ends the process after an error."""
     problem = ""
     try:
-        prepared = prepare(options.experiment)
+        prepared = prepare(options)
     except (ValueError, DataError, OSError) as error:
         problem = str(error)
     for number, other in enumerate(processes.all_gather_text(problem)):
@@ -107,10 +142,11 @@ def run(
         sys.stdout = open(os.devnull, "w")  # Process 0 prints for all.
     try:
         experiment(prepared)
-    except (FloatingPointError, WorkdirError, processes.LeaderError) as error:
+    except (FloatingPointError, WorkdirError, DisagreementError, processes.LeaderError) as error:
         _end(f"error: {error}", 1)
     except KeyboardInterrupt:
-        _end("interrupted", 130)
+        sys.stderr.write("interrupted\n")
+        signals.exit_at_once(130)
     except BrokenPipeError:  # The reader of the output, such as `head`, has closed it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         processes.exit_process(1)

@@ -10,6 +10,17 @@ matplotlib.use("Agg")  # Plots are written to files, without a display.
 import matplotlib.pyplot as plt
 import numpy as np
 
+matplotlib.rcParams["text.parse_math"] = False  # Names may have dollar signs.
+
+
+def _shown(name: str) -> str:
+    """Escapes the bytes of a file's name that are not UTF-8, which matplotlib cannot draw.
+
+    Matplotlib leaves names with a leading underscore out of legends, so these get a space.
+    """
+    name = name.encode("utf-8", "backslashreplace").decode()
+    return f" {name}" if name.startswith("_") else name
+
 
 def few_shot(path: Path, history: Sequence[dict[str, Any]], results: dict[str, Any]) -> None:
     """Plots the accuracy over training (left), and over inner steps on the test tasks (right).
@@ -59,8 +70,7 @@ def training(
             axes.plot(*_smoothed(np.array(steps), np.array(values)), color=colour, marker=marker, label=label)
         axes.set(title=metric, xlabel="meta-steps")
         axes.grid(alpha=0.3)
-    # Escaped dollar signs: matplotlib would typeset names with dollar signs as formulas.
-    handles = [plt.Line2D([], [], color=colour, label=label.replace("$", r"\$")) for label, colour in colours.items()]
+    handles = [plt.Line2D([], [], color=colour, label=_shown(label)) for label, colour in colours.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize="small")
     figure.savefig(target, dpi=120, format="png")
     plt.close(figure)
@@ -100,10 +110,10 @@ def predictions(
     for column, (name, pictures) in zip(grid.T, labelled.items()):
         for axes, picture in zip(column, pictures):
             axes.imshow(picture, cmap="gray", vmin=0, vmax=255)
-        column[0].set_title(name, fontsize="small", fontweight="bold")
+        column[0].set_title(_shown(name), fontsize="small", fontweight="bold")
     for axes, (picture, name, confidence) in zip(grid[examples:].flat, predicted):
         axes.imshow(picture, cmap="gray", vmin=0, vmax=255)
-        axes.set_title(f"{name}, {confidence:.0%}", fontsize="small", color="tab:blue")
+        axes.set_title(f"{_shown(name)}, {confidence:.0%}", fontsize="small", color="tab:blue")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -154,7 +164,7 @@ def _over_inner_steps(axes: Any, found: Mapping[str, dict[str, Any]]) -> None:
         mean, half_width = np.asarray(summary["accuracy"]), np.asarray(summary["half_width"])
         # There are ten colours: every ten lines have another style.
         style = {"linestyle": ("-", "--", ":")[number // 10 % 3], "marker": "o", "markersize": 3}
-        axes.errorbar(range(len(mean)), mean, half_width, capsize=2, label=label, **style)
+        axes.errorbar(range(len(mean)), mean, half_width, capsize=2, label=_shown(label), **style)
     axes.set(xlabel="inner steps", ylabel="accuracy (%)", title="Test tasks, 95% intervals")
 
 

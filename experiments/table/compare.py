@@ -4,16 +4,34 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_origin, get_type_hints
 
 import numpy as np
 
 from experiments.table.rows import BY_NAME, DATA, METHODS, PUBLISHED, ROWS, SETTINGS, Published, Row, published
 from maml_jax import evaluation
 from maml_jax.evaluation import Difference, Protocol
+from maml_jax.runs.files import WorkdirError, read_json
+from maml_jax.runs.forms import ABSENT, check_form
 
 TRANSDUCTIVE, INDUCTIVE, NEAREST, ENSEMBLE = "transductive", "inductive", "nearest neighbour", "ensemble"
 """Labels of the evaluations in `results.json`."""
+
+
+PROTOCOL = {
+    f"{name}?" if name in Protocol._field_defaults else name: str if get_origin(hint) is Literal else hint
+    for name, hint in get_type_hints(Protocol).items()
+}
+SUMMARY = {"protocol": PROTOCOL | {"*": ABSENT}, "accuracy": [float], "half_width": [float], "correct?": [str]}
+START = {"started?": str, "until?": str | None, "commit?": str | None, "hardware?": str}
+RESULTS = {
+    "row": str | None,
+    "made_by": START | {"command": str, "finished": str, "earlier_starts?": [START]},
+    "config": {"steps": int, "seed": int},
+    "selected": {"by": str, "step": int},
+    "test": {TRANSDUCTIVE: SUMMARY, "*": SUMMARY},
+}
+"""Form of the `results.json` of a few-shot run, and of its parts."""
 
 
 class Run(NamedTuple):
@@ -75,24 +93,25 @@ def read(path: Path) -> Run | None:
     """Reads the run in a directory. Returns None if the directory holds no few-shot run.
 
     Raises:
-      ValueError: if `results.json` or `run.json` of the directory is damaged.
+      WorkdirError: if `results.json` or `run.json` of the directory is damaged, or has another form.
     """
     trained = _trained(path / "metrics.jsonl")
-    name = "results.json" if (path / "results.json").exists() else "run.json"
-    if not (path / name).exists():
-        return None
-    try:
-        content = json.loads((path / name).read_text())
-        if name == "run.json":
-            config = content["config"] or {}
-            row = BY_NAME.get(config.get("row", ""))
-            return None if row is None else Run(path, row, config["seed"], trained, None)
+    if (path / "results.json").exists():
+        content = read_json(path / "results.json")
         if "experiment" not in content:
             return None
+        check_form(path / "results.json", content, RESULTS)
         config = content["config"]
         return Run(path, BY_NAME.get(content["row"]), config["seed"], max(trained, config["steps"]), content)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path / name} is damaged: {error!r}. Restore it, or move it away.") from error
+    if not (path / "run.json").exists():
+        return None
+    content = read_json(path / "run.json")
+    check_form(path / "run.json", content, {"config": dict | None})
+    config = content["config"] or {}
+    if not isinstance(config.get("row"), str) or config["row"] not in BY_NAME:
+        return None
+    check_form(path / "run.json", content, {"config": {"seed": int}})
+    return Run(path, BY_NAME[config["row"]], config["seed"], trained, None)
 
 
 def find(folders: Iterable[Path]) -> list[Run]:
@@ -110,8 +129,10 @@ def _trained(metrics: Path) -> int:
     lines = metrics.read_text().splitlines() if metrics.exists() else []
     for line in reversed(lines):
         try:
-            return json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):
+            row = json.loads(line)
+            check_form(metrics, row, {"step": int})
+            return row["step"]
+        except (ValueError, RecursionError, WorkdirError):
             continue
     return 0
 

@@ -129,7 +129,7 @@ def _section(group: Group) -> str:
         parts.append("<h3>Differences on the same tasks, paired bootstrap, 95%</h3><ul>")
         for pair in group.paired:
             name = f"{pair.first.title} minus {pair.second.title}, seed {pair.seed}, {_schedules(pair)} meta-steps"
-            parts.append(f"<li>{escape(name)}: <b>{pair.difference}</b></li>")
+            parts.append(f"<li>{escape(name)}: <b>{escape(str(pair.difference))}</b></li>")
         parts.append("</ul>")
     if any(line.runs for line in group.lines):
         parts.append(image(curves(group), f"{group.title}: accuracy over inner steps"))
@@ -144,11 +144,12 @@ def _line(line: Line) -> str:
     ours = []
     for name, numbers in (("", line.numbers()), ("inductive: ", line.inductive())):
         if numbers:
-            ours.append(f"<div>{name}<b>{over_seeds(numbers)}</b></div>")
+            ours.append(f"<div>{name}<b>{escape(over_seeds(numbers))}</b></div>")
         for number in numbers:
             seed = f"seed {number.seed}: {interval(number)}; " if len(numbers) > 1 else ""
-            ours.append(f"<small>{seed}after {number.inner_steps} inner steps; {escape(number.protocol)}</small>")
-    cost = [f"<div>{_so_far(line)}</div>"]
+            text = f"{seed}after {number.inner_steps} inner steps; {number.protocol}"
+            ours.append(f"<small>{escape(text)}</small>")
+    cost = [f"<div>{escape(_so_far(line))}</div>"]
     for run in line.runs:
         cost.append(f"<small>{escape(f'{run.path.name}: {run.cost(line.label)}')}</small>")
     return (

@@ -5,13 +5,38 @@ import difflib
 import fnmatch
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments import miniimagenet, omniglot
 from experiments.few_shot.run import Run
+from maml_jax.runs.forms import ABSENT, check_form
 
 EXPERIMENTS: dict[str, type[Run]] = {"omniglot": omniglot.Run, "miniimagenet": miniimagenet.Run}
 """The class of the runs of each experiment, by the experiment's name in saved models and results."""
+
+
+def trained_run(path: Path, description: dict[str, Any]) -> Run:
+    """Returns the run that trained a saved model.
+
+    Args:
+      path: the file of the model, for messages.
+      description: the description in the file.
+
+    Raises:
+      ValueError: if the model is no few-shot classifier, or an option of its training is not allowed.
+      WorkdirError: if the description has another form.
+    """
+    name = description.get("experiment")
+    experiment = EXPERIMENTS.get(name) if isinstance(name, str) else None
+    if experiment is None:
+        raise ValueError(f"{path} must be a few-shot classifier, but is a model of experiment {name!r}.")
+    options: dict[str, Any] = {f"{field.name}?": object for field in dataclasses.fields(experiment)}
+    config = options | {"head_rates?": list, "*": ABSENT}
+    check_form(path, description, {"step": int, "selected_after": int, "data_sha256": dict, "config": config})
+    run = experiment(**description["config"])
+    run.check()
+    return run
 
 
 class Published(NamedTuple):

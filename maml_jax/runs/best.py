@@ -6,6 +6,7 @@ from typing import Any
 
 from maml_jax import validation
 from maml_jax.runs import model_file
+from maml_jax.runs.forms import check_form
 from maml_jax.types import MetaState
 
 
@@ -22,6 +23,7 @@ class Best:
 
     Raises:
       ValueError: if `keep` is below 1, or if a file in the folder is damaged.
+      WorkdirError: if a file in the folder has no step or no score.
 
     Example:
       >>> import tempfile
@@ -37,7 +39,7 @@ class Best:
         validation.at_least("keep", keep, 1)
         self.folder, self.keep, self._description = Path(folder), keep, description or {}
         files = self.folder.glob("step-*.msgpack")
-        self._scores = {path: _comparable(model_file.load(path).description["score"]) for path in files}
+        self._scores = {path: _comparable(_load(path).description["score"]) for path in files}
 
     def add(self, state: MetaState, score: float) -> None:
         """Saves the parameters of a state, and deletes the file with the lowest score if there are more than `keep`.
@@ -66,7 +68,7 @@ class Best:
         """
         self._description = description
         for path, score in self._scores.items():
-            saved = model_file.load(path)
+            saved = _load(path)
             new = description | {"step": saved.description["step"], "score": score}
             model_file.save(path, saved.params, saved.inner_params, new)
 
@@ -76,7 +78,13 @@ class Best:
 
     def models(self) -> list[model_file.Saved]:
         """Reads the models, best first. `model_file.restore` gives the parameters the structure of a model."""
-        return [model_file.load(path) for path in self.paths()]
+        return [_load(path) for path in self.paths()]
+
+
+def _load(path: Path) -> model_file.Saved:
+    saved = model_file.load(path)
+    check_form(path, saved.description, {"step": int, "score": float | None})
+    return saved
 
 
 def _comparable(score: float | None) -> float:

@@ -100,12 +100,17 @@ class Checkpoints:
         self._ocp = ocp
         # Orbax must not wait for the other processes, which do not write.
         alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="0")
+        # Directories are created in `save`. If a thread of orbax created them and failed, other threads would wait for
+        # them for ten minutes, and the process could not end.
+        directories_first = ocp.options.AsyncOptions(create_directories_asynchronously=False)
         handler = ocp.CompositeCheckpointHandler(
-            composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
+            composite_options=ocp.CompositeOptions(multiprocessing_options=alone, async_options=directories_first),
             state=ocp.StandardCheckpointHandler(multiprocessing_options=alone),
             about=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
         )
-        self._checkpointer = ocp.AsyncCheckpointer(handler, multiprocessing_options=alone)
+        self._checkpointer = ocp.AsyncCheckpointer(
+            handler, async_options=directories_first, multiprocessing_options=alone
+        )
 
     def steps(self) -> list[int]:
         """Returns the steps that have a checkpoint, intact or damaged, in ascending order."""
@@ -289,6 +294,24 @@ class Checkpoints:
         target = self.path / f"{step}{DAMAGED}"
         _remove(target)
         os.replace(self._directory(step), target)
+
+
+def fingerprints(name: str, tree: Any) -> dict[str, str]:
+    """Returns the type, shape and checksum of each array that this process holds in full, by path.
+
+    Example:
+      >>> fingerprints("state", {"w": np.zeros(2, np.float32)})
+      {"state['w']": 'float32[2] af5570f5a1810b7a'}
+    """
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            if not leaf.is_fully_replicated:
+                continue
+            leaf = leaf.addressable_data(0)
+        if isinstance(leaf, (jax.Array, np.ndarray)):
+            found[f"{name}{jax.tree_util.keystr(path)}"] = f"{_format(_describe(leaf))} {_digest(leaf)[:16]}"
+    return found
 
 
 def _for_orbax(tree: Any) -> Any:

@@ -8,13 +8,14 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from maml_jax.parallel import processes
+from maml_jax.runs.agreement import check_agreement
 from maml_jax.runs.files import (
     InUseError,
     Lock,
     WorkdirError,
+    as_json,
+    differences,
     make_directory,
     now,
     print_note,
@@ -24,8 +25,15 @@ from maml_jax.runs.files import (
     write_error,
     write_file,
 )
+from maml_jax.runs.forms import check_form
 from maml_jax.runs.loggers import Logger, TensorBoardLogger, WandBLogger, check_wandb
-from maml_jax.runs.provenance import provenance
+from maml_jax.runs.provenance import jax_settings, provenance
+
+START = {"started": str, "commit": str | None, "hardware": str, "versions": dict, "until?": str}
+RUN = {"name": str, "config": dict | None, "jax": dict, "starts": [START]}
+"""Forms of `run.json` and of its starts."""
+ROW = {"step?": float}
+"""Form of a row of `metrics.jsonl`."""
 
 
 def _leader_only(method: Callable[..., None]) -> Callable[..., None]:
@@ -48,8 +56,9 @@ class RunDirectory:
     A run with a configuration can be resumed: open its directory again with the same configuration. No other process
     can open the directory until `close` is called or this process ends.
 
-    With several processes, all processes create the object, but only process 0 opens and writes the directory. In other
-    processes `log`, `drop_rows_after` and `close` do nothing, and `rows` returns no rows.
+    With several processes, all processes create the object with the same configuration, but only process 0 opens and
+    writes the directory. In other processes `log`, `drop_rows_after` and `close` do nothing, and `rows` returns no
+    rows.
 
     Args:
       path: the directory. None selects the first of `runs/NAME`, `runs/NAME-2`, ... that does not exist, or that holds
@@ -66,6 +75,8 @@ class RunDirectory:
       FileExistsError: if `path` already holds a run, and the old or the new run has no configuration.
       WorkdirError: if another field of the configuration changed (the message lists the changes), if another process
         uses the directory, or if the directory cannot be written.
+      DisagreementError: if the processes have other configurations, apart from paths, or other settings of JAX.
+      ValueError: if `wandb` is given and the package `wandb` is not installed.
 
     Example:
       >>> import tempfile
@@ -89,6 +100,7 @@ class RunDirectory:
         wandb: str | None = None,
         devices: str | None = None,
     ):
+        check_agreement(lambda: {**jax_settings(), **(config or {})})
         self._devices = devices
         self._loggers: list[Logger] = []
         self.path = Path(
@@ -117,11 +129,12 @@ class RunDirectory:
         check_wandb(wandb)
         if not processes.is_leader() or path is None:
             return
+        _check_name(path)
         if Path(path).exists() and not Path(path).is_dir():
             raise WorkdirError(f"{path} is not a directory. Give another --workdir.")
         if Path(path).is_dir():
-            _compare(Path(path), None if config is None else _as_json(config), mutable_fields, appendable_fields)
-            Lock(Path(path)).close()
+            _compare(Path(path), None if config is None else as_json(config), mutable_fields, appendable_fields)
+            Lock.check(Path(path))
 
     @_leader_only
     def close(self) -> None:
@@ -138,8 +151,9 @@ class RunDirectory:
             meta-step.
 
         Raises:
-          WorkdirError: if the row cannot be written.
+          WorkdirError: if `step` is not a number, or the row cannot be written.
         """
+        check_form(self._metrics, to_jsonable(row), ROW)
         self._append([row])
         self._for_each_logger(lambda logger: logger.log(to_jsonable(row)))
 
@@ -184,7 +198,9 @@ class RunDirectory:
         appendable_fields: Collection[str],
         wandb: str | None,
     ) -> Path:
-        config = None if config is None else _as_json(config)
+        check_wandb(wandb)
+        _check_name(path)
+        config = None if config is None else as_json(config)
         self.path, self._lock = _lock_default(name, config) if path is None else _lock(Path(path))
         try:
             changed = _compare(self.path, config, mutable_fields, appendable_fields)
@@ -202,7 +218,7 @@ class RunDirectory:
                 self._earlier_starts[-1]["until"] = utc(self._metrics.stat().st_mtime)
             self._drop_damaged_rows()
         start = self._made_by | ({"changed": changed} if changed else {})
-        run = {"name": name, "config": config, "jax": _jax_settings(), "starts": [*self._earlier_starts, start]}
+        run = {"name": name, "config": config, "jax": jax_settings(), "starts": [*self._earlier_starts, start]}
         write_file(self.path / "run.json", json.dumps(run, indent=1).encode())
         self._append([])
         # Not `self.rows`: a reference cycle would keep the lock until the garbage collector runs.
@@ -228,10 +244,10 @@ class RunDirectory:
         for field, (old, new) in changed.items():
             print_note(f"{field} was {old!r}, is {new!r}.")
         old, new = (
-            {"commit": start["commit"], "hardware": start["hardware"], **start["versions"]}
+            {**{part: start.get(part, "") for part in ("commit", "hardware", "xla_flags")}, **start["versions"]}
             for start in (self._earlier_starts[-1], self._made_by)
         )
-        for part, (old, new) in _differences(old, new).items():
+        for part, (old, new) in differences(old, new).items():
             print_note(f"{part} was {old}, is {new}: the numbers may differ from those of an uninterrupted run.")
 
     def _drop_damaged_rows(self) -> None:
@@ -241,11 +257,9 @@ class RunDirectory:
         for number, line in enumerate(content.splitlines(), 1):
             try:
                 row = json.loads(line)
-            except ValueError:
-                row = None
-            if isinstance(row, dict):
+                check_form(self._metrics, row, ROW)
                 rows.append(row)
-            else:
+            except (ValueError, RecursionError, WorkdirError):
                 print_note(f"{self._metrics}: line {number} is truncated or damaged and is removed: {line[:60]!r}")
         if (intact := _lines(rows).encode()) != content:
             write_file(self._metrics, intact)
@@ -264,6 +278,12 @@ def _read_rows(metrics: Path) -> list[dict]:
 
 def _lines(rows: list[dict]) -> str:
     return "".join(json.dumps(to_jsonable(row)) + "\n" for row in rows)
+
+
+def _check_name(path: str | Path | None) -> None:
+    """Raises WorkdirError for the empty text, which would mean the current directory."""
+    if path == "":
+        raise WorkdirError("path must name a directory, but is empty. Give '.' for the current directory.")
 
 
 def _lock(path: Path) -> tuple[Path, Lock]:
@@ -303,26 +323,26 @@ def _compare(
     old_config = run.get("config")
     if config is None or old_config is None:
         raise FileExistsError(f"{path} already holds a run. Give another --workdir, or move the old run away.")
-    if settings := _differences(run["jax"], _jax_settings()):
+    if settings := differences(run["jax"], jax_settings()):
         listed = "".join(f"\n  {name} was {old!r}, is {new!r}" for name, (old, new) in settings.items())
         raise WorkdirError(
             f"{path} holds a run with other settings of JAX, which change the results:{listed}\nSet the "
             "old values in environment variables of these names in capital letters, or give another --workdir."
         )
-    differences = _differences(old_config, config)
+    changed = differences(old_config, config)
     appended = [
         field
         for field in appendable_fields
         if all(entry in config.get(field, ()) for entry in old_config.get(field, ()))
     ]
-    refused = {field: pair for field, pair in differences.items() if field not in {*mutable_fields, *appended}}
+    refused = {field: pair for field, pair in changed.items() if field not in {*mutable_fields, *appended}}
     if refused:
         listed = "".join(f"\n  {field} was {old!r}, is {new!r}" for field, (old, new) in refused.items())
         raise WorkdirError(
             f"{path} holds a run with another configuration:{listed}\nGive the same configuration, or another "
             "--workdir."
         )
-    return differences
+    return changed
 
 
 def _read_run(path: Path) -> dict[str, Any]:
@@ -332,38 +352,5 @@ def _read_run(path: Path) -> dict[str, Any]:
       WorkdirError: if the file is damaged, or does not have the form that `RunDirectory` writes.
     """
     run = read_json(path / "run.json")
-    starts = run.get("starts")
-    wrong = [] if isinstance(run.get("config", ""), dict | None) else ["config"]
-    wrong += [] if isinstance(run.get("jax"), dict) else ["jax"]
-    if not isinstance(starts, list) or not starts or not all(_is_start(start) for start in starts):
-        wrong.append("starts")
-    if wrong:
-        raise WorkdirError(
-            f"{path / 'run.json'} lacks {' and '.join(wrong)}, or has another form of these fields. Restore the file, "
-            "or give another --workdir."
-        )
+    check_form(path / "run.json", run, RUN)
     return run
-
-
-def _is_start(start: Any) -> bool:
-    """Whether `start` has the fields of a start that are read back."""
-    if not isinstance(start, dict) or not isinstance(start.get("versions"), dict):
-        return False
-    return isinstance(start.get("started"), str) and {"commit", "hardware"} <= start.keys()
-
-
-def _jax_settings() -> dict[str, Any]:
-    """The settings of JAX that change numbers."""
-    names = ("jax_default_prng_impl", "jax_threefry_partitionable", "jax_enable_x64", "jax_default_matmul_precision")
-    return {name: getattr(jax.config, name) for name in names}
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Returns `{field: (old, new)}` for the fields that differ. A missing field has the value 'absent'."""
-    pairs = {field: (old.get(field, "absent"), new.get(field, "absent")) for field in sorted({*old, *new})}
-    return {field: pair for field, pair in pairs.items() if pair[0] != pair[1]}
-
-
-def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Converts the configuration to JSON types, for comparison with a configuration from `run.json`."""
-    return json.loads(json.dumps(to_jsonable(dict(config))))

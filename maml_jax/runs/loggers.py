@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.util
-import re
 import shutil
 import struct
 import time
@@ -10,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from maml_jax.runs.files import WorkdirError
+from maml_jax.runs.files import WorkdirError, folder_name
 
 FLUSH_SECONDS = 5.0
 """Seconds between writes of the event files of TensorBoard."""
@@ -91,7 +90,7 @@ class TensorBoardLogger:
         if "step" not in row:
             return
         labels, numbers = labels_and_numbers(row)
-        path = self._folder / re.sub(r"[^\w=-]+", "_", "-".join(labels))[:100] / str(self._file)
+        path = self._folder / folder_name(labels) / str(self._file)
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in numbers.items()]
         event = Event(wall_time=time.time(), step=int(row["step"]), summary=Summary(value=values))
         self._buffer.setdefault(path, []).append(_record(event))

@@ -19,9 +19,8 @@ class Progress:
         from tqdm import tqdm
 
         self._total, self._name, self._every = total, name, every
-        self._bar = tqdm(
-            total=total, desc=name, unit="step", disable=not (sys.stderr.isatty() and processes.is_leader())
-        )
+        on_terminal = sys.stderr is not None and sys.stderr.isatty()
+        self._bar = tqdm(total=total, desc=name, unit="step", disable=not (on_terminal and processes.is_leader()))
         self._shown = time.monotonic()
         self._updates = 0
         self._since = (0, self._shown)

@@ -30,14 +30,37 @@ def provenance(devices: str | None = None) -> dict[str, Any]:
     return {
         "command": shlex.join([*program, *sys.argv[1:]]),
         "commit": _commit(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in PACKAGES},
-            **{name: version for name in EXTRAS if (version := _version(name))},
-        },
+        "versions": _versions(),
         "hardware": f"{devices} ({_processor()}, {os.cpu_count()} cores)",
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "processes": jax.process_count(),
         "started": now(),
+    }
+
+
+def jax_settings() -> dict[str, Any]:
+    """Returns the settings of JAX that change numbers."""
+    names = (
+        "jax_default_prng_impl",
+        "jax_threefry_partitionable",
+        "jax_random_seed_offset",
+        "jax_high_dynamic_range_gumbel",
+        "jax_enable_x64",
+        "jax_default_matmul_precision",
+    )
+    return {name: getattr(jax.config, name) for name in names}
+
+
+def software() -> dict[str, Any]:
+    """Returns the commit, the versions of packages and the settings of JAX, by name."""
+    return {"commit": _commit(), **_versions(), **jax_settings()}
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in PACKAGES},
+        **{name: version for name in EXTRAS if (version := _version(name))},
     }
 
 

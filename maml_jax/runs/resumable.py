@@ -9,9 +9,10 @@ from maml_jax import validation
 from maml_jax.meta import MetaLearner
 from maml_jax.parallel import processes
 from maml_jax.runs import signals
-from maml_jax.runs.checkpoint import Checkpoints
+from maml_jax.runs.agreement import check_agreement
+from maml_jax.runs.checkpoint import Checkpoints, fingerprints
 from maml_jax.runs.directory import RunDirectory
-from maml_jax.runs.files import WorkdirError, print_note, to_jsonable
+from maml_jax.runs.files import WorkdirError, folder_name, print_note, to_jsonable
 from maml_jax.runs.profiling import profile_calls
 from maml_jax.training import DrawFn, Metrics, train
 from maml_jax.types import MetaState, NotFiniteError
@@ -73,6 +74,7 @@ def resumable_train(
       ValueError: at once, for an option that is not allowed.
       WorkdirError: if all checkpoints are damaged, if the newest intact checkpoint belongs to another model or has more
         than `steps` meta-steps, or if a file cannot be written.
+      DisagreementError: if the processes have other steps, intervals, labels, states or data.
       NotFiniteError: as `train`. The message also gives the rates. A checkpoint never holds NaN or infinity, except
         for infinity in the state of the optimizer.
       Interrupted: after SIGINT or SIGTERM, when the state is saved. This error is a SystemExit with status 128 + the
@@ -105,14 +107,16 @@ def resumable_train(
       8
     """
     intervals = {"steps": steps, "steps_per_call": steps_per_call, "save_every": save_every, "keep": keep}
-    for name, value in (intervals | ({"validate.every": validate.every} if validate else {})).items():
+    intervals |= {"validate.every": validate.every} if validate else {}
+    for name, value in intervals.items():
         validation.at_least(name, value, 1)
     labels, rates = dict(labels or {}), rates or {}
-    label = "-".join(map(str, labels.values()))
+    label = folder_name(labels.values())
     folder = run.path / "checkpoints" / label
 
     def calls(state: MetaState) -> Iterator[tuple[MetaState, Metrics]]:
         """Yields the state and the row of each call."""
+        check_agreement(lambda: intervals | labels | fingerprints("state", state) | fingerprints("data", data))
         with (
             signals.deferred() as stop_request,
             closing(Checkpoints(folder, keep=keep)) as checkpoints,
@@ -168,6 +172,8 @@ def resumable_train(
                         f"Stopped by {number.name}: step {done} is saved. The same command resumes from this step."
                     )
                 raise signals.Interrupted(number)
+        if stop_request.signal is not None:  # The signal arrived after the last step, while files were closed.
+            raise signals.Interrupted(stop_request.signal)
 
     return calls(state)
 

@@ -9,6 +9,7 @@ from helpers.few_shot import initial, save, small_run
 
 from experiments import evaluate, omniglot
 from maml_jax.runs import model_file
+from maml_jax.runs.files import WorkdirError
 
 
 @pytest.fixture
@@ -95,6 +96,33 @@ def test_models_with_different_protocols_cannot_be_an_ensemble(saved):
         evaluate.prepare(evaluate.Config(rates, ensemble=True))
     with pytest.raises(ValueError, match="their tasks differ"):
         evaluate.prepare(evaluate.Config((saved("a", seed=1), saved("b", seed=2))))
+
+
+def test_a_damaged_model_and_a_description_of_another_form_are_refused(saved):
+    path = saved("model")
+    intact = path.read_bytes()
+    path.write_bytes(intact[:-5] + bytes([intact[-5] ^ 16]) + intact[-4:])
+    with pytest.raises(ValueError, match=r"model.msgpack is damaged: the array params/\S+ has the wrong checksum"):
+        evaluate.prepare(evaluate.Config((path,)))
+    path.write_bytes(intact)
+    content = model_file.load(path)
+    for change, message in (
+        ({"selected_after": "5"}, "selected_after must be an integer, but is '5'"),
+        ({"data_sha256": None}, "data_sha256 must be an object"),
+        ({"config": content.description["config"] | {"layers": 5}}, "config.layers is unknown"),
+        ({"config": []}, "config must be an object"),
+    ):
+        model_file.save(path, content.params, content.inner_params, content.description | change)
+        with pytest.raises(WorkdirError, match=f"model.msgpack has another form: {message}"):
+            evaluate.prepare(evaluate.Config((path,)))
+    for wrong in ([], "ways"):
+        model_file.save(path, content.params, description={"experiment": wrong})
+        with pytest.raises(ValueError, match="must be a few-shot classifier"):
+            evaluate.prepare(evaluate.Config((path,)))
+    config = content.description["config"] | {"ways": "five"}
+    model_file.save(path, content.params, content.inner_params, content.description | {"config": config})
+    with pytest.raises(ValueError, match="ways must be an integer of at least 2, but got 'five'"):
+        evaluate.prepare(evaluate.Config((path,)))
 
 
 def test_a_model_of_another_experiment_raises(tmp_path):

@@ -133,14 +133,30 @@ def test_names_and_options_are_text(tmp_path):
         (path / "run.json").write_text(
             json.dumps({"name": "x", "config": {"<i>": f"<script>{number}"}, "starts": [{}]})
         )
-        (path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": null, "loss": 3.0}\n{"round": 1}\n')
+        (path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"loss": 3.0}\n{"round": 1}\n')
     runs = report.read_all(paths)
     assert report.training_curves(runs)["loss"] == {str(path): ([1], [2.0]) for path in paths}
     page = report.html(runs)
     assert not {"<b>", "<i>", "<script>"} & set(re.findall("<[^>]*>", page.split("<body>")[1]))
-    (paths[0] / "metrics.jsonl").write_text("[]\n")
-    with pytest.raises(WorkdirError, match="a line is not a JSON object"):
-        report.read_all(paths)
+    for row, message in (("[]", "the content must be an object"), ('{"step": null}', "step must be a number")):
+        (paths[0] / "metrics.jsonl").write_text(f"{row}\n")
+        with pytest.raises(WorkdirError, match=f"metrics.jsonl has another form: {message}"):
+            report.read_all(paths)
+
+
+@pytest.mark.parametrize(
+    ("results", "message"),
+    [
+        ({"made_by": {"finished": 5}}, "made_by.finished must be a text, but is 5"),
+        ({"made_by": {"earlier_starts": [{"until": []}]}}, r"earlier_starts\[0\].until must be a text or null"),
+        ({"config": []}, "config must be an object or null"),
+        ({"test": {"mine": {"accuracy": ["high"], "half_width": [0.0]}}}, r"accuracy\[0\] must be a number"),
+    ],
+)
+def test_results_of_another_form_are_named(tmp_path, results, message):
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    with pytest.raises(WorkdirError, match=rf"results.json has another form: .*{message}"):
+        report.html(report.read_all([tmp_path]))
 
 
 def test_a_finished_run_that_is_training_again():

@@ -26,6 +26,9 @@ def stop(*_):
     sys.exit(143)
 if behaviour == "fails":
     sys.exit("one\\nerror: the loss is nan")
+if behaviour.startswith("error: "):
+    print(behaviour, file=sys.stderr)
+    sys.exit(2)
 if behaviour in ("hangs", "stubborn"):
     signal.signal(signal.SIGTERM, stop if behaviour == "hangs" else signal.SIG_IGN)
     (workdir / "ready").touch()
@@ -86,6 +89,16 @@ def test_other_rows_run_after_a_failure_and_finished_rows_are_skipped(stub, tmp_
     order.unlink()
     start(tmp_path, rows=chosen[:1], steps=200)  # A longer schedule is not finished yet.
     assert order.read_text().split() == ["omniglot-5w1s-seed0"]
+
+
+def test_data_that_a_run_refuses_are_not_tried_again(stub, tmp_path, capfd):
+    rows = ("omniglot-5w1s", "omniglot-5w1s-order1", "omniglot-5w1s-anil")
+    stub({rows[0]: "error: a wrong option", rows[1]: f"error: the folder {tmp_path} is empty"})
+    with pytest.raises(SystemExit):
+        start(tmp_path, rows=rows, steps=100)
+    assert (tmp_path / "work" / "order").read_text().split() == ["omniglot-5w1s-seed0", "omniglot-5w1s-order1-seed0"]
+    output = capfd.readouterr().out
+    assert f"omniglot-5w1s-anil-seed0: not run: omniglot-5w1s-order1-seed0 could not use {tmp_path}\n" in output
 
 
 def test_a_row_of_own_images_is_finished_only_for_the_same_folder(tmp_path):

@@ -3,7 +3,9 @@
 import jax.numpy as jnp
 import pytest
 
+from maml_jax.runs import model_file
 from maml_jax.runs.best import Best
+from maml_jax.runs.files import WorkdirError
 from maml_jax.types import MetaState
 
 
@@ -47,6 +49,17 @@ def test_a_wrong_keep_and_a_damaged_file_raise(tmp_path):
         Best(tmp_path, keep=0)
     (tmp_path / "step-0000001.msgpack").write_text("no model")
     with pytest.raises(ValueError, match="step-0000001"):
+        Best(tmp_path)
+    best = Best(tmp_path / "flipped")
+    best.add(state(1), 0.5)
+    (path,) = best.paths()
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b'"score": 0.5', b'"score": 0.7'))
+    for read in (lambda: Best(path.parent), best.models, lambda: best.describe({})):
+        with pytest.raises(ValueError, match="its description has a wrong checksum"):
+            read()
+    model_file.save(tmp_path / "step-0000001.msgpack", {"w": jnp.ones(1)}, description={"step": 1, "score": "high"})
+    with pytest.raises(WorkdirError, match=r"step-0000001\.msgpack has another form: score must be a number or null"):
         Best(tmp_path)
 
 

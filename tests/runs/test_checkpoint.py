@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import threading
 from contextlib import closing
 from typing import NamedTuple
 
@@ -111,6 +112,13 @@ class TestDamage:
         assert restore(tmp_path / "changed").about == {"row": 10}
         assert "its description has the wrong checksum" in capsys.readouterr().err
 
+    def test_a_checkpoint_under_the_name_of_another_step_is_reported(self, two_checkpoints, tmp_path, capsys):
+        path = tmp_path / "renamed"
+        shutil.copytree(two_checkpoints, path)
+        (path / "20").rename(path / "30")
+        assert restore(path).step == 10
+        assert f"{path / '30'} is damaged: its description has the wrong checksum" in capsys.readouterr().err
+
     def test_if_all_checkpoints_are_damaged_restore_raises_every_time(self, two_checkpoints, tmp_path):
         path = tmp_path / "checkpoints"
         shutil.copytree(two_checkpoints, path)
@@ -160,6 +168,26 @@ class TestLeftovers:
         monkeypatch.setattr(os, "rmdir", never)
         with pytest.raises(WorkdirError, match=r"Cannot write .*12.orbax-checkpoint-tmp: .*not empty"):
             Checkpoints(tmp_path)
+
+
+def test_no_thread_waits_for_a_directory_that_cannot_be_created(tmp_path, monkeypatch):
+    """Threads that wait would keep the process from ending."""
+    before, mkdir = threading.enumerate(), os.mkdir
+
+    def out_of_inodes(path, *args, **options):
+        if "about" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", path)
+        mkdir(path, *args, **options)
+
+    with closing(Checkpoints(tmp_path)) as checkpoints:
+        monkeypatch.setattr(os, "mkdir", out_of_inodes)
+        with pytest.raises(WorkdirError, match=r"Cannot write .*5: No space left on device"):
+            checkpoints.save(5, make_state(1))
+            checkpoints.wait()
+    for thread in threading.enumerate():
+        if thread not in before and not thread.daemon:
+            thread.join(timeout=5)
+            assert not thread.is_alive()
 
 
 class TestNotFinite:

@@ -1,7 +1,9 @@
 """Run directories: rows, results, configurations, and errors of the disk."""
 
+import importlib.util
 import json
 import os
+import re
 from pathlib import Path
 
 import jax
@@ -82,6 +84,20 @@ class TestMetrics:
         run.log(step=2, loss=0.25)
         assert [row["step"] for row in run.rows()] == [1, 2]
 
+    @pytest.mark.parametrize("line", ['{"step": null}', '{"step": "5"}', '{"step": true}', "[1]", "[" * 100_000])
+    def test_a_line_of_another_form_is_reported_and_removed(self, tmp_path, capsys, line):
+        run = RunDirectory(tmp_path, "run", {})
+        run.log(step=1, loss=0.5)
+        run.close()
+        (tmp_path / "metrics.jsonl").write_text(f'{line}\n{{"step": 1}}\n')
+        run = RunDirectory(tmp_path, "run", {})
+        assert "metrics.jsonl: line 1 is truncated or damaged and is removed" in capsys.readouterr().err
+        run.drop_rows_after(0)
+        assert run.rows() == []
+        with pytest.raises(WorkdirError, match="step must be a number, but is 'five'"):
+            run.log(step="five")
+        run.close()
+
     def test_a_missing_end_of_line_is_repaired(self, tmp_path):
         run = RunDirectory(tmp_path, "run", {})
         run.log(step=1, loss=0.5)
@@ -100,11 +116,18 @@ class TestConfiguration:
         RunDirectory(tmp_path, "run", CONFIG).close()
         content = json.loads((tmp_path / "run.json").read_text())
         content["starts"][0]["versions"]["jax"] = "0.1"
+        content["starts"][0] |= {"hardware": "4 x abacus", "xla_flags": "--fast", "commit": "abc"}
         (tmp_path / "run.json").write_text(json.dumps(content))
         capsys.readouterr()
         RunDirectory(tmp_path, "run", CONFIG | {"steps": 20}, mutable_fields={"steps"}).close()
         notes = capsys.readouterr().err
         assert "steps was 10, is 20" in notes and f"jax was 0.1, is {jax.__version__}: the numbers may differ" in notes
+        for change in (
+            "commit was abc, is ",
+            f"hardware was 4 x abacus, is {len(jax.devices())} x cpu",
+            "xla_flags was --fast",
+        ):
+            assert change in notes
         content = json.loads((tmp_path / "run.json").read_text())
         assert content["config"]["steps"] == 20 and content["starts"][1]["changed"] == {"steps": [10, 20]}
 
@@ -135,15 +158,16 @@ class TestConfiguration:
             RunDirectory.check(tmp_path, CONFIG)
 
     @pytest.mark.parametrize(
-        ("change", "missing"),
+        ("change", "message"),
         [
-            (lambda run: run.clear(), "config and jax and starts"),
-            (lambda run: run.update(config=[1]), "config"),
-            (lambda run: run.update(starts=[]), "starts"),
-            (lambda run: run["starts"][0].pop("versions"), "starts"),
+            (lambda run: run.clear(), "name is missing; config is missing; jax is missing; starts is missing"),
+            (lambda run: run.update(config=[1]), "config must be an object or null, but is [1]"),
+            (lambda run: run.update(starts=[]), "starts must be a list with entries, but is []"),
+            (lambda run: run["starts"][0].pop("versions"), "starts[0].versions is missing"),
+            (lambda run: run["starts"][0].update(started=None), "starts[0].started must be a text, but is None"),
         ],
     )
-    def test_a_record_of_another_form_is_named(self, tmp_path, monkeypatch, change, missing):
+    def test_a_record_of_another_form_is_named(self, tmp_path, monkeypatch, change, message):
         monkeypatch.chdir(tmp_path)
         run = RunDirectory(None, "run", CONFIG)
         run.close()
@@ -151,7 +175,7 @@ class TestConfiguration:
         change(content)
         (run.path / "run.json").write_text(json.dumps(content))
         for attempt in (RunDirectory.check, lambda path, config: RunDirectory(path, "run", config)):
-            with pytest.raises(WorkdirError, match=rf"run.json lacks {missing}, or has another form"):
+            with pytest.raises(WorkdirError, match=re.escape(f"run.json has another form: {message}. Restore")):
                 attempt(run.path, CONFIG)
         assert RunDirectory(None, "run", CONFIG).path.name == "run-2"  # A damaged default directory is passed over.
 
@@ -165,6 +189,17 @@ class TestConfiguration:
         finally:
             jax.config.update("jax_default_prng_impl", before)
         RunDirectory.check(tmp_path, CONFIG)
+
+
+def test_wrong_arguments_are_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for attempt in (RunDirectory.check, lambda path, **options: RunDirectory(path, "run", **options)):
+        with pytest.raises(WorkdirError, match=r"path must name a directory, but is empty. Give '\.'"):
+            attempt("")
+        with pytest.raises(ValueError, match="wandb mine needs the package wandb: pip install wandb"):
+            attempt(tmp_path / "run", wandb="mine")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_error_names_a_path_that_cannot_be_written(tmp_path):

@@ -5,6 +5,7 @@ from collections import OrderedDict
 
 import jax
 import jax.numpy as jnp
+import msgpack
 import numpy as np
 import optax
 import pytest
@@ -25,13 +26,50 @@ def test_a_loaded_model_equals_the_saved_model(tmp_path):
     assert model_file.load(model_file.save(path, params)).inner_params == () and list(path.parent.iterdir()) == [path]
     intact, touched = path.read_bytes(), tmp_path / "touched"
     code = pickle.dumps(Touches(touched))
-    for damage in (intact[:100], intact.replace(b"maml_jax 1", b"maml_jax 9"), b"", code, b"{}"):
+    for damage in (intact[:100], intact + b"0", b"", code, b"{}", msgpack.packb({"format": []})):
         path.write_bytes(damage)
-        with pytest.raises(ValueError, match=r"model\.msgpack is not a file of maml_jax\.save, or is damaged"):
+        with pytest.raises(
+            ValueError, match=r"model\.msgpack is not a file of maml_jax\.save, or is damaged: its description"
+        ):
             model_file.load(path)
+    path.write_bytes(msgpack.packb({"format": "maml_jax 1", "description": "{}"}))
+    with pytest.raises(
+        ValueError, match=r"has the format 'maml_jax 1', but this version of maml_jax reads 'maml_jax 2'"
+    ):
+        model_file.load(path)
     assert not touched.exists()  # No code was executed.
     pickle.loads(code)
     assert touched.exists()
+
+
+def test_a_flipped_bit_in_any_byte_is_refused_and_a_damaged_array_is_named(tmp_path):
+    params = {"dense": {"kernel": np.arange(20, dtype=np.float32)}, "bias": jnp.ones(3)}
+    path = maml_jax.save(tmp_path / "model", params, {"rate": jnp.float32(0.1)}, {"ways": 5})
+    intact = path.read_bytes()
+    for index in range(len(intact)):
+        damaged = bytearray(intact)
+        damaged[index] ^= 1 << index % 8
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"model (is not a file|is damaged|has the format)"):
+            maml_jax.load(path)
+    for array, name in ((params["dense"]["kernel"], "params/dense/kernel"), (np.float32(0.1), "inner_params/rate")):
+        content = array.tobytes()
+        path.write_bytes(intact.replace(content, bytes([content[0] ^ 1]) + content[1:]))
+        with pytest.raises(ValueError, match=f"model is damaged: the array {name} has the wrong checksum"):
+            maml_jax.load(path)
+
+
+def test_types_and_byte_orders_are_kept(tmp_path):
+    names = (*"?bBhHiIqQefdFD", "bfloat16", "float8_e4m3fn")
+    params = {name: np.arange(6).reshape(2, 3).astype(name) for name in names}
+    params |= {f"big {name}": np.arange(6).astype(f">{name}") for name in "hiqefdD"}
+    params |= {"transposed": np.arange(6.0).reshape(2, 3).T, "empty": np.zeros((0, 2)), "number": 0.1}
+    loaded = maml_jax.load(maml_jax.save(tmp_path / "model", params)).params
+    restored = maml_jax.restore(params, loaded)
+    for name, array in params.items():
+        for found in (loaded[name], restored[name]):
+            np.testing.assert_array_equal(np.asarray(found), array, err_msg=name)
+            assert found.dtype == np.asarray(array).dtype.newbyteorder("="), name
 
 
 @pytest.mark.parametrize("library", model_zoo.ZOO)

@@ -33,6 +33,7 @@ from maml_jax.runs.checkpoint import Checkpoints
 from maml_jax.runs.directory import RunDirectory
 from maml_jax.runs.files import WorkdirError
 from maml_jax.runs.resumable import Validate, check_steps, resumable_train
+from maml_jax.runs.signals import Interrupted
 from maml_jax.tasks import host_memory, omniglot
 from maml_jax.tasks.episodes import EpisodeShape, equal_classes
 
@@ -125,6 +126,13 @@ class TestResuming:
         (tmp_path / "checkpoints" / "12345" / "9").mkdir(parents=True)  # The number is a label, not a step.
         check_steps(tmp_path, 12)
 
+    def test_labels_name_a_folder_inside_of_the_run(self, tmp_path):
+        run = open_run(tmp_path / "run")
+        train_in(run, 2, labels={"data": "../../out", "method": "/out"})
+        run.close()
+        assert os.listdir(tmp_path) == ["run"]
+        assert os.listdir(run.path / "checkpoints") == ["%2E.%2F..%2Fout-%2Fout"]
+
     def test_damaged_and_lost_rows_are_reported(self, tmp_path, capsys):
         run = open_run(tmp_path)
         train_in(run, 12)
@@ -146,6 +154,15 @@ class TestResuming:
 
 
 class TestValidation:
+    def test_the_interval_counts_meta_steps(self, tmp_path):
+        """Calls take two steps. A call that passes a multiple of the interval validates, and so does the last call."""
+        for every, expected in ((3, [4, 6, 10]), (5, [6, 10])):
+            run = open_run(tmp_path / str(every))
+            train_in(run, 10, validate=Validate(every, lambda state: {"validated": int(state.step)}), save_every=100)
+            run.close()
+            rows = [row for row in run.rows() if "validated" in row]
+            assert [row["step"] for row in rows] == [row["validated"] for row in rows] == expected
+
     def test_every_validated_state_is_logged_and_saved(self, tmp_path):
         accuracies = dict(zip(range(4, 25, 4), (1.0, 5.0, np.inf, 2.0, np.nan, 1.0)))
         validated = []
@@ -197,6 +214,37 @@ def test_a_run_that_is_killed_at_any_moment_ends_in_the_same_bits(environment, t
     with closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
         assert_equal(checkpoints.restore(reference).state, reference)
     assert (workdir / "metrics.jsonl").read_bytes() == (tmp_path / "reference" / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("until", [8, 2 * SAVE_EVERY])  # Between two checkpoints, and at a checkpoint.
+def test_a_signal_saves_the_last_step_once(until, tmp_path, capsys):
+    run = open_run(tmp_path)
+    learner, state, draw = setting()
+    options = {"steps": 1000, "steps_per_call": STEPS_PER_CALL, "save_every": SAVE_EVERY, "run": run}
+    with pytest.raises(Interrupted) as end:
+        for state, row in resumable_train(learner, state, draw, jax.random.key(1), **options):
+            if row["step"] == until:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.5)
+    run.close()
+    assert end.value.code == 128 + signal.SIGTERM
+    assert f"SIGTERM: step {row['step']} is saved" in capsys.readouterr().err
+    assert max(int(name) for name in os.listdir(tmp_path / "checkpoints")) == row["step"] < 1000
+    assert run.rows()[-1]["step"] == row["step"]
+
+
+def test_a_signal_after_the_last_step_is_not_lost(tmp_path, monkeypatch):
+    close = Checkpoints.close
+
+    def close_slowly(checkpoints):
+        close(checkpoints)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+
+    monkeypatch.setattr(Checkpoints, "close", close_slowly)
+    with closing(open_run(tmp_path)) as run, pytest.raises(Interrupted):
+        train_in(run, 2)
+    assert os.listdir(tmp_path / "checkpoints") == ["2"]
 
 
 def test_a_second_signal_ends_the_process_at_once_even_outside_of_python(environment, tmp_path):

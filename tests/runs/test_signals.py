@@ -2,11 +2,14 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from helpers.commands import ROOT
 
 from maml_jax.runs import signals
 
@@ -54,3 +57,31 @@ def test_signals_are_not_deferred_in_other_threads():
     thread.start()
     thread.join()
     assert requests[0].signal is None
+
+
+ENDING = """
+import sys, time
+import jax, jax.numpy as jnp
+from maml_jax.runs import signals
+signals.GRACE = 0.2
+try:
+    with signals.ending():
+        print("running", flush=True)
+        if sys.argv[1] == "Python":
+            time.sleep(60)
+        jax.jit(lambda x: jax.lax.while_loop(lambda y: y < 2.0, jnp.sin, x))(1.0).block_until_ready()
+finally:
+    print("not reached")
+"""
+
+
+@pytest.mark.parametrize("where", ["Python", "a compiled program"])
+def test_sigterm_ends_a_block_that_saves_nothing(where):
+    command = [sys.executable, "-c", ENDING, where]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as child:
+        assert child.stdout.readline() == "running\n"
+        time.sleep(0 if where == "Python" else 1)  # The compilation is fast.
+        child.terminate()
+        assert child.wait(timeout=30) == 143
+        assert "note: Stopped by SIGTERM. The same command resumes" in child.stderr.read()
+        assert not child.stdout.read()

@@ -43,6 +43,8 @@ BAD = [
     ("sinusoid", ["--methods", "magic"], "methods"),
     ("sinusoid", ["--seeds", "-1"], "seeds must be an integer of at least 0, but got -1"),
     ("sinusoid", ["--shots", "many"], "shots"),
+    ("sinusoid", ["--workdir", ""], "expected a path, but got an empty text"),
+    ("omniglot", ["--data-dir", ""], "expected a path, but got an empty text"),
     ("omniglot", ["--order", "3"], "order"),
     ("omniglot", ["--ways", "1"], "ways must be an integer of at least 2, but got 1"),
     ("omniglot", ["--ways", "2000"], "ways must be at most the number of classes, 1100, but got 2000"),

@@ -12,7 +12,7 @@ from experiments.table import compare, page
 from experiments.table.rows import BY_NAME, PUBLISHED
 from maml_jax import evaluation
 from maml_jax.runs.directory import RunDirectory
-from maml_jax.runs.files import utc
+from maml_jax.runs.files import WorkdirError, utc
 
 
 def test_a_run_belongs_to_the_row_that_its_results_name(tmp_path):
@@ -25,8 +25,21 @@ def test_a_run_belongs_to_the_row_that_its_results_name(tmp_path):
         (run,) = compare.find([tmp_path])
         assert run.row is None
     path.write_text(path.read_text()[:-20])
-    with pytest.raises(ValueError, match=r"results\.json is damaged"):
+    with pytest.raises(WorkdirError, match=r"results\.json cannot be read"):
         compare.find([tmp_path])
+    changes = {
+        "row must be a text or null, but is 5": {"row": 5},
+        "config.seed must be an integer, but is '<script>'": {"config": results["config"] | {"seed": "<script>"}},
+        "made_by.finished is missing": {"made_by": {"command": ""}},
+        "test.transductive is missing": {"test": {}},
+        "test.transductive.protocol.new is unknown": {
+            "test": {"transductive": {"protocol": results["test"]["transductive"]["protocol"] | {"new": 1}}}
+        },
+    }
+    for message, change in changes.items():
+        path.write_text(json.dumps(results | change))
+        with pytest.raises(WorkdirError, match=rf"results\.json has another form: .*{message}"):
+            compare.find([tmp_path])
 
 
 def test_a_run_without_results_belongs_to_the_row_in_run_json(tmp_path):
@@ -38,8 +51,20 @@ def test_a_run_without_results_belongs_to_the_row_in_run_json(tmp_path):
     (tmp_path / "b" / "run.json").write_text('{"config": null}')
     assert compare.read(tmp_path / "b") is None  # The directory holds a run without a configuration.
     (tmp_path / "b" / "run.json").write_text("{")
-    with pytest.raises(ValueError, match=r"run\.json is damaged"):
+    with pytest.raises(WorkdirError, match=r"run\.json cannot be read"):
         compare.find([tmp_path])
+    for content, message in (
+        ({}, "config is missing"),
+        ({"config": [1]}, "config must be an object or null"),
+        ({"config": {"row": "omniglot-5w1s"}}, "config.seed is missing"),
+    ):
+        (tmp_path / "b" / "run.json").write_text(json.dumps(content))
+        with pytest.raises(WorkdirError, match=rf"run\.json has another form: {message}"):
+            compare.find([tmp_path])
+    (tmp_path / "b" / "run.json").write_text('{"config": {"row": ["omniglot-5w1s"]}}')
+    assert compare.read(tmp_path / "b") is None  # The run of another experiment.
+    (tmp_path / "a" / "metrics.jsonl").write_text('{"step": 20}\n{"step": null}\n{"step": "x"}\n[1]\n')
+    assert compare.read(tmp_path / "a").trained == 20
 
 
 def test_a_curve_is_the_mean_over_seeds(tmp_path):

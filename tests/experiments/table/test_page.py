@@ -1,5 +1,6 @@
 """The HTML page and the Markdown tables show all accuracies, their protocols, and missing results."""
 
+import json
 import re
 
 import numpy as np
@@ -77,3 +78,17 @@ def test_only_the_text_between_the_marks_changes():
     for wrong in ("no marks", "</a><a>", "<a></a><a></a>"):
         with pytest.raises(ValueError, match="once each"):
             page.with_region(wrong, "new", "<a>", "</a>")
+
+
+def test_texts_of_results_are_not_read_as_html(tmp_path):
+    made_up(tmp_path / "a", "omniglot-5w1s", 0, 60_000)
+    made_up(tmp_path / "<script>b", "omniglot-5w1s", 1, 60_000)
+    (tmp_path / "run.json").unlink(missing_ok=True)
+    for path in sorted(tmp_path.glob("*/results.json")):
+        content = json.loads(path.read_text())
+        content["made_by"] |= {"hardware": "<script>", "commit": "<script>"}
+        content["test"]["transductive"]["protocol"] |= {"data": "<script>", "split": "<script>"}
+        path.write_text(json.dumps(content))
+    runs = [run._replace(seed=f"<script>{run.seed}") for run in compare.find([tmp_path])]  # As if not checked.
+    text = page.html(compare.group([], runs), runs)
+    assert "seed &lt;script&gt;1: " in text and "<script>" not in text
