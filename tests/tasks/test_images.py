@@ -12,7 +12,7 @@ from helpers.disk import file_size_limit
 from helpers.pictures import assert_same, png, small, write, zipped
 from PIL import Image
 
-from maml_jax.tasks import host_memory, image_sources
+from maml_jax.tasks import host_memory, image_sources, images
 from maml_jax.tasks.cache import DataError
 from maml_jax.tasks.episodes import EpisodeShape
 from maml_jax.tasks.images import load, pictures
@@ -133,7 +133,8 @@ class TestCache:
         first = load(source, folder, size=8)
         load(archive, folder, size=8)
         with monkeypatch.context() as patch:
-            patch.setattr(Image, "open", lambda *_: pytest.fail("The images are in the cache."))
+            patch.setattr(images, "COMPARED", 0)
+            patch.setattr(Image, "open", lambda *_, **__: pytest.fail("The images are in the cache."))
             assert_same(load(source, folder, size=8), first)
             assert_same(load(archive, folder, size=8), first)
             with pytest.raises(DataError, match=r"Class bee of split train .* expected at least 3, found 2"):
@@ -153,7 +154,7 @@ class TestCache:
         (path,) = folder.iterdir()
         with np.load(path) as stored:
             arrays = dict(stored)
-        np.savez(path, **{**arrays, "val_images": arrays["val_images"] ^ 1})
+        np.savez(path, **{**arrays, "val": arrays["val"] ^ 1})
         assert_same(load(source, folder, size=8), expected)
         assert f"The cache {path} does not match its checksum" in capsys.readouterr().out
         path.write_bytes(path.read_bytes()[:-100])
@@ -171,5 +172,5 @@ class TestCache:
 
 def test_all_pictures_of_a_folder_are_read_by_path(tmp_path):
     folder = write(tmp_path / "data", {"b.png": png(0), "a/c.png": png(1), "notes.txt": "x"})
-    images = pictures(folder, size=8)
-    assert list(images) == ["a/c.png", "b.png"] and images["b.png"].shape == (8, 8, 3)
+    found = pictures(folder, size=8)
+    assert list(found.images) == ["a/c.png", "b.png"] and found.images["b.png"].shape == (8, 8, 3)
