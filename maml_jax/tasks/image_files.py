@@ -62,8 +62,8 @@ def open_image(content: bytes, where: str, formats: tuple[str, ...], largest: in
             yield image
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise DataError(
-                f"The image {where} is refused: {error} At most {largest:,} pixels are decoded. Make the image smaller "
-                "first."
+                f"The image {where} is refused: {str(error).rstrip('.')}; at most {largest:,} pixels are decoded. Make "
+                "the image smaller first."
             ) from error
         except UnidentifiedImageError as error:
             raise DataError(

@@ -5,8 +5,8 @@ stand-ins, and raises DataError for any other name. The constructors of NumPy ar
 can forge their state. Arrays are built after reading, from the recorded type, shape and bytes alone.
 
 A pickle can refer to one value many times, so a short pickle could describe a value without end. Memory and time are
-therefore bounded by the size of the file: no length in the pickle is trusted beyond the end of the file, the arrays and
-texts that are built have at most twice the bytes of the file, each dict and list is built once, and a pickle has at most
+therefore bounded by the size of the file. No length in the pickle is trusted beyond the end of the file. The arrays and
+texts that are built have at most twice the bytes of the file. Each dict and list is built once. A pickle has at most
 `LARGEST_LENGTH` operations.
 """
 
