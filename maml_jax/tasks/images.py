@@ -169,13 +169,14 @@ def _digests(arrays: cache.Arrays, counts: published.Counts) -> dict[str, str]:
 
 
 def _agrees(files: Tree, contents: Contents, arrays: cache.Arrays, size: int, resampling: Resampling) -> bool:
-    """Whether cached images have the right shapes, and `COMPARED` of them, chosen at random, equal the source.
+    """Whether cached images have the right shapes and type, and `COMPARED` of them, chosen at random, equal the source.
 
     The checksum of a cache protects against damage. This comparison finds a cache that was made from other images.
     """
     entries = {split: _entries(contents, split) for split in SPLITS}
-    if any(arrays[split].shape != (len(entries[split]), size, size, 3) for split in SPLITS):
-        return False
+    for split in SPLITS:
+        if arrays[split].shape != (len(entries[split]), size, size, 3) or arrays[split].dtype != np.uint8:
+            return False
     places = [(split, row) for split in SPLITS for row in range(len(entries[split]))]
     chosen = np.random.default_rng().permutation(len(places))[:COMPARED]
     return all(

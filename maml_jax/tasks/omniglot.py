@@ -241,7 +241,8 @@ def _from_files(source: Path | tuple[Path, ...]) -> Iterator[tuple[str, np.ndarr
         # Report missing drawings before an image is decoded.
         _check_complete(Counter(_character(name) for _, name in files), _describe(source))
         for tree, name in files:
-            yield _character(name), _decode(tree.read(name), f"{name} in {tree.where}")
+            where = f"{tree.where}/{name}" if tree.path.is_dir() else f"{name} in {tree.where}"
+            yield _character(name), _decode(tree.read(name), where)
 
 
 def _from_tfds(root: Path) -> Iterator[tuple[str, np.ndarray]]:

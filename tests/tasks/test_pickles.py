@@ -175,9 +175,8 @@ def copies(size, count):
 
 def called(function, *arguments):
     """A pickle that calls a stand-in 2,000 times with the same arguments, which it holds once."""
-    module, name = function
     head = pickle.dumps(arguments, 2)[:-1] + b"q\xff0"
-    return head + f"c{module}\n{name}\nq\xfe0(".encode() + b"h\xfeh\xffR" * 2000 + b"l."
+    return head + b"c" + "\n".join(function).encode() + b"\nq\xfe0(" + b"h\xfeh\xffR" * 2000 + b"l."
 
 
 TUPLES = pickle.dumps(nested(tuple), 2)[2:-1]
