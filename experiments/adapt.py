@@ -11,7 +11,7 @@ no pictures, and damaged pictures, are left out; the command prints their names.
 
 import dataclasses
 import json
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import jax.numpy as jnp
@@ -99,16 +99,17 @@ def sort(
       ValueError: if there are not 2 to `ways` classes, if a class has no readable picture, or if there is no picture to
         classify.
     """
-    classes = [name for name in pictures.folders if name.lower() not in UNLABELLED]
-    labelled: dict[str, list[np.ndarray]] = {name: [] for name in classes}
+    # A folder of which all pictures are left out is not dropped in silence.
+    folders = {name.split("/")[0] for name in (*pictures.images, *pictures.left_out) if "/" in name}
+    labelled: dict[str, list[np.ndarray]] = {name: [] for name in sorted(folders) if name.lower() not in UNLABELLED}
     others = {}
     for name, picture in pictures.images.items():
-        top, *below = PurePosixPath(name).parts
-        if below and top in labelled:
-            labelled[top].append(picture)
+        folder_name, slash, _ = name.partition("/")
+        if slash and folder_name in labelled:
+            labelled[folder_name].append(picture)
         else:
             others[name] = picture
-    empty = [name for name in classes if not labelled[name]]
+    empty = [name for name in labelled if not labelled[name]]
     if empty:
         raise ValueError(
             f"Every folder in {folder} is a class with labelled pictures, but no picture can be read in "

@@ -8,6 +8,7 @@ cache. Classes and images are sorted by name, so all forms of the same images gi
 import hashlib
 import json
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -195,8 +196,6 @@ class Pictures(NamedTuple):
     """`{path: RGB image}`, sorted by path; uint8 `[size, size, 3]`."""
     left_out: dict[str, str]
     """`{path: reason}` of all other files, including damaged images."""
-    folders: tuple[str, ...]
-    """The folders directly in the folder."""
 
 
 def pictures(
@@ -212,7 +211,7 @@ def pictures(
       resampling: the filter for resizing, 'lanczos', 'bicubic', 'bilinear', 'box' or 'nearest'.
 
     Returns:
-      The images, what is left out, and the folders.
+      The images, and what is left out.
 
     Raises:
       DataError: if the folder does not exist, or if an archive is damaged.
@@ -226,15 +225,17 @@ def pictures(
       {'wren.png': (8, 8, 3)}
     """
     with tree.open_tree(folder) as files:
-        images, left_out = {}, dict(files.left_out)
+        images, errors = {}, {}
         for name in files.images():
             try:
                 images[name] = _pixels(files, name, size, resampling)
             except DataError as error:
-                left_out[name] = f"unreadable: {error}"
+                errors[name] = str(error)
+        left_out = {**files.left_out, **dict.fromkeys(errors, "unreadable")}
         tree.report(files.where, left_out)
-        folders = sorted(name for name in files.folders if "/" not in name and name != ".")
-        return Pictures(images, left_out, tuple(folders))
+        for error in list(errors.values())[:5]:
+            print(f"note: {error}", file=sys.stderr, flush=True)
+        return Pictures(images, left_out)
 
 
 def _read_all(files: Tree, contents: Contents, size: int, resampling: Resampling) -> dict[str, np.ndarray]:

@@ -162,12 +162,10 @@ def report(where: str, left_out: Mapping[str, str]) -> None:
       where: the folder or archive.
       left_out: `{path: reason}`.
     """
-    reasons = sorted(set(left_out.values()))
-    parts = [
-        f"{len(names):,} {reason} ({shorten(names)})"
-        for reason in reasons
-        if (names := sorted(name for name in left_out if left_out[name] == reason))
-    ]
+    names: dict[str, list[str]] = {}
+    for name in sorted(left_out):
+        names.setdefault(left_out[name], []).append(name)
+    parts = [f"{len(names[reason]):,} {reason} ({shorten(names[reason])})" for reason in sorted(names)]
     if parts:
         print(f"note: left out of {where}: {'; '.join(parts)}.", file=sys.stderr, flush=True)
 

@@ -7,7 +7,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from helpers.pictures import png
+from helpers.pictures import png, write, zipped
 from PIL import Image
 
 from maml_jax.tasks import cache, omniglot
@@ -110,6 +110,33 @@ def test_missing_and_empty_directories_suggest_the_download(tmp_path):
         assert str(folder) in str(error.value) and "--download" in str(error.value)
 
 
+def test_drawings_are_read_from_small_regular_png_files_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(omniglot, "CHARACTERS", 1)
+    names = [f"images_background/Greek/character01/{number:02d}.png" for number in range(20)]
+    root = write(tmp_path / "data", dict.fromkeys(names, png(0, size=(105, 105))))
+    (root / "images_evaluation").mkdir()
+    with pytest.raises(DataError, match="not those of Omniglot"):
+        omniglot.load(root, tmp_path)
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("A program was started."))
+    last = root / names[-1]
+    for content, message in (
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 105 105\n%%EndComments\n%%EOF\n", "none of the formats PNG"),
+        (png(0, size=(106, 105)), "it has 106 x 105 pixels, but at most 11,025"),
+        (png(0, size=(105, 104)), r"has shape \(104, 105\)"),
+    ):
+        last.write_bytes(content)
+        with pytest.raises(DataError, match=message) as error:
+            omniglot.load(root, tmp_path)
+        assert str(last) in str(error.value)
+    monkeypatch.setattr("maml_jax.tasks.tree.LARGEST_FILE", 10)
+    with pytest.raises(DataError, match="but at most 10 are read"):
+        omniglot.load(zipped(tmp_path / "a.zip", dict.fromkeys(names, "x" * 11)), tmp_path)
+    last.unlink()
+    os.mkfifo(last)
+    with pytest.raises(DataError, match=r"Greek/character01 in .* has 19"):
+        omniglot.load(root, tmp_path)
+
+
 def test_errors_name_the_damaged_source(unpacked, archive, shared_data, tmp_path, monkeypatch):
     damaged = tmp_path / "damaged"
     shutil.copytree(unpacked, damaged, copy_function=os.link)
@@ -124,18 +151,6 @@ def test_errors_name_the_damaged_source(unpacked, archive, shared_data, tmp_path
     other = sorted((alphabet / "character04").glob("*.png"))[0].read_bytes()
     image.write_bytes(other)
     with pytest.raises(DataError, match="not those of Omniglot"):
-        omniglot.load(damaged, tmp_path)
-    for content, message in (
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 105 105\n%%EndComments\n%%EOF\n", "none of the formats PNG"),
-        (png(0, size=(106, 105)), "it has 106 x 105 pixels, but at most 11,025"),
-        (png(0, size=(105, 104)), r"has shape \(104, 105\)"),
-    ):
-        image.write_bytes(content)
-        with pytest.raises(DataError, match=message):
-            omniglot.load(damaged, tmp_path)
-    image.unlink()
-    os.mkfifo(image)
-    with pytest.raises(DataError, match=r"Futurama/character03 in .* has 19"):
         omniglot.load(damaged, tmp_path)
     image.unlink()
     with monkeypatch.context() as patch:
