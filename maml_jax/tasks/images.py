@@ -233,8 +233,8 @@ def pictures(
                 errors[name] = str(error)
         left_out = {**files.left_out, **dict.fromkeys(errors, "unreadable")}
         tree.report(files.where, left_out)
-        for error in list(errors.values())[:5]:
-            print(f"note: {error}", file=sys.stderr, flush=True)
+        for message in list(errors.values())[:5]:
+            print(f"note: {message}", file=sys.stderr, flush=True)
         return Pictures(images, left_out)
 
 
