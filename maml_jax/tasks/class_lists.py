@@ -127,20 +127,24 @@ def _from_jsons(tree: Tree, root: str, lists: dict[str, str]) -> Files:
 
 
 def _from_texts(tree: Tree, root: str, lists: dict[str, str]) -> Files:
+    places = [f"{root}{place}" for place in ("data/", "images/", "")]
+    images: dict[str, list[str]] = {}
+    for path in tree.images():
+        for place in places:
+            if path.startswith(place):
+                images.setdefault(place + path[len(place) :].split("/")[0], []).append(path)
     contents: Files = {}
     for split, name in lists.items():
-        where = f"{name} in {tree.where}"
         labels = [readable(line.strip()) for line in _text(tree, name, "text").splitlines() if line.strip()]
         contents[split] = {}
         for label in labels:
-            folders = (f"{root}{place}{label}" for place in ("data/", "images/", ""))
-            folder = next((folder for folder in folders if folder in tree.folders), None)
+            folder = next((place + label for place in places if place + label in tree.folders), None)
             if folder is None or label in contents[split]:
                 raise DataError(
-                    f"{where} must list a class folder on each line, each folder once, but lists {label!r}. A folder "
-                    f"is expected at data/CLASS, images/CLASS or CLASS. {HOW}"
+                    f"{name} in {tree.where} must list a class folder on each line, each folder once, but lists "
+                    f"{label!r}. A folder is expected at data/CLASS, images/CLASS or CLASS. {HOW}"
                 )
-            contents[split][label] = [path for path in tree.images() if path.startswith(f"{folder}/")]
+            contents[split][label] = images.get(folder, [])
     return contents
 
 

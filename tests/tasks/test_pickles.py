@@ -54,7 +54,8 @@ def test_pickles_with_labels_are_read(contents, expected, tmp_path):
             labels[indices] = number
         images = np.asfortranarray(content["image_data"])
         content = OrderedDict(data=images, labels=labels if split == "train" else labels.tolist())
-        (tmp_path / f"CIFAR_FS_{split}.pickle").write_bytes(pickle.dumps(content))
+        name = {"val": "validation"}.get(split, split)
+        (tmp_path / f"CIFAR_FS_{name}.pickle").write_bytes(pickle.dumps(content))
     # Some data sets have more images of the training classes in a file with this name.
     (tmp_path / "CIFAR_FS_train_phase_val.pickle").write_bytes(b"")
     data = load(tmp_path, tmp_path / "cache", size=8)
