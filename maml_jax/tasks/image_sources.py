@@ -148,7 +148,8 @@ def _check_undivided(tree: Tree) -> None:
         if beside:
             raise DataError(
                 f"{tree.where} holds classes without a division, but {shorten(beside)} beside this folder may divide "
-                f"the classes. Give the folder {readable(str(parent))}."
+                f"the classes. Give the folder {readable(str(parent))}, or move the images away from files that do not "
+                "belong to them."
             )
 
 

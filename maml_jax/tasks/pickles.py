@@ -177,8 +177,6 @@ def _from_buffer(data: Any, kind: Any, shape: Any, order: Any) -> _Array:
 
 
 def _scalar(kind: Any, data: Any) -> Any:
-    if len(data) > 8:
-        raise ValueError(f"a number of {len(data):,} bytes")
     return _from_buffer(data, kind, (), "C").array().item()
 
 

@@ -196,7 +196,6 @@ LARGE = {
     "keys with one hash": pickle.dumps({2**61 - 1: 0}),
     "encoded texts": called(("_codecs", "encode"), "x" * 50_000, "latin1"),
     "copied dicts": called(("collections", "OrderedDict"), [["a", 0]] * 5_000),
-    "numbers": called(("numpy.core.multiarray", "scalar"), 0, "x" * 1000),
     "arrays": copies(50_000, 50),
 }
 
