@@ -200,20 +200,24 @@ LARGE = {
 }
 
 
-@pytest.mark.parametrize("name", LARGE)
-def test_short_pickles_of_large_values_raise(name):
+@pytest.fixture
+def most_memory():
+    """Returns the largest number of bytes that Python held during the test."""
     tracemalloc.start()
+    yield lambda: tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_short_pickles_of_large_values_raise(name, most_memory):
     with pytest.raises(DataError, match=r"x.pkl is damaged, or holds more"):
         pickles.load(io.BytesIO(LARGE[name]), "x.pkl")
-    assert tracemalloc.get_traced_memory()[1] < 4e6
-    tracemalloc.stop()
+    assert most_memory() < 4e6
 
 
-def test_values_with_many_references_are_built_once(tmp_path):
-    tracemalloc.start()
+def test_values_with_many_references_are_built_once(tmp_path, most_memory):
     assert pickles.load(io.BytesIO(put(2**27)), "x.pkl") is None
-    assert tracemalloc.get_traced_memory()[1] < 1e6
-    tracemalloc.stop()
+    assert most_memory() < 1e6
     value = pickles.load(io.BytesIO(pickle.dumps(nested(dict))), "x.pkl")
     for _ in range(60):
         assert value[0] is value[1]
