@@ -3,14 +3,15 @@
     python -m experiments.adapt runs/NAME/best/step-0060000.msgpack my_pictures
 
 my_pictures holds one folder of labelled pictures for each class, with the name of the class. The pictures to classify
-lie directly in my_pictures. The command prints a class and a confidence for each of these, and writes a JSON file and a
-plot. The result for a picture does not depend on the other pictures: a model that was trained with batch normalisation
-normalises with the statistics of the labelled pictures.
+lie directly in my_pictures, or in a folder with the name `unlabelled`. The command prints a class and a confidence for
+each of these, and writes a JSON file and a plot. The result for a picture does not depend on the other pictures: a
+model that was trained with batch normalisation normalises with the statistics of the labelled pictures. Files that are
+no pictures, and damaged pictures, are left out; the command prints their names.
 """
 
 import dataclasses
 import json
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from experiments.table.rows import trained_run
 from maml_jax import validation
 from maml_jax.runs import model_file
 from maml_jax.tasks import images
+from maml_jax.tasks.image_sources import UNLABELLED
 from maml_jax.types import MetaState, Task
 
 
@@ -35,7 +37,8 @@ class Config:
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     """A model file, from the folder best/ of a run."""
     folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
-    """A folder or zip archive: CLASS/PICTURE is a labelled picture, PICTURE is a picture to classify."""
+    """A folder or zip archive: CLASS/.../PICTURE is a labelled picture; PICTURE or unlabelled/.../PICTURE is a picture
+    to classify."""
     steps: DefaultInHelp[int | None] = None
     """Inner steps of the adaptation. Default: the number with which training selected the model."""
     output: Path = Path("predictions.json")
@@ -61,7 +64,7 @@ def prepare(config: Config) -> Prepared:
 
     Raises:
       ValueError: if an option is not allowed, the file has no few-shot classifier, or the folder has a wrong layout.
-      DataError: if a picture cannot be decoded.
+      DataError: if the folder does not exist, or an archive is damaged.
       OSError: if a file cannot be read.
     """
     if config.steps is not None:
@@ -76,34 +79,38 @@ def prepare(config: Config) -> Prepared:
     height, _, channels = run.image_shape
     pictures = images.pictures(config.folder, size=height, resampling=run.resampling)
     if channels == 1:
-        pictures = {name: np.rint(picture.mean(-1)).astype(np.uint8) for name, picture in pictures.items()}
+        grey = {name: np.rint(picture.mean(-1)).astype(np.uint8) for name, picture in pictures.images.items()}
+        pictures = pictures._replace(images=grey)
     labelled, others = sort(pictures, config.folder, run.ways)
     steps = about["selected_after"] if config.steps is None else config.steps
     return Prepared(config, run, testing.load_state(run, saved), labelled, others, steps)
 
 
 def sort(
-    pictures: dict[str, np.ndarray], folder: Path, ways: int
+    pictures: images.Pictures, folder: Path, ways: int
 ) -> tuple[dict[str, list[np.ndarray]], dict[str, np.ndarray]]:
     """Returns the labelled pictures by class, and the pictures to classify by name.
 
     Raises:
-      ValueError: if there are not 2 to `ways` classes, if a picture lies in a deeper folder, or if there is no picture
-        to classify.
+      ValueError: if there are not 2 to `ways` classes, if a class has no readable picture, or if there is no picture to
+        classify.
     """
-    labelled: dict[str, list[np.ndarray]] = {}
+    # A folder of which all pictures are left out is not dropped in silence.
+    folders = {name.split("/")[0] for name in (*pictures.images, *pictures.left_out) if "/" in name}
+    labelled: dict[str, list[np.ndarray]] = {name: [] for name in sorted(folders) if name.lower() not in UNLABELLED}
     others = {}
-    for name, picture in pictures.items():
-        *above, _ = PurePosixPath(name).parts
-        if len(above) > 1:
-            raise ValueError(
-                f"{name} in {folder} lies too deep: labelled pictures must be CLASS/PICTURE, pictures to classify "
-                "must be PICTURE."
-            )
-        if above:
-            labelled.setdefault(above[0], []).append(picture)
+    for name, picture in pictures.images.items():
+        folder_name, slash, _ = name.partition("/")
+        if slash and folder_name in labelled:
+            labelled[folder_name].append(picture)
         else:
             others[name] = picture
+    empty = [name for name in labelled if not labelled[name]]
+    if empty:
+        raise ValueError(
+            f"Every folder in {folder} is a class with labelled pictures, but no picture can be read in "
+            f"{', '.join(empty)}. Convert the pictures to PNG or JPEG, or remove the folder."
+        )
     if not 2 <= len(labelled) <= ways:
         raise ValueError(
             f"The model distinguishes up to {ways} classes: {folder} must hold 2 to {ways} folders of labelled "

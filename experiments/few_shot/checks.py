@@ -64,6 +64,11 @@ def _check_combinations(run: Any) -> None:
             "normalisation 'running' needs norm parameters that the inner steps leave unchanged, but reptile "
             "adapts them: give another normalisation."
         )
+    if run.rotations == "classes" and run.method == "pretrained":
+        raise ValueError(
+            "rotations 'classes' makes four classes of each class, but pretrained has one label for each class of the "
+            "data: give 'random' or 'none'."
+        )
     _check_one_step(run)
     if run.tune and run.method != "pretrained":
         raise ValueError(f"tune is for the method pretrained, but got {run.method}.")

@@ -97,8 +97,8 @@ class EpisodeShape(NamedTuple):
 
         Raises:
           ValueError: if the value of a field is not allowed, if the counts do not add up to the number of images, if
-            there are too few classes, if a class has too few images, or if images are not square although episodes
-            rotate them.
+            there are too few classes, if a class has too few images, if images are not square although episodes
+            rotate them, or if the rotations of a class are classes without labels of their own.
         """
         for name in ("ways", "shots", "queries"):
             validation.at_least(name, getattr(self, name), 1)
@@ -109,6 +109,11 @@ class EpisodeShape(NamedTuple):
             )
         validation.one_of("rotations", self.rotations, ROTATIONS)
         validation.one_of("labels", self.labels, LABELS)
+        if self.rotations == self.labels == "classes":
+            raise ValueError(
+                "labels 'classes' would give the four rotations of a class one label, although rotations 'classes' "
+                "makes four classes of them: set rotations to 'random' or 'none'."
+            )
         if self.rotations != "none" and data.images.shape[1] != data.images.shape[2]:
             raise ValueError(
                 f"rotations {self.rotations!r} needs square images, but the images are "

@@ -1,17 +1,14 @@
 """Labelled images as a data set for few-shot classification.
 
-`load` reads a folder or zip archive with the `train.csv`, `val.csv` and `test.csv` of Ravi and Larochelle (2017), class
-folders, or the common pickles of MiniImagenet, CIFAR-FS and FC100 (see `image_sources`). Each split becomes one uint8
-array, and the arrays are kept in a cache. Classes and images are sorted by name, so all forms of the same images give
-equal arrays.
+`load` reads a folder or zip archive with class folders, the lists of a published data set (see `class_lists`), or the
+common pickles of MiniImagenet, CIFAR-FS and FC100. Each split becomes one uint8 array, and the arrays are kept in a
+cache. Classes and images are sorted by name, so all forms of the same images give equal arrays.
 """
 
 import hashlib
-import io
 import json
 import os
-import struct
-import warnings
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -19,15 +16,18 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from maml_jax import validation
-from maml_jax.tasks import cache, image_sources, published
+from maml_jax.tasks import cache, image_files, image_sources, published, tree
 from maml_jax.tasks.cache import DataError
 from maml_jax.tasks.episodes import ImageClasses
-from maml_jax.tasks.image_sources import SPLITS, Contents, Division, Tree
+from maml_jax.tasks.image_sources import SPLITS, Contents, Division
+from maml_jax.tasks.tree import Tree
 
 Resampling = Literal["lanczos", "bicubic", "bilinear", "box"]
 
-LAYOUT = 2
+LAYOUT = 3
 """The version of the cached arrays. Increase the version when the same source gives other arrays."""
+COMPARED = 64
+"""The number of cached images that are compared with the source when the cache is read."""
 
 
 class ImageSplits(NamedTuple):
@@ -71,15 +71,17 @@ def load(
 ) -> ImageSplits:
     """Reads a data set from `data_dir`, or from the cache if `data_dir` has been read before.
 
-    The name of the cache file depends on the options and on the names, sizes and checksums of the source files
-    (modification times in a folder). A changed source is therefore read again.
+    The name of the cache file depends on the options and on the names, sizes and checksums of the source files (times
+    of change in a folder). A changed source is therefore read again. A cache is also built again if one of 64 images,
+    chosen at random, differs from the source. The function prints which files are left out on standard error.
 
     Args:
-      data_dir: a folder or a zip archive; see `image_sources`.
+      data_dir: a folder or a zip archive; `image_sources.HOW` lists the forms.
       cache_dir: the folder of the cached arrays; None selects `cache.default_folder()`.
       size: height and width of the resized images in pixels. Images are not cropped; the aspect ratio may change.
       resampling: the filter for resizing, 'lanczos', 'bicubic', 'bilinear' or 'box'.
-      division: how class folders without splits are divided into splits, 'random' or 'none'.
+      division: how class folders without splits are divided into splits, 'random' or 'none'. Classes with the names of
+        a published list are divided as published in place of 'random'.
       min_images: the number of images that every class must have, such as shots + queries.
       expect: the published list that the data must equal: 'miniimagenet', 'cifar-fs', 'fc100', or None for any data.
 
@@ -108,29 +110,19 @@ def load(
     validation.one_of("division", division, get_args(Division))
     validation.one_of("expect", expect, (None, *published.LISTS))
 
-    def check(counts: published.Counts) -> None:
+    with tree.open_tree(data_dir, image_sources.HOW) as files:
+        tree.report(files.where, files.left_out)
+        contents = image_sources.listing(files, division, expect)
+        used = {entry for split in SPLITS for entry in _entries(contents, split) if isinstance(entry, str)}
+        tree.report(files.where, {name: "in no class" for name in files.images() if name not in used})
+        counts = {split: {name: len(images) for name, images in contents[split].items()} for split in SPLITS}
         if expect is not None:
-            published.check(expect, counts, where)
-        _check_sizes(counts, min_images, where)
-
-    with image_sources.open_tree(data_dir) as tree:
-        where = tree.where
-        key = hashlib.sha256(f"{LAYOUT} {tree.sha256()} {size} {resampling} {division}".encode()).hexdigest()
-        path = Path(cache_dir or cache.default_folder()) / f"images-{size}-{resampling}-{key[:16]}.npz"
-        arrays = cache.read(path, _digest)
-        if arrays is None:
-            contents = image_sources.listing(tree, division)
-            check({split: {name: len(images) for name, images in contents[split].items()} for split in SPLITS})
-            arrays = _read_all(tree, contents, size, resampling)
-            cache.write(path, arrays)
-    names = {split: tuple(arrays[f"{split}_names"].tolist()) for split in SPLITS}
-    counts = {split: dict(zip(names[split], arrays[f"{split}_counts"].tolist())) for split in SPLITS}
-    check(counts)  # The cache may have been written with other `min_images` and `expect`.
-    train, val, test = (
-        ImageClasses(arrays[f"{split}_images"], tuple(arrays[f"{split}_counts"].tolist())) for split in SPLITS
-    )
-    digests = dict(zip(SPLITS, str(arrays["sha256"]).split()))
-    return ImageSplits(train, val, test, names, where, published.identify(counts), digests)
+            published.check(expect, counts, files.where)
+        _check_sizes(counts, min_images, files.where)
+        arrays, digests = _cached(files, contents, counts, Path(cache_dir or cache.default_folder()), size, resampling)
+    train, val, test = (ImageClasses(arrays[split], tuple(counts[split].values())) for split in SPLITS)
+    names = {split: tuple(counts[split]) for split in SPLITS}
+    return ImageSplits(train, val, test, names, files.where, published.identify(counts), digests)
 
 
 def _check_sizes(counts: published.Counts, min_images: int, where: str) -> None:
@@ -143,24 +135,75 @@ def _check_sizes(counts: published.Counts, min_images: int, where: str) -> None:
                 )
 
 
-def _digest(arrays: cache.Arrays) -> str:
-    """The hashes of the three splits, separated by spaces."""
-    hashes = []
+# The cache
+
+
+def _cached(
+    files: Tree, contents: Contents, counts: published.Counts, folder: Path, size: int, resampling: Resampling
+) -> tuple[cache.Arrays, dict[str, str]]:
+    """Returns the images `{split: uint8 [n, size, size, 3]}` from the cache or the source, and their hashes."""
+    key = hashlib.sha256(json.dumps([LAYOUT, files.sha256(), size, resampling, counts]).encode()).hexdigest()
+    path = folder / f"images-{size}-{resampling}-{key[:16]}.npz"
+
+    def digest(arrays: cache.Arrays) -> str:
+        return " ".join(_digests(arrays, counts).values())
+
+    arrays = cache.read(path, digest)
+    if arrays is not None and not _agrees(files, contents, arrays, size, resampling):
+        print(f"The cache {path} differs from the images in {files.where} and is built again.")
+        arrays = None
+    if arrays is None:
+        arrays = _read_all(files, contents, size, resampling)
+        arrays["sha256"] = np.array(digest(arrays))
+        cache.write(path, arrays)
+    return arrays, dict(zip(SPLITS, str(arrays["sha256"]).split()))
+
+
+def _digests(arrays: cache.Arrays, counts: published.Counts) -> dict[str, str]:
+    hashes = {}
     for split in SPLITS:
-        images, names, counts = (arrays[f"{split}_{part}"] for part in ("images", "names", "counts"))
-        digest = hashlib.sha256(json.dumps([names.tolist(), counts.tolist(), images.shape]).encode())
+        names, sizes, images = list(counts[split]), list(counts[split].values()), arrays[split]
+        digest = hashlib.sha256(json.dumps([names, sizes, images.shape]).encode())
         digest.update(np.ascontiguousarray(images).data)
-        hashes.append(digest.hexdigest())
-    return " ".join(hashes)
+        hashes[split] = digest.hexdigest()
+    return hashes
+
+
+def _agrees(files: Tree, contents: Contents, arrays: cache.Arrays, size: int, resampling: Resampling) -> bool:
+    """Whether cached images have the right shapes and type, and `COMPARED` of them, chosen at random, equal the source.
+
+    The checksum of a cache protects against damage. This comparison finds a cache that was made from other images.
+    """
+    entries = {split: _entries(contents, split) for split in SPLITS}
+    for split in SPLITS:
+        if arrays[split].shape != (len(entries[split]), size, size, 3) or arrays[split].dtype != np.uint8:
+            return False
+    places = [(split, row) for split in SPLITS for row in range(len(entries[split]))]
+    chosen = np.random.default_rng().permutation(len(places))[:COMPARED]
+    return all(
+        np.array_equal(arrays[split][row], _pixels(files, entries[split][row], size, resampling))
+        for split, row in (places[index] for index in chosen)
+    )
 
 
 # Reading images
 
 
+class Pictures(NamedTuple):
+    """The images of a folder, without splits."""
+
+    images: dict[str, np.ndarray]
+    """`{path: RGB image}`, sorted by path; uint8 `[size, size, 3]`."""
+    left_out: dict[str, str]
+    """`{path: reason}` of all other files, including damaged images."""
+
+
 def pictures(
     folder: str | Path, *, size: int = 84, resampling: Resampling | Literal["nearest"] = "lanczos"
-) -> dict[str, np.ndarray]:
-    """Reads all images in a folder or zip archive, without classes.
+) -> Pictures:
+    """Reads all images in a folder or zip archive, without classes. Other files and damaged images are left out.
+
+    The function prints the number, the names and the reasons of what is left out on standard error.
 
     Args:
       folder: a folder or a zip archive.
@@ -168,97 +211,56 @@ def pictures(
       resampling: the filter for resizing, 'lanczos', 'bicubic', 'bilinear', 'box' or 'nearest'.
 
     Returns:
-      `{path: image}`, sorted by path. Images are RGB, uint8 `[size, size, 3]`.
+      The images, and what is left out.
 
     Raises:
-      DataError: if the folder does not exist, or if an image is damaged or too large; the message names the file.
+      DataError: if the folder does not exist, or if an archive is damaged.
 
     Example:
       >>> import pathlib, tempfile
       >>> from PIL import Image
       >>> folder = pathlib.Path(tempfile.mkdtemp())
       >>> Image.new("RGB", (9, 7)).save(folder / "wren.png")
-      >>> {path: image.shape for path, image in pictures(folder, size=8).items()}
+      >>> {path: image.shape for path, image in pictures(folder, size=8).images.items()}
       {'wren.png': (8, 8, 3)}
     """
-    from PIL import Image
+    with tree.open_tree(folder) as files:
+        images, errors = {}, {}
+        for name in files.images():
+            try:
+                images[name] = _pixels(files, name, size, resampling)
+            except DataError as error:
+                errors[name] = str(error)
+        left_out = {**files.left_out, **dict.fromkeys(errors, "unreadable")}
+        tree.report(files.where, left_out)
+        for message in list(errors.values())[:5]:
+            print(f"note: {message}", file=sys.stderr, flush=True)
+        return Pictures(images, left_out)
 
-    resample = Image.Resampling[resampling.upper()]
-    with image_sources.open_tree(folder) as tree, warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        names = sorted(name for name in tree.sizes if name.lower().endswith(image_sources.IMAGES))
-        return {name: _resize(_decode(tree, name), size, resample) for name in names}
 
-
-def _read_all(tree: Tree, contents: Contents, size: int, resampling: Resampling) -> dict[str, np.ndarray]:
-    """Reads all images into arrays: `<split>_images`, `<split>_names` and `<split>_counts`, and their `sha256`."""
-    from PIL import Image
-
-    arrays = {}
-    for split in SPLITS:
-        counts = [len(images) for images in contents[split].values()]
-        arrays[f"{split}_images"] = np.empty((sum(counts), size, size, 3), np.uint8)
-        arrays[f"{split}_names"] = np.array(list(contents[split]), np.str_)
-        arrays[f"{split}_counts"] = np.array(counts, np.int32)
-    rows = [row for split in SPLITS for row in arrays[f"{split}_images"]]
-    entries = [entry for split in SPLITS for images in contents[split].values() for entry in images]
-    resample = Image.Resampling[resampling.upper()]
+def _read_all(files: Tree, contents: Contents, size: int, resampling: Resampling) -> dict[str, np.ndarray]:
+    """Reads the images of each split into one array, `{split: uint8 [n, size, size, 3]}`."""
+    entries = {split: _entries(contents, split) for split in SPLITS}
+    arrays = {split: np.empty((len(entries[split]), size, size, 3), np.uint8) for split in SPLITS}
 
     def fill(row: np.ndarray, entry: str | np.ndarray) -> None:
-        row[:] = _resize(entry if isinstance(entry, np.ndarray) else _decode(tree, entry), size, resample)
+        row[:] = _pixels(files, entry, size, resampling)
 
     # Pillow releases the interpreter lock, so threads use all cores.
-    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as threads:
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        for _ in threads.map(fill, rows, entries):
-            pass
-    return {**arrays, "sha256": np.array(_digest(arrays))}
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for split in SPLITS:
+            for _ in threads.map(fill, arrays[split], entries[split]):
+                pass
+    return arrays
 
 
-def _decode(tree: Tree, name: str) -> np.ndarray:
-    """Reads an image file as uint8 `[H, W, 3]`.
-
-    Raises:
-      DataError: if the file is damaged or too large, or has pixels of 32 bits; the message names the file.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(tree.read(name))) as opened:
-            upright = _rotate_upright(opened)
-            if upright.mode.startswith("I;16"):  # 16 bits of grey: keep the upper 8 bits.
-                return np.repeat((np.asarray(upright) >> 8).astype(np.uint8)[..., None], 3, axis=2)
-            if upright.mode in ("I", "F"):
-                raise DataError(
-                    f"The image {name} in {tree.where} has pixels of 32 bits, for which the value of white is unknown. "
-                    "Convert the image to 8 bits first."
-                )
-            # Pillow warns about palettes with transparency that are not converted to RGBA first.
-            visible = upright.convert("RGBA") if "transparency" in upright.info else upright
-            return np.asarray(visible.convert("RGB"))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"The image {name} in {tree.where} is refused: {error}") from error
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
-        raise DataError(f"The image {name} in {tree.where} is damaged or cannot be read ({error}).") from error
+def _entries(contents: Contents, split: str) -> list[str | np.ndarray]:
+    """Returns the images of a split in the order of the arrays."""
+    return [image for images in contents[split].values() for image in images]
 
 
-def _rotate_upright(opened: Any) -> Any:
-    """Applies the orientation in the EXIF data. Without a readable orientation the image is returned unchanged."""
-    from PIL import Image
-
-    try:
-        orientation = opened.getexif().get(0x0112)
-    except Exception:  # Damaged EXIF data are ignored: the pixels are intact.
-        orientation = None
-    turn = Image.Transpose
-    turns = {2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM, 5: turn.TRANSPOSE,
-             6: turn.ROTATE_270, 7: turn.TRANSVERSE, 8: turn.ROTATE_90}  # fmt: skip
-    return opened.transpose(turns[orientation]) if orientation in turns else opened
-
-
-def _resize(pixels: np.ndarray, size: int, resample: Any) -> np.ndarray:
-    from PIL import Image
-
-    if pixels.shape[:2] == (size, size):
-        return pixels
-    return np.asarray(Image.fromarray(pixels).resize((size, size), resample))
+def _pixels(files: Tree, entry: str | np.ndarray, size: int, resampling: str) -> np.ndarray:
+    """Returns an image as uint8 `[size, size, 3]`. `entry` is its path, or its pixels from a pickle."""
+    if isinstance(entry, np.ndarray):
+        return image_files.resize(entry, size, resampling)
+    return image_files.resize(image_files.decode(files.read(entry), entry, files.where), size, resampling)

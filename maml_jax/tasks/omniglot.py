@@ -11,10 +11,7 @@ References:
 
 import contextlib
 import hashlib
-import io
 import json
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
@@ -25,10 +22,19 @@ import numpy as np
 from maml_jax import validation
 from maml_jax.tasks import cache
 from maml_jax.tasks.cache import DataError
+from maml_jax.tasks.image_files import open_image
+from maml_jax.tasks.tree import open_tree
 
 CHARACTERS, DRAWINGS, SOURCE_SIZE, SIZE = 1623, 20, 105, 28
 CONTENT_SHA256 = "c68135ce5f7c56d758e906dd0294a0833e06fb133ab0bb24f33936f21c9fdfd3"
 """SHA-256 of all names and full-size drawings, in the order of `Omniglot`. The hash is the same for every form."""
+IMAGES_SHA256 = {
+    "lanczos": "41bd0b32f9d6fd35de60e28ec425d78a0f726e5bd579661a681cefc88e3761b7",
+    "box": "0ab1ac7fba289b4612ff5d49f67f9b4b7f7077f9fbc8216ef35b3ae92cb88534",
+    "nearest": "5406959191d9472771b5543ed0992115b4d25af5cf7e824f51f8ab7681634453",
+}
+"""For each filter, the SHA-256 of all names and resized images, as `digest` returns. A cache with other images is not
+used."""
 
 PARTS = ("images_background", "images_evaluation")
 SplitName = Literal["paper", "vinyals"]
@@ -86,8 +92,10 @@ def load(data_dir: str | Path, cache_dir: str | Path | None = None, *, resamplin
     source = find_source(data_dir)
     path = Path(cache_dir or cache.default_folder()) / f"omniglot-{SIZE}-{resampling}.npz"
     cached = cache.read(path, _digest_of_arrays)
-    if cached is not None:
+    if cached is not None and str(cached["sha256"]) == IMAGES_SHA256[resampling]:
         return Omniglot(cached["images"], tuple(cached["names"].tolist()))
+    if cached is not None:
+        print(f"The cache {path} does not hold the images of Omniglot and is built again.")
     data = resize_drawings(read_drawings(source), resampling)
     cache.write(path, {"images": data.images, "names": np.array(data.names), "sha256": np.array(digest(data))})
     return data
@@ -151,7 +159,7 @@ def find_source(data_dir: str | Path) -> Path | tuple[Path, ...]:
     if root.is_file():
         return (root,)
     for folder in (root, root / "omniglot", root / "3.0.0", root / "omniglot" / "3.0.0", root / "python"):
-        if (folder / "dataset_info.json").exists() and (folder / "features.json").exists():
+        if (folder / "dataset_info.json").is_file() and (folder / "features.json").is_file():
             return folder
         if all((folder / part).is_dir() for part in PARTS):
             return folder
@@ -181,12 +189,10 @@ def read_drawings(source: Path | tuple[Path, ...]) -> Drawings:
         names the file or the character.
     """
     # Read the drawings.
-    if isinstance(source, tuple):
-        found: Iterator[tuple[str, np.ndarray]] = _from_archives(source)
-    elif (source / "features.json").exists():
+    if isinstance(source, Path) and (source / "features.json").is_file():
         found = _from_tfds(source)
     else:
-        found = _from_folder(source)
+        found = _from_files(source)
     characters: dict[str, list[np.ndarray]] = {}
     for name, drawing in found:
         characters.setdefault(name, []).append(drawing)
@@ -222,28 +228,21 @@ def _check_complete(counts: dict[str, int], where: str) -> None:
             raise DataError(f"Every character has {DRAWINGS} drawings, but {name} in {where} has {count}. {HOW}")
 
 
-def _from_archives(archives: tuple[Path, ...]) -> Iterator[tuple[str, np.ndarray]]:
-    path = archives[0]
-    try:
-        with contextlib.ExitStack() as stack:
-            members = []
-            for path in archives:
-                archive = stack.enter_context(zipfile.ZipFile(path))
-                members += [(path, archive, name) for name in archive.namelist() if name.endswith(".png")]
-            # Report missing drawings before an image is decoded.
-            _check_complete(Counter(_character(PurePosixPath(name)) for *_, name in members), _describe(archives))
-            for path, archive, name in members:
-                yield _character(PurePosixPath(name)), _decode(archive.read(name), f"{name} in {path}")
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
-        raise DataError(f"The archive {path} is damaged or truncated ({error}). {HOW}") from error
-
-
-def _from_folder(root: Path) -> Iterator[tuple[str, np.ndarray]]:
-    paths = [path for part in PARTS for path in sorted((root / part).glob("*/*/*.png"))]
-    names = [_character(PurePosixPath(path.relative_to(root).as_posix())) for path in paths]
-    _check_complete(Counter(names), str(root))
-    for name, path in zip(names, paths):
-        yield name, _decode(path.read_bytes(), str(path))
+def _from_files(source: Path | tuple[Path, ...]) -> Iterator[tuple[str, np.ndarray]]:
+    """Reads the drawings in archives, or in the folder of the unpacked archives."""
+    with contextlib.ExitStack() as stack:
+        trees = [stack.enter_context(open_tree(path)) for path in ((source,) if isinstance(source, Path) else source)]
+        files = [
+            (tree, name)
+            for tree in trees
+            for name in tree.images()
+            if name.endswith(".png") and PurePosixPath(name).parts[-4:-3] in [(part,) for part in PARTS]
+        ]
+        # Report missing drawings before an image is decoded.
+        _check_complete(Counter(_character(name) for _, name in files), _describe(source))
+        for tree, name in files:
+            where = f"{tree.where}/{name}" if tree.path.is_dir() else f"{name} in {tree.where}"
+            yield _character(name), _decode(tree.read(name), where)
 
 
 def _from_tfds(root: Path) -> Iterator[tuple[str, np.ndarray]]:
@@ -253,28 +252,25 @@ def _from_tfds(root: Path) -> Iterator[tuple[str, np.ndarray]]:
         builder = tfds.builder_from_directory(root)
         name_of = builder.info.features["alphabet"].int2str
         for split_name, part in zip(("train", "test"), PARTS):
-            for example in builder.as_data_source(split_name):
-                # Ink and paper are 0 and 1 if TFDS decodes with Pillow, 0 and 255 if it decodes with OpenCV.
-                drawing = example["image"][..., 0] > 0
+            # TFDS would decode the images without a bound on their size.
+            source = builder.as_data_source(split_name, decoders={"image": tfds.decode.SkipDecoding()})
+            for example in source:
                 character = f"{part}/{name_of(example['alphabet'])}/character{example['alphabet_char_id'] + 1:02d}"
-                yield character, drawing
+                yield character, _decode(example["image"], f"of {character} in {root}")
+    except DataError:
+        raise
     except Exception as error:  # The readers of TFDS raise RuntimeError and other errors.
         raise DataError(f"TensorFlow Datasets cannot read {root}: {error}. {HOW}") from error
 
 
-def _character(path: PurePosixPath) -> str:
+def _character(path: str) -> str:
     """Returns `<part>/<alphabet>/<character>` from the path of a drawing."""
-    return "/".join(path.parts[-4:-1])
+    return "/".join(PurePosixPath(path).parts[-4:-1])
 
 
 def _decode(png: bytes, where: str) -> np.ndarray:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(io.BytesIO(png)) as image:
-            drawing = np.asarray(image.convert("1"))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"The image {where} is damaged ({error}). {HOW}") from error
+    with open_image(png, where, ("PNG",), largest=SOURCE_SIZE**2) as image:
+        drawing = np.asarray(image.convert("1"))
     if drawing.shape != (SOURCE_SIZE, SOURCE_SIZE):
         raise DataError(f"The image {where} has shape {drawing.shape}, but the images of Omniglot are 105x105. {HOW}")
     return drawing

@@ -1,6 +1,8 @@
 """A saved model classifies the pictures of a folder. A folder with a wrong layout raises."""
 
 import json
+import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +90,30 @@ def test_pictures_are_resized_as_in_training(model, folder, monkeypatch):
     assert used == ["box"]
 
 
+def test_damaged_pictures_and_deep_folders_do_not_stop_the_rest(model, folder, tmp_path, capsys):
+    """Pictures in deeper folders belong to the class, pictures in `unlabelled` are classified."""
+    paint(folder / "red" / "2024" / "june" / "x.png", COLOURS["red"], 3)
+    paint(folder / "unlabelled" / "blue.png", COLOURS["blue"], 4)
+    (folder / "green" / "broken.png").write_bytes(b"x")
+    (folder / "broken.png").write_bytes(b"x")
+    (folder / "green" / "2.HEIC").write_bytes(b"x")
+    with open(os.fsencode(folder) + b"/\xe9.png", "wb") as file:
+        file.write((folder / "a red one.png").read_bytes())
+    output = tmp_path / "found.json"
+    prepared = adapt.prepare(adapt.Config(model, folder, steps=3, output=output))
+    assert {name: len(pictures) for name, pictures in prepared.labelled.items()} == {"blue": 2, "green": 2, "red": 3}
+    adapt.main(prepared)
+    found = {each["picture"]: each["class"] for each in json.loads(output.read_text())}
+    assert found == {
+        **{f"a {name} one.png": name for name in COLOURS},
+        "unlabelled/blue.png": "blue",
+        "\\udce9.png": "red",
+    }
+    note = capsys.readouterr().err
+    assert "1 not of a type that is read (green/2.HEIC)" in note and "BytesIO" not in note
+    assert "The image broken.png in" in note and "The image green/broken.png in" in note
+
+
 def test_the_default_of_steps_is_that_of_the_selection(model, folder):
     assert adapt.prepare(adapt.Config(model, folder)).steps == 10
     content = model_file.load(model)
@@ -103,9 +129,12 @@ def test_a_wrong_layout_or_output_raises(model, folder, tmp_path):
 
     refused("output must be in a directory that exists", output=tmp_path / "nowhere" / "out.json")
     refused("output must be the path of a JSON file, but got", output=tmp_path / "out.png")
-    paint(folder / "red" / "deeper" / "x.png", (0, 0, 0), 0)
-    refused("lies too deep")
-    (folder / "red" / "deeper" / "x.png").unlink()
+    (folder / "owl").mkdir()
+    (folder / "owl" / "0.HEIC").write_bytes(b"x")
+    refused("no picture can be read in owl. Convert the pictures to PNG or JPEG")
+    (folder / "owl" / "1.png").write_bytes(b"broken")
+    refused("no picture can be read in owl")
+    shutil.rmtree(folder / "owl")
     for number in range(3):
         paint(folder / f"more {number}" / "x.png", (0, 0, 0), 0)
     refused("must hold 2 to 5 folders of labelled pictures, but has 6: blue, green")

@@ -55,7 +55,7 @@ def test_episodes_have_the_right_classes_examples_labels_and_rotations(data, rot
         assert any(len(set(s_class[task])) < 5 for task in range(40))
 
 
-@pytest.mark.parametrize("rotations", ["classes", "none"])
+@pytest.mark.parametrize("rotations", ["random", "none"])
 def test_labels_can_be_indices_of_classes(data, rotations):
     shape = EpisodeShape(5, 2, 3, rotations, labels="classes")
     for images, labels in draw_episodes(jax.random.key(0), data, 20, shape):
@@ -93,6 +93,7 @@ def test_every_class_and_example_is_equally_likely(data):
         (EpisodeShape(5, 10, 11), r"shots \+ queries must be at most 20, .* of class 0, but got 10 \+ 11 = 21\."),
         (EpisodeShape(5, 0, 1), "shots must be an integer of at least 1, but got 0"),
         (EpisodeShape(5, 1, 1, "sideways"), "rotations must be one of .*'sideways'"),
+        (EpisodeShape(5, 1, 1, "classes", "classes"), "the four rotations of a class one label"),
     ],
 )
 def test_a_shape_that_the_data_cannot_fill_raises(data, shape, message):

@@ -8,7 +8,7 @@ import zlib
 import pytest
 from helpers.pictures import assert_same, class_folders, png, small, write, zipped
 
-from maml_jax.tasks import image_sources
+from maml_jax.tasks import image_sources, tree
 from maml_jax.tasks.cache import DataError
 from maml_jax.tasks.images import load
 
@@ -157,6 +157,6 @@ def test_missing_damaged_and_too_large_files_raise(tmp_path, monkeypatch):
         archive.writestr("images/ant/ant0.png", b"")
     with pytest.raises(DataError, match=r"images/ant/ant0.png more than once"):
         load(intact, tmp_path)
-    monkeypatch.setattr(image_sources, "LARGEST_FILE", 100)
+    monkeypatch.setattr(tree, "LARGEST_FILE", 100)
     with pytest.raises(DataError, match="bytes, but at most 100 are read"):
         load(write(tmp_path / "data", small()), tmp_path)

@@ -1,7 +1,10 @@
 """Image data sets: splits, resizing, colours and the cache."""
 
 import csv
+import hashlib
 import io
+import json
+import os
 import zipfile
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from helpers.disk import file_size_limit
 from helpers.pictures import assert_same, png, small, write, zipped
 from PIL import Image
 
-from maml_jax.tasks import host_memory, image_sources
+from maml_jax.tasks import cache, host_memory, image_sources, images
 from maml_jax.tasks.cache import DataError
 from maml_jax.tasks.episodes import EpisodeShape
 from maml_jax.tasks.images import load, pictures
@@ -133,7 +136,8 @@ class TestCache:
         first = load(source, folder, size=8)
         load(archive, folder, size=8)
         with monkeypatch.context() as patch:
-            patch.setattr(Image, "open", lambda *_: pytest.fail("The images are in the cache."))
+            patch.setattr(images, "COMPARED", 0)
+            patch.setattr(Image, "open", lambda *_, **__: pytest.fail("The images are in the cache."))
             assert_same(load(source, folder, size=8), first)
             assert_same(load(archive, folder, size=8), first)
             with pytest.raises(DataError, match=r"Class bee of split train .* expected at least 3, found 2"):
@@ -153,12 +157,46 @@ class TestCache:
         (path,) = folder.iterdir()
         with np.load(path) as stored:
             arrays = dict(stored)
-        np.savez(path, **{**arrays, "val_images": arrays["val_images"] ^ 1})
+        np.savez(path, **{**arrays, "val": arrays["val"] ^ 1})
         assert_same(load(source, folder, size=8), expected)
         assert f"The cache {path} does not match its checksum" in capsys.readouterr().out
         path.write_bytes(path.read_bytes()[:-100])
         assert_same(load(source, folder, size=8), expected)
         assert f"The cache {path} is damaged" in capsys.readouterr().out
+
+    def test_a_cache_of_other_images_is_built_again(self, expected, tmp_path, capsys):
+        """Although its checksum is right."""
+        source, folder = write(tmp_path / "data", small()), tmp_path / "cache"
+        load(source, folder, size=8)
+        (path,) = folder.iterdir()
+        intact = path.read_bytes()
+        with np.load(path) as stored:
+            arrays = {name: stored[name] for name in image_sources.SPLITS}
+        for changed in (
+            {name: array ^ 1 for name, array in arrays.items()},
+            {**arrays, "val": arrays["val"][::-1]},
+            {**arrays, "val": arrays["val"][:1]},
+            {**arrays, "val": arrays["val"].astype(float)},
+        ):
+            hashes = []
+            for split, array in changed.items():
+                names, counts = expected.names[split], getattr(expected, split).counts
+                header = json.dumps([names, counts, array.shape]).encode()
+                hashes.append(hashlib.sha256(header + array.tobytes()).hexdigest())
+            cache.write(path, {**changed, "sha256": np.array(" ".join(hashes))})
+            assert_same(load(source, folder, size=8), expected)
+            assert f"The cache {path} differs from the images in {source}" in capsys.readouterr().out
+            assert path.read_bytes() == intact
+
+    def test_an_image_that_keeps_size_and_time_is_read_again(self, tmp_path):
+        source = write(tmp_path / "data", {f"{label}/0.bmp": bmp(9) for label in OTHERS})
+        first = load(source, tmp_path, size=8)
+        path = source / f"{first.names['train'][2]}/0.bmp"
+        times = path.stat()
+        path.write_bytes(bmp(200))
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        assert path.stat().st_mtime_ns == times.st_mtime_ns and path.stat().st_size == times.st_size
+        assert load(source, tmp_path, size=8).train.images[:, 0, 0, 0].tolist() == [9, 9, 200, 9, 9, 9]
 
     def test_a_full_disk_leaves_no_part_of_the_cache(self, tmp_path):
         source, folder = write(tmp_path / "data", small()), tmp_path / "cache"
@@ -169,7 +207,46 @@ class TestCache:
         load(source, folder, size=64)
 
 
+def bmp(value):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (value, 0, 0)).save(file, "BMP")
+    return file.getvalue()
+
+
+def test_drawings_in_the_alpha_channel_differ(tmp_path):
+    files = {}
+    for number in range(2):
+        alpha = np.random.default_rng(number).integers(0, 256, (8, 8, 1), np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(np.concatenate([np.zeros((8, 8, 3), np.uint8), alpha], -1)).save(file, "PNG")
+        files[f"{number}/0.png"] = file.getvalue()
+    first, second = load(write(tmp_path / "data", files), tmp_path, size=8, division="none").train.images
+    assert (first != second).any() and first.max() > 200 and first.min() < 50
+
+
+def test_images_without_a_class_are_counted_and_named(tmp_path, capsys):
+    files = {name: content for label in OTHERS for name, content in {f"{label}/0.jfif": png(0)}.items()}
+    files |= {"kind00/1.HEIC": b"", "kind00/2": b"", "loose.png": png(0), "unlabelled/0.png": png(0)}
+    data = load(write(tmp_path / "data", files), tmp_path, size=8)
+    assert sorted(sum(data.names.values(), ())) == list(OTHERS)
+    note = capsys.readouterr().err
+    assert "2 not of a type that is read (kind00/1.HEIC, kind00/2)" in note
+    assert "2 in no class (loose.png, unlabelled/0.png)" in note
+    load(tmp_path / "data", tmp_path, size=8)
+    assert capsys.readouterr().err == note  # Also with images from the cache.
+
+
 def test_all_pictures_of_a_folder_are_read_by_path(tmp_path):
     folder = write(tmp_path / "data", {"b.png": png(0), "a/c.png": png(1), "notes.txt": "x"})
-    images = pictures(folder, size=8)
-    assert list(images) == ["a/c.png", "b.png"] and images["b.png"].shape == (8, 8, 3)
+    found = pictures(folder, size=8)
+    assert found.left_out == {}
+    assert list(found.images) == ["a/c.png", "b.png"] and found.images["b.png"].shape == (8, 8, 3)
+
+
+def test_damaged_pictures_are_left_out_and_named(tmp_path, capsys):
+    folder = write(tmp_path / "data", {"b.png": png(0), "a.png": b"broken", "c.HEIC": b""})
+    found = pictures(folder, size=8)
+    assert list(found.images) == ["b.png"] and found.left_out.keys() == {"a.png", "c.HEIC"}
+    note = capsys.readouterr().err
+    assert "1 not of a type that is read (c.HEIC); 1 unreadable (a.png)" in note
+    assert "The image a.png in" in note and "BytesIO" not in note

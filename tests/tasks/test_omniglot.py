@@ -7,6 +7,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from helpers.pictures import png, write, zipped
 from PIL import Image
 
 from maml_jax.tasks import cache, omniglot
@@ -51,6 +52,7 @@ def test_images_are_the_resized_drawings(data):
     assert data.images.shape == (1623, 20, 28, 28) and data.images.dtype == np.uint8
     assert data.images.mean() > 200  # Paper is 255 and most of the image.
     assert len(np.unique(data.images)) > 100  # Smoothed, not black and white.
+    assert omniglot.digest(data) == omniglot.IMAGES_SHA256["lanczos"]
     nearest = omniglot.resize_drawings({"a/b/c": np.eye(105, dtype=bool)[None].repeat(20, 0)}, "nearest")
     assert set(np.unique(nearest.images)) <= {0, 255}
 
@@ -86,10 +88,14 @@ def test_the_cache_is_used_and_rebuilt_when_damaged(data, archive, tmp_path, mon
     assert not reads
     flipped = bytearray(intact)
     flipped[len(intact) // 2] ^= 1
-    other = tmp_path / "other.npz"  # An intact file with the wrong content hash.
+    other, made_up = tmp_path / "other.npz", tmp_path / "made_up.npz"
     with np.load(path) as arrays:
-        np.savez(other, **{**arrays, "images": arrays["images"] ^ 1})
-    for damage in (intact[: len(intact) // 2], intact[:-1], b"", bytes(flipped), b"not a cache", other.read_bytes()):
+        np.savez(other, **{**arrays, "images": arrays["images"] ^ 1})  # An intact file with the wrong content hash.
+        images = arrays["images"] ^ 1
+    content_hash = omniglot.digest(omniglot.Omniglot(images, data.names))
+    cache.write(made_up, {"images": images, "names": np.array(data.names), "sha256": np.array(content_hash)})
+    others = (other.read_bytes(), made_up.read_bytes())
+    for damage in (intact[: len(intact) // 2], intact[:-1], b"", bytes(flipped), b"not a cache", *others):
         path.write_bytes(damage)
         reads.clear()
         np.testing.assert_array_equal(omniglot.load(archive, tmp_path).images, data.images)
@@ -102,6 +108,33 @@ def test_missing_and_empty_directories_suggest_the_download(tmp_path):
         with pytest.raises(DataError, match=problem) as error:
             omniglot.load(folder, tmp_path)
         assert str(folder) in str(error.value) and "--download" in str(error.value)
+
+
+def test_drawings_are_read_from_small_regular_png_files_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(omniglot, "CHARACTERS", 1)
+    names = [f"images_background/Greek/character01/{number:02d}.png" for number in range(20)]
+    root = write(tmp_path / "data", dict.fromkeys(names, png(0, size=(105, 105))))
+    (root / "images_evaluation").mkdir()
+    with pytest.raises(DataError, match="not those of Omniglot"):
+        omniglot.load(root, tmp_path)
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("A program was started."))
+    last = root / names[-1]
+    for content, message in (
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 105 105\n%%EndComments\n%%EOF\n", "none of the formats PNG"),
+        (png(0, size=(106, 105)), "it has 106 x 105 pixels, but at most 11,025"),
+        (png(0, size=(105, 104)), r"has shape \(104, 105\)"),
+    ):
+        last.write_bytes(content)
+        with pytest.raises(DataError, match=message) as error:
+            omniglot.load(root, tmp_path)
+        assert str(last) in str(error.value)
+    monkeypatch.setattr("maml_jax.tasks.tree.LARGEST_FILE", 10)
+    with pytest.raises(DataError, match="but at most 10 are read"):
+        omniglot.load(zipped(tmp_path / "a.zip", dict.fromkeys(names, "x" * 11)), tmp_path)
+    last.unlink()
+    os.mkfifo(last)
+    with pytest.raises(DataError, match=r"Greek/character01 in .* has 19"):
+        omniglot.load(root, tmp_path)
 
 
 def test_errors_name_the_damaged_source(unpacked, archive, shared_data, tmp_path, monkeypatch):
@@ -121,7 +154,7 @@ def test_errors_name_the_damaged_source(unpacked, archive, shared_data, tmp_path
         omniglot.load(damaged, tmp_path)
     image.unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(Image, "open", lambda *_: pytest.fail("Missing files are reported before decoding."))
+        patch.setattr(Image, "open", lambda *_, **__: pytest.fail("Missing files are reported before decoding."))
         with pytest.raises(DataError, match=r"Futurama/character03 in .* has 19"):
             omniglot.load(damaged, tmp_path)
         shutil.rmtree(alphabet)

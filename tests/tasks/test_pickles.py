@@ -1,7 +1,9 @@
 """Pickled data sets: the common forms are read, and no function that a pickle names is called."""
 
+import io
 import pickle
 import struct
+import tracemalloc
 from collections import OrderedDict
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 from helpers.pictures import assert_same, small, write
 
-from maml_jax.tasks import image_sources
+from maml_jax.tasks import image_sources, pickles
 from maml_jax.tasks.cache import DataError
 from maml_jax.tasks.images import load
 
@@ -52,7 +54,8 @@ def test_pickles_with_labels_are_read(contents, expected, tmp_path):
             labels[indices] = number
         images = np.asfortranarray(content["image_data"])
         content = OrderedDict(data=images, labels=labels if split == "train" else labels.tolist())
-        (tmp_path / f"CIFAR_FS_{split}.pickle").write_bytes(pickle.dumps(content))
+        name = {"val": "validation"}.get(split, split)
+        (tmp_path / f"CIFAR_FS_{name}.pickle").write_bytes(pickle.dumps(content))
     # Some data sets have more images of the training classes in a file with this name.
     (tmp_path / "CIFAR_FS_train_phase_val.pickle").write_bytes(b"")
     data = load(tmp_path, tmp_path / "cache", size=8)
@@ -146,3 +149,97 @@ def test_wrong_contents_raise(contents, tmp_path):
     (tmp_path / "old_train.pkl").write_bytes(intact)
     with pytest.raises(DataError, match=r"more than one pickle for train: old_train.pkl, train.pkl"):
         load(tmp_path, tmp_path / "cache", size=8)
+
+
+def nested(kind, depth=60):
+    """A pickle of a few hundred bytes: a value that holds the value before twice, `depth` times."""
+    value = kind(())
+    for _ in range(depth):
+        value = {0: value, 1: value} if kind is dict else kind((value, value))
+    return value
+
+
+def put(index):
+    """A pickle that stores None at an index of the memo."""
+    return b"\x80\x02Nr" + struct.pack("<I", index) + b"."
+
+
+def copies(size, count):
+    """A pickle of `count` arrays that share `size` bytes."""
+    kind = b"cnumpy\ndtype\n(U\x02u1K\x00K\x01tR(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tbq\x010"
+    data = b"T" + struct.pack("<i", size) + b"x" * size + b"q\x020"
+    array = b"cnumpy.core.multiarray\n_reconstruct\n)R(K\x01K\x00h\x01\x89h\x02tb".replace(
+        b"K\x00h", b"J" + struct.pack("<i", size) + b"\x85h"
+    )
+    return b"\x80\x02" + kind + data + b"(" + array * count + b"l."
+
+
+def called(function, *arguments):
+    """A pickle that calls a stand-in 2,000 times with the same arguments, which it holds once."""
+    head = pickle.dumps(arguments, 2)[:-1] + b"q\xff0"
+    return head + b"c" + "\n".join(function).encode() + b"\nq\xfe0(" + b"h\xfeh\xffR" * 2000 + b"l."
+
+
+TUPLES = pickle.dumps(nested(tuple), 2)[2:-1]
+"""Operations that make a tuple whose hash takes time without end."""
+LARGE = {
+    "bytes": b"\x80\x05B" + struct.pack("<I", 2**31 - 1),
+    "long bytes": b"\x80\x05\x8e" + struct.pack("<Q", 2**33),
+    "bytearray": b"\x80\x05\x96" + struct.pack("<Q", 2**33),
+    "frame": b"\x80\x05\x95" + struct.pack("<Q", 2**33),
+    "key": b"\x80\x02}" + TUPLES + b"Ns.",
+    "keys": b"\x80\x02}(" + TUPLES + b"Nu.",
+    "keys of dict": b"\x80\x02(" + TUPLES + b"Nd.",
+    "keys of OrderedDict": called(("collections", "OrderedDict"), [[nested(tuple), 0]]),
+    "set": b"\x80\x04\x8f(" + TUPLES + b"\x90.",
+    "frozenset": b"\x80\x04(" + TUPLES + b"\x91.",
+    "keys with one hash": pickle.dumps({2**61 - 1: 0}),
+    "encoded texts": called(("_codecs", "encode"), "x" * 50_000, "latin1"),
+    "copied dicts": called(("collections", "OrderedDict"), [["a", 0]] * 5_000),
+    "arrays": copies(50_000, 50),
+}
+
+
+@pytest.fixture
+def most_memory():
+    """Returns the largest number of bytes that Python held during the test."""
+    tracemalloc.start()
+    yield lambda: tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_short_pickles_of_large_values_raise(name, most_memory):
+    with pytest.raises(DataError, match=r"x.pkl is damaged, or holds more"):
+        pickles.load(io.BytesIO(LARGE[name]), "x.pkl")
+    assert most_memory() < 4e6
+
+
+def test_values_with_many_references_are_built_once(tmp_path, most_memory):
+    assert pickles.load(io.BytesIO(put(2**27)), "x.pkl") is None
+    assert most_memory() < 1e6
+    value = pickles.load(io.BytesIO(pickle.dumps(nested(dict))), "x.pkl")
+    for _ in range(60):
+        assert value[0] is value[1]
+        value = value[0]
+    itself = {}
+    itself["a"] = itself
+    value = pickles.load(io.BytesIO(pickle.dumps(itself)), "x.pkl")
+    assert value["a"] is value
+    # A file is not read beyond its end.
+    path = tmp_path / "x.pkl"
+    path.write_bytes(b"\x80\x05B" + struct.pack("<I", 2**31 - 1))
+    with open(path, "rb") as file, pytest.raises(DataError, match="bytes are missing"):
+        pickles.load(file, "x.pkl")
+
+
+def test_too_many_values_raise(monkeypatch):
+    monkeypatch.setattr(pickles, "LARGEST_LENGTH", 100)
+    with pytest.raises(DataError, match="more than 100 values"):
+        pickles.load(io.BytesIO(b"}" * 200), "x.pkl")
+
+
+def test_labels_are_grouped_in_time_that_does_not_grow_with_the_classes():
+    split = {"data": np.zeros((20_000, 1, 1, 3), np.uint8), "labels": list(range(20_000))[::-1]}
+    found = pickles.images(io.BytesIO(pickle.dumps(split)), "x.pkl").classes
+    assert len(found) == 20_000 and found["7"].tolist() == [19_992]

@@ -65,6 +65,7 @@ BAD = [
     ("omniglot", ["--start-from", "nowhere.msgpack"], "nowhere.msgpack"),
     ("omniglot", ["--net", "mlp", "--normalisation", "tasknorm"], "'tasknorm' needs spatial axes"),
     ("omniglot", ["--method", "pretrained", "--normalisation", "running"], "'running' gathers statistics"),
+    ("omniglot", ["--method", "pretrained", "--rotations", "classes"], "'classes' makes four classes of each class"),
     ("miniimagenet", ["--data-dir", "nowhere"], "nowhere"),
     ("miniimagenet", ["--outer-rate", "0"], "outer_rate must be positive and finite, but got 0"),
     ("omniglot", ["--data-dir", "nowhere"], "--download"),
