@@ -35,7 +35,7 @@ class Config:
     """The command prints and writes a class and a confidence for each picture to classify."""
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
-    """A model file, from the folder best/ of a run."""
+    """A model file, from the folder best/ of a run, or the name of a model of `maml_jax.pretrained`."""
     folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
     """A folder or zip archive: CLASS/.../PICTURE is a labelled picture; PICTURE or unlabelled/.../PICTURE is a picture
     to classify."""
@@ -70,7 +70,7 @@ def prepare(config: Config) -> Prepared:
     if config.steps is not None:
         validation.at_least("steps", config.steps, 0)
     command_line.check_output(config.output)
-    saved = model_file.load(config.model)
+    saved = model_file.load(command_line.model_path(config.model))
     about = saved.description
     run = trained_run(config.model, about)
     if run.normalisation == "batch":

@@ -2,7 +2,7 @@
 
     python -m experiments.evaluate runs/NAME/best/step-0060000.msgpack --data-dir data/omniglot
     python -m experiments.evaluate runs/NAME/best/*.msgpack --ensemble --data-dir data/omniglot
-    python -m experiments.evaluate FIRST.msgpack SECOND.msgpack --data-dir data/omniglot
+    python -m experiments.evaluate omniglot-20w1s MINE.msgpack --data-dir data/omniglot
 
 The command prints the accuracy after each number of inner steps. With --output it writes a JSON file and a plot.
 """
@@ -41,7 +41,7 @@ class Config:
     models: Annotated[
         tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="MODEL [MODEL ...]", help_behavior_hint="")
     ]
-    """Model files, from the folders best/ of runs."""
+    """Model files, from the folders best/ of runs, or names of models of `maml_jax.pretrained`."""
     data_dir: Path = Path("data")
     """Folder of the data set."""
     ensemble: bool = False
@@ -138,7 +138,7 @@ def load(path: Path, config: Config, loaded: dict[Run, DataSet]) -> Model:
       ValueError: if the options or the data do not fit the model.
       WorkdirError: if the description of the model has another form.
     """
-    saved = model_file.load(path)
+    saved = model_file.load(command_line.model_path(path))
     about = saved.description
     trained = trained_run(path, about)
     if config.inner_rate is not None and jax.tree.leaves(saved.inner_params):

@@ -77,7 +77,7 @@ def main(prepared: tuple[few_shot.Run, DataSet]) -> dict[str, Any]:
     print(f"{run}\nWriting to {directory.path}", flush=True)
 
     # Training, from a new net, from a saved model, or from the first phase of the recipe.
-    start = model_file.load(run.start_from) if run.start_from is not None else None
+    start = None if run.start_from is None else model_file.load(command_line.model_path(run.start_from))
     first = dataclasses.replace(run, workdir=directory.path).first_phase
     if first is not None:
         state, _ = train(first, data, first.open_directory(data))

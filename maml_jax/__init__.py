@@ -1,5 +1,6 @@
 """Model-agnostic meta-learning on JAX: pure functions for learning to adapt in a few gradient steps."""
 
+from maml_jax import pretrained
 from maml_jax.algorithms import heads
 from maml_jax.algorithms.imaml import imaml
 from maml_jax.algorithms.maml_plus_plus import maml_plus_plus
@@ -40,6 +41,7 @@ __all__ = [
     "save",
     "load",
     "restore",
+    "pretrained",
     # Types.
     "AdaptInfo",
     "Evaluation",

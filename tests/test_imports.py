@@ -56,6 +56,7 @@ MAY_IMPORT = {  # For each folder of maml_jax, the folders and files that it may
     "rl": {"", "autodiff", "parallel", "nets"},
     "rl/envs": {"validation", "parallel", "rl"},
     "runs": {"", "parallel"},
+    "pretrained": {"validation", "runs"},
 }
 
 

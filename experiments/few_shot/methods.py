@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 import maml_jax
 from experiments.few_shot.names import WITH_HEAD_RATES
 from experiments.few_shot.run import DataSet, Run
+from experiments.shared import command_line
 from maml_jax import losses
 from maml_jax.algorithms import heads
 from maml_jax.algorithms.imaml import imaml
@@ -251,7 +252,7 @@ def check_start(run: Run) -> None:
     """Raises ValueError or OSError if the file of `start_from` is damaged, missing, or a model of another net."""
     if run.start_from is None:
         return
-    saved, net = model_file.load(run.start_from), network(run, training=True)
+    saved, net = model_file.load(command_line.model_path(run.start_from)), network(run, training=True)
 
     def start() -> MetaParams:
         params = net.init(jax.random.key(0), jnp.zeros((1, *run.image_shape)))["params"]

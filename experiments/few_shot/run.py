@@ -112,9 +112,9 @@ class Run(command_line.RunOptions):
     first_steps: FromRecipe[int] = RECIPE
     """Number of meta-steps of the first phase, for --recipe fast. Default: the recipe's number."""
     start_from: DefaultInHelp[Path | None] = None
-    """Saved model of the same net to start from, such as last.msgpack of another run. The run takes the model's head if
-    the number of classes is the same, and the model's learned inner rates if the run learns rates too. Default: a new
-    net."""
+    """Saved model of the same net to start from: a file, such as last.msgpack of another run, or a name such as
+    omniglot-20w1s. The run takes the model's head if the number of classes is the same, and the model's learned inner
+    rates if the run learns rates too. Default: a new net."""
     downscale: FromRecipe[int] = RECIPE
     """Divide height and width of the images in training by this number, for one-step. Default: the recipe's number, or
     1."""

@@ -15,6 +15,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from experiments.shared import streams
+from maml_jax import pretrained
 from maml_jax.parallel import backend, processes
 from maml_jax.runs import signals
 from maml_jax.runs.agreement import DisagreementError, check_agreement
@@ -186,6 +187,21 @@ class Hosts:
     """Number of processes. Not needed with --coordinator auto."""
     process: DefaultInHelp[int | None] = None
     """Number of this process, from 0; only process 0 writes files. Not needed with --coordinator auto."""
+
+
+def model_path(given: Path) -> Path:
+    """Returns the file of a model that is given as a path, or as a name in `maml_jax.pretrained`.
+
+    Raises:
+      FileNotFoundError: if there is no such file and no such name.
+    """
+    if given.exists():
+        return given
+    if str(given) in pretrained.NAMES:
+        return pretrained.path(str(given))
+    raise FileNotFoundError(
+        f"{given} is neither a file nor the name of a model of this project: {', '.join(pretrained.NAMES)}."
+    )
 
 
 def check_output(path: Path) -> None:
