@@ -103,10 +103,10 @@ def cross_entropy(apply: Apply) -> LossFn:
     Returns:
       `(params, (inputs [B, ...], labels [B])) -> (loss, {"accuracy": fraction of correct predictions})`. Labels are
       integers from 0 to N - 1. Compiled programs cannot check this range: the loss is NaN for other labels, unless
-      their examples have the weight 0.
+      their examples have the weight 0. Labels of sequences are `[B, L]`; the loss is the mean over all positions.
 
     Raises (when called):
-      ValueError: if the labels are not integers `[B]`, one for each row of the logits.
+      ValueError: if the labels are not integers `[B, ...]`, one for each row of the logits `[B, ..., N]`.
 
     References:
       Finn, Abbeel and Levine 2017, Model-agnostic meta-learning, arXiv:1703.03400.
@@ -175,10 +175,10 @@ def _weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
 
 def _mean_cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array | None = None) -> jax.Array:
     rows = jnp.shape(logits)[:-1]
-    if not jnp.issubdtype(jnp.result_type(labels), jnp.integer) or jnp.shape(labels) != rows or len(rows) != 1:
+    if not jnp.issubdtype(jnp.result_type(labels), jnp.integer) or jnp.shape(labels) != rows or not rows:
         raise ValueError(
-            f"The labels must be integers [B], one for each row of logits [B, N], but are {jnp.result_type(labels)} of "
-            f"shape {jnp.shape(labels)} for logits of shape {jnp.shape(logits)}. {ONE_TASK}"
+            f"The labels must be integers [B, ...], one for each row of logits [B, ..., N], but are "
+            f"{jnp.result_type(labels)} of shape {jnp.shape(labels)} for logits of shape {jnp.shape(logits)}. {ONE_TASK}"
         )
     # A negative index would count from the last class. N is no class, and gives NaN.
     labels = jnp.asarray(labels)

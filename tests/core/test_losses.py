@@ -1,5 +1,6 @@
 """Tests of losses: values, inner rates, and inductive predictions."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,14 +85,20 @@ def test_labels_that_are_no_class_give_nan_unless_their_weight_is_zero():
 WEIGHTS = jnp.array([1, 0, 1])  # Integers: their type is converted.
 
 
-def test_a_batch_of_tasks_and_a_single_example_raise():
+def test_a_single_example_raises():
     apply = lambda params, x: x  # noqa: E731
     with pytest.raises(ValueError, match="leading axis of tasks"):
         losses.cross_entropy(apply)(None, (jnp.zeros(5), jnp.array(0)))
     with pytest.raises(ValueError, match="leading axis of tasks"):
         losses.mean_squared_error(apply)(None, (jnp.array(0.0), jnp.array(0.0)))
-    with pytest.raises(ValueError, match="adapt takes the support set of one task"):
-        losses.cross_entropy(apply)(None, (jnp.zeros((2, 4, 5)), jnp.zeros((2, 4), int)))
+
+
+def test_labels_of_sequences():
+    logits = jax.random.normal(jax.random.key(0), (2, 4, 5))
+    labels = jnp.arange(8).reshape(2, 4) % 5
+    loss_fn = losses.cross_entropy(lambda params, x: x)
+    sequences, flat = (loss_fn(None, batch) for batch in ((logits, labels), (logits.reshape(8, 5), labels.reshape(8))))
+    chex.assert_trees_all_close(sequences, flat)
 
 
 @pytest.mark.parametrize("normalisation", NORMALISATIONS)

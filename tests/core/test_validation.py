@@ -142,7 +142,7 @@ def test_targets():
         (jnp.zeros(4), r"float.* of shape \(4,\)"),
     ):
         for loss_fn in (classes, losses.log_probabilities(apply)):
-            message = rf"labels must be integers \[B\], .*but are {given} for logits of shape \(4, 3\)"
+            message = rf"labels must be integers \[B, ...\], .*but are {given} for logits of shape \(4, 3\)"
             with pytest.raises(ValueError, match=message):
                 loss_fn(1.0, (jnp.ones((4, 3)), labels))
 
