@@ -177,8 +177,9 @@ def _mean_cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array
     rows = jnp.shape(logits)[:-1]
     if not jnp.issubdtype(jnp.result_type(labels), jnp.integer) or jnp.shape(labels) != rows or not rows:
         raise ValueError(
-            f"The labels must be integers [B, ...], one for each row of logits [B, ..., N], but are "
-            f"{jnp.result_type(labels)} of shape {jnp.shape(labels)} for logits of shape {jnp.shape(logits)}. {ONE_TASK}"
+            "The labels must be integers [B, ...], one for each row of logits [B, ..., N], but are "
+            f"{jnp.result_type(labels)} of shape {jnp.shape(labels)} for logits of shape {jnp.shape(logits)}. "
+            f"{ONE_TASK}"
         )
     # A negative index would count from the last class. N is no class, and gives NaN.
     labels = jnp.asarray(labels)
