@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from maml_jax import validation
 from maml_jax.types import Batch, LossFn, Params, Task
 
 
@@ -68,7 +69,10 @@ def with_keys(tasks: Task, key: jax.Array) -> Task:
 
     Returns:
       Tasks with support and query sets `(batch, keys [T])`.
+
+    Raises:
+      TypeError: if `tasks` is not a `Task`.
+      ValueError: if the leading axes of the leaves differ.
     """
-    number = len(jax.tree.leaves(tasks)[0])
-    keys = jax.random.split(key, (2, number))
+    keys = jax.random.split(key, (2, validation.num_tasks(tasks)))
     return Task((tasks.support, keys[0]), (tasks.query, keys[1]))
