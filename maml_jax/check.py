@@ -240,8 +240,8 @@ def _finite(problem: Problem, trained: Problem, given: Params) -> Finding:
             return (
                 "The support loss is not finite before any adaptation. Check the tasks and the parameters for values "
                 "that are not finite, and the loss for a log, a division or a square root. "
-                + diagnosis.values_to_check(problem.tasks)
-            )
+                f"{diagnosis.values_to_check(problem.tasks)}"
+            ).strip()
         if not np.isfinite(problem.jitted_meta_loss(problem.start)):
             return (
                 "The support loss is finite before adaptation, but the query loss after it is not. If the inner loop "
