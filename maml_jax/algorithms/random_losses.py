@@ -5,6 +5,7 @@ key for its support set and one for its query set. `with_step` passes the number
 `keyed_loss` folds the step into the key.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +42,7 @@ def keyed_loss(loss_fn: Callable[[Params, Batch, jax.Array], tuple[jax.Array, An
       tasks from `with_keys`. With this learner, `adapt` returns `(params, step)` in place of `params`.
     """
 
+    @functools.wraps(loss_fn, updated=())  # Errors name the loss of the caller.
     def with_step_and_key(params_and_step: Any, batch_and_key: Any) -> tuple[jax.Array, Any]:
         (params, step), (batch, key) = params_and_step, batch_and_key
         return loss_fn(params, batch, jax.random.fold_in(key, step))
