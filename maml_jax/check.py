@@ -396,7 +396,10 @@ def _precision(problem_in_float32: Problem, gradient: Any, coarsest: np.dtype) -
     error = relative_difference(cast(rounded, np.float64), gradient)
     meaning = "The relative difference between the meta-gradient in float32 and in float64."
     if error > LARGE_ROUNDING:
-        meaning += " The inner loop amplifies rounding errors: a smaller inner rate, fewer steps or float64 help."
+        meaning += (
+            " If the loss draws random numbers, the numbers of the two types differ. Otherwise the inner loop amplifies "
+            "rounding errors: a smaller inner rate, fewer steps or float64 help."
+        )
     if coarsest != np.float64:
         meaning += (
             f" The loss computes in {coarsest} whatever the type of its inputs. 'loss gradient' and 'meta-gradient' "
