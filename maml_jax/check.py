@@ -397,7 +397,7 @@ def _precision(problem_in_float32: Problem, gradient: Any, coarsest: np.dtype) -
     meaning = "The relative difference between the meta-gradient in float32 and in float64."
     if error > LARGE_ROUNDING:
         meaning += (
-            " If the loss draws random numbers, the numbers of the two types differ. Otherwise the inner loop amplifies "
+            " If the loss draws random numbers, these differ between the two types. Otherwise the inner loop amplifies "
             "rounding errors: a smaller inner rate, fewer steps or float64 help."
         )
     if coarsest != np.float64:
