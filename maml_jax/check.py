@@ -18,7 +18,6 @@ from maml_jax.autodiff.finite_differences import (
     Comparison,
     GradientChecker,
     cast,
-    coarsest_type,
     gradient_checker,
     leaf_names,
     norm,
@@ -157,8 +156,7 @@ def check_meta_gradient(
     Raises:
       ValueError, TypeError: for arguments that `maml` does not allow, and for an inner learner with 0 steps.
     """
-    if not isinstance(inner, InnerLearner):
-        raise TypeError(f"inner must be an InnerLearner, such as maml_jax.sgd(0.01, steps=1), but got {inner!r}.")
+    validation.inner("inner", inner, InnerLearner)
     validation.at_least("inner.steps", inner.steps, 1)
     weights = step_weights(jnp.zeros([], jnp.int32)) if callable(step_weights) else step_weights
     if weights is not None:
@@ -186,7 +184,7 @@ def check_meta_gradient(
 
         # The meta-gradient to check, and the same with all operations in float64.
         value, gradient = problem.value_and_grad(problem.start)
-        coarsest = coarsest_type(jax.make_jaxpr(problem.meta_loss)(problem.start).jaxpr)
+        coarsest = problem.coarsest()
         exact = problem if coarsest == np.float64 else problem.in_float64()
         exact_value, exact_gradient = exact.value_and_grad(exact.start)
         # The lowest precision that remains sets the tolerance of the differences.
@@ -240,8 +238,8 @@ def _finite(problem: Problem, trained: Problem, given: Params) -> Finding:
             return (
                 "The support loss is not finite before any adaptation. Check the tasks and the parameters for values "
                 "that are not finite, and the loss for a log, a division or a square root. "
-                + diagnosis.values_to_check(problem.tasks)
-            )
+                f"{diagnosis.values_to_check(problem.tasks)}"
+            ).strip()
         if not np.isfinite(problem.jitted_meta_loss(problem.start)):
             return (
                 "The support loss is finite before adaptation, but the query loss after it is not. If the inner loop "
@@ -398,7 +396,10 @@ def _precision(problem_in_float32: Problem, gradient: Any, coarsest: np.dtype) -
     error = relative_difference(cast(rounded, np.float64), gradient)
     meaning = "The relative difference between the meta-gradient in float32 and in float64."
     if error > LARGE_ROUNDING:
-        meaning += " The inner loop amplifies rounding errors: a smaller inner rate, fewer steps or float64 help."
+        meaning += (
+            " If the loss draws random numbers, these differ between the two types. Otherwise the inner loop amplifies "
+            "rounding errors: a smaller inner rate, fewer steps or float64 help."
+        )
     if coarsest != np.float64:
         meaning += (
             f" The loss computes in {coarsest} whatever the type of its inputs. 'loss gradient' and 'meta-gradient' "

@@ -1,4 +1,4 @@
-"""Finds the cause of a loss that is not finite before anything is adapted: values of the tasks."""
+"""Finds values of the tasks that make a loss NaN or infinite before the first inner step."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def values_to_check(tasks: Any) -> str:
     not_finite, integers = [], []
     for path, leaf in jax.tree_util.tree_leaves_with_path(tasks):
         name, kind = f"tasks{jax.tree_util.keystr(path)}", jnp.result_type(leaf)
-        if jnp.issubdtype(kind, jnp.inexact) and not np.isfinite(np.asarray(leaf, np.complex128)).all():
+        if jnp.issubdtype(kind, jnp.inexact) and not np.isfinite(np.asarray(leaf)).all():
             not_finite.append(name)
         elif jnp.issubdtype(kind, jnp.integer) and np.size(leaf):
             integers.append(f"{name} holds integers from {np.min(leaf)} to {np.max(leaf)}")

@@ -24,7 +24,7 @@ class MetaLearner(NamedTuple):
     """A meta-learning algorithm as four pure functions.
 
     Compile `step` with `jax.jit(learner.step, donate_argnums=0)`. `evaluate` and `adapt` are compiled already, once
-    for each shape of their arguments.
+    for each shape of their arguments, except those of `maml_jax.rl`.
     """
 
     init: Callable[[Params], MetaState]

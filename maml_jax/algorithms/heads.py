@@ -123,7 +123,8 @@ def prototypes(features: Callable[..., jax.Array], name: str = "head") -> Start:
         ways = head["bias"].shape[-1]
         one_hot = jax.nn.one_hot(labels, ways, dtype=x.dtype)
         if weights:
-            one_hot *= jnp.asarray(weights[0], x.dtype)[:, None]
+            weight = jnp.asarray(weights[0], x.dtype)[:, None]
+            one_hot, x = one_hot * weight, jnp.where(weight == 0, 0, x)  # NaN of weight 0 does not count either.
         count = one_hot.sum(0)
         prototypes = one_hot.T @ x / jnp.where(count == 0, 1, count)[:, None]
         # -|x - p|^2 = 2 x'p - |p|^2 - |x|^2, and the last term is the same for all classes.

@@ -34,8 +34,8 @@ def imaml(
     Hessian-vector products, so the memory does not grow with the inner steps. The meta-gradient is exact if the inner
     loop reaches a minimum at which the support loss is smooth, and the conjugate gradients converge. With ReLU, the
     minimum is often at a kink. Gradient descent then does not settle, the Hessian can have eigenvalues below
-    `-proximal_weight`, and the meta-gradient can be wrong by its own size. It is exact for such a network if
-    `proximal_weight` is so large that no ReLU switches between the initial parameters and the minimum.
+    `-proximal_weight`, and the error can be as large as the meta-gradient. For such a network the meta-gradient is
+    exact if `proximal_weight` is so large that no ReLU switches between the initial parameters and the minimum.
 
     Example:
       >>> import jax, jax.numpy as jnp, maml_jax, optax

@@ -54,13 +54,10 @@ def separate_outer(
             )
         return params.init(meta_params.params), inner_params.init(meta_params.inner_params)
 
-    def update_both(grads: Any, states: Any, meta_params: Any = None, *, value: jax.Array) -> Any:
-        updated = [
-            update(optimizer, gradient, state, updated, value)
-            for optimizer, gradient, state, updated in zip(
-                (params, inner_params), grads, states, meta_params, strict=True
-            )
-        ]
-        return MetaParams(*(updates for updates, _ in updated)), tuple(state for _, state in updated)
+    # `optax.chain` passes the gradient of the pair as `grad`. Each optimizer gets the gradient of its part instead.
+    def update_both(grads: Any, states: Any, meta_params: Any = None, *, value: jax.Array, **_: Any) -> Any:
+        parts = zip((params, inner_params), grads, states, meta_params, strict=True)
+        results = [update(optimizer, gradient, state, part, value) for optimizer, gradient, state, part in parts]
+        return MetaParams(*(updates for updates, _ in results)), tuple(state for _, state in results)
 
     return optax.GradientTransformationExtraArgs(init, update_both)

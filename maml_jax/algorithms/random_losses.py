@@ -5,11 +5,13 @@ key for its support set and one for its query set. `with_step` passes the number
 `keyed_loss` folds the step into the key.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
+from maml_jax import validation
 from maml_jax.types import Batch, LossFn, Params, Task
 
 
@@ -40,6 +42,7 @@ def keyed_loss(loss_fn: Callable[[Params, Batch, jax.Array], tuple[jax.Array, An
       tasks from `with_keys`. With this learner, `adapt` returns `(params, step)` in place of `params`.
     """
 
+    @functools.wraps(loss_fn, updated=())  # Errors name the loss of the caller.
     def with_step_and_key(params_and_step: Any, batch_and_key: Any) -> tuple[jax.Array, Any]:
         (params, step), (batch, key) = params_and_step, batch_and_key
         return loss_fn(params, batch, jax.random.fold_in(key, step))
@@ -68,7 +71,10 @@ def with_keys(tasks: Task, key: jax.Array) -> Task:
 
     Returns:
       Tasks with support and query sets `(batch, keys [T])`.
+
+    Raises:
+      TypeError: if `tasks` is not a `Task`.
+      ValueError: if the leading axes of the leaves differ.
     """
-    number = len(jax.tree.leaves(tasks)[0])
-    keys = jax.random.split(key, (2, number))
+    keys = jax.random.split(key, (2, validation.num_tasks(tasks)))
     return Task((tasks.support, keys[0]), (tasks.query, keys[1]))

@@ -111,7 +111,8 @@ class GradientChecker(NamedTuple):
 
             ahead = fn(jax.tree.map(move, at, direction))
             behind = fn(jax.tree.map(lambda x, d: move(x, -d), at, direction))
-            return float(ahead - behind) / (2 * step)
+            difference = float(ahead - behind)
+            return difference / (2 * step) if np.isfinite(difference) else float("nan")
 
         def error(slope: float) -> float:
             scale = max(abs(slope), abs(expected), typical)
@@ -124,7 +125,7 @@ class GradientChecker(NamedTuple):
             slopes[step] = slope(step)
             if error(slopes[step]) <= self.tolerance:
                 return error(slopes[step]), self.tolerance
-        # A long step may leave the domain of the loss. If all steps leave the domain, the error is NaN.
+        # A long step may leave the domain of the loss, or overflow. If all steps do, the error is NaN.
         values = np.array([slopes[step] for step in self.steps])
         errors = np.array([error(value) for value in values])
         if np.isnan(errors).all():

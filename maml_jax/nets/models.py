@@ -126,8 +126,8 @@ def apply_params(net: nn.Module, *, state: Mapping[str, Any] | None = None, **op
       **options: keyword arguments of the network, such as `head=False`.
 
     Returns:
-      The function. Its attribute `mixes_examples` says whether the network is one of this module with statistics of
-      several examples.
+      The function. Its attribute `mixes_examples` is True for a network of this module whose normalisation takes
+      statistics of several examples.
 
     Raises (when called):
       ValueError: if the network reads a collection that is not in `state`.
@@ -138,7 +138,7 @@ def apply_params(net: nn.Module, *, state: Mapping[str, Any] | None = None, **op
             outputs = net.apply({"params": params, **(state or {})}, *inputs, mutable=list(state or ()), **options)
         except flax.errors.ScopeCollectionNotFound as error:
             raise ValueError(
-                f"The network has more state than its parameters. Pass the other collections of net.init as state, "
+                "The network has more state than its parameters. Pass the other collections of net.init as state, "
                 f"such as state={{'batch_stats': variables['batch_stats']}}. {error}"
             ) from error
         return cast(jax.Array, outputs[0])

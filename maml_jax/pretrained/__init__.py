@@ -3,8 +3,9 @@
     python -m experiments.adapt omniglot-5w1s my_pictures
     python -m experiments.evaluate omniglot-20w1s --data-dir data/omniglot
 
-The models are the best in validation of the runs of the fast recipe in `results/`. The description of a model has the
-run's options (`config`), and its accuracy on 600 test tasks with the half width of the 95% interval (`test`).
+Each model is the best in validation of one run of the fast recipe; `results/` has the runs. The description of a model
+has the options of the run (`config`), and the accuracy on 600 test tasks in per cent, with the half width of the 95%
+interval (`test`).
 
 References:
   Finn, Abbeel and Levine (2017), arXiv:1703.03400, table 1. Lake, Salakhutdinov and Tenenbaum (2015), the data set
@@ -26,6 +27,9 @@ NAMES: tuple[str, ...] = tuple(sorted(file.stem for file in FOLDER.glob("*.msgpa
 def path(name: str) -> Path:
     """Returns the file of a model.
 
+    Args:
+      name: one of `NAMES`.
+
     Raises:
       ValueError: for an unknown name. The message has the names of all models.
     """
@@ -35,6 +39,9 @@ def path(name: str) -> Path:
 
 def load(name: str) -> Saved:
     """Returns a model: its parameters, its learned inner rates, and its description.
+
+    Args:
+      name: one of `NAMES`.
 
     Raises:
       ValueError: for an unknown name. The message has the names of all models.

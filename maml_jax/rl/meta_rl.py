@@ -116,6 +116,7 @@ def maml_rl(
       step, on new episodes, with the `Summary` of the episodes as aux. Support loss and query loss are equal.
       `adapt(state, one_task, steps)` adapts to one task. The losses `[steps + 1]` and the aux
       `(Summary, Experience)`, `[steps + 1, ...]`, are those before the first step and after each step.
+      Compile the three functions with `jax.jit`; `steps` is static.
 
     Raises:
       TypeError: if `inner` is not an inner learner, or if `outer` is not an outer step.

@@ -86,8 +86,8 @@ def decode(content: bytes, name: str, where: str) -> Any:
       A `PIL.Image.Image` of mode RGB.
 
     Raises:
-      DataError: if the file is damaged or too large, has another format or pixels of 32 bits, or if its drawing
-        vanishes on white; the message names the file.
+      DataError: if the file is damaged or too large, has another format or pixels of 32 bits, or if it has transparent
+        pixels and is white everywhere else; the message names the file.
 
     Example:
       >>> from PIL import Image

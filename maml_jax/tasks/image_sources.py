@@ -2,6 +2,7 @@
 
 import os
 import re
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
@@ -37,8 +38,9 @@ def listing(tree: Tree, division: Division, expect: str | None = None) -> Conten
       DataError: if the data set has none of the forms, if a split is missing or empty, if a class is in two splits, if
         a list is malformed or lists missing files, or if class folders come with a published division that is not read.
     """
+    csvs, jsons, texts = (partial(class_lists.read, kind=kind) for kind in ("csv", "json", "txt"))
     for root in _roots(tree):
-        for form in (_from_csvs, _from_pickles, _from_split_folders, _from_jsons, _from_texts):
+        for form in (csvs, _from_pickles, _from_split_folders, jsons, texts):
             contents = form(tree, root)
             if contents:
                 return _checked(tree, contents)
@@ -63,18 +65,6 @@ def _roots(tree: Tree) -> list[str]:
         if len(below) != 1 or below & {*sum(NAMES.values(), ())} or any("/" not in name[len(root) :] for name in files):
             return roots
         roots.append(f"{root}{below.pop()}/")
-
-
-def _from_csvs(tree: Tree, root: str) -> Files:
-    return class_lists.read(tree, root, "csv")
-
-
-def _from_jsons(tree: Tree, root: str) -> Files:
-    return class_lists.read(tree, root, "json")
-
-
-def _from_texts(tree: Tree, root: str) -> Files:
-    return class_lists.read(tree, root, "txt")
 
 
 def _from_pickles(tree: Tree, root: str) -> dict[str, dict[str, list[np.ndarray]]]:

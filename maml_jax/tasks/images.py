@@ -7,7 +7,6 @@ cache. Classes and images are sorted by name, so all forms of the same images gi
 
 import hashlib
 import json
-import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from maml_jax import validation
+from maml_jax.parallel import backend
 from maml_jax.tasks import cache, image_files, image_sources, published, tree
 from maml_jax.tasks.cache import DataError
 from maml_jax.tasks.episodes import ImageClasses
@@ -215,6 +215,7 @@ def pictures(
 
     Raises:
       DataError: if the folder does not exist, or if an archive is damaged.
+      ValueError: for an option that is not allowed.
 
     Example:
       >>> import pathlib, tempfile
@@ -224,6 +225,8 @@ def pictures(
       >>> {path: image.shape for path, image in pictures(folder, size=8).images.items()}
       {'wren.png': (8, 8, 3)}
     """
+    validation.at_least("size", size, 1)
+    validation.one_of("resampling", resampling, (*get_args(Resampling), "nearest"))
     with tree.open_tree(folder) as files:
         images, errors = {}, {}
         for name in files.images():
@@ -247,7 +250,7 @@ def _read_all(files: Tree, contents: Contents, size: int, resampling: Resampling
         row[:] = _pixels(files, entry, size, resampling)
 
     # Pillow releases the interpreter lock, so threads use all cores.
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    with ThreadPoolExecutor(backend.cores()) as threads:
         for split in SPLITS:
             for _ in threads.map(fill, arrays[split], entries[split]):
                 pass

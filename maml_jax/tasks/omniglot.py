@@ -288,17 +288,13 @@ def resize_drawings(drawings: Drawings, resampling: Resampling) -> Omniglot:
     """
     from PIL import Image
 
-    filters = {
-        "lanczos": Image.Resampling.LANCZOS,
-        "box": Image.Resampling.BOX,
-        "nearest": Image.Resampling.NEAREST,
-    }
+    method = Image.Resampling[resampling.upper()]
     images = np.empty((len(drawings), DRAWINGS, SIZE, SIZE), np.uint8)
     for row, character in zip(images, drawings.values()):
         for image, drawing in zip(row, character):
             # Convert to 8 bits: Pillow ignores the filter for 1-bit images.
             grey = Image.fromarray(drawing.astype(np.uint8) * 255)
-            image[:] = np.asarray(grey.resize((SIZE, SIZE), filters[resampling]))
+            image[:] = np.asarray(grey.resize((SIZE, SIZE), method))
     return Omniglot(images, tuple(drawings))
 
 

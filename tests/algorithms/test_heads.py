@@ -131,7 +131,7 @@ def test_parameters_without_the_head_raise_errors():
 
 def test_prototypes_with_weights_and_without_a_bias():
     params = {"head": {"kernel": jnp.zeros((1, 2)), "bias": jnp.zeros(2)}}
-    inputs, labels = jnp.array([[1.0], [3.0], [5.0], [9.0]]), jnp.array([0, 0, 1, 1])
+    inputs, labels = jnp.array([[1.0], [3.0], [5.0], [jnp.nan]]), jnp.array([0, 0, 1, 1])
     start = heads.prototypes(lambda params, inputs: inputs)
     assert_close(start(params, (inputs, labels, jnp.array([1, 1, 0.5, 0]))), start(params, (inputs[:3], labels[:3])))
     with pytest.raises(ValueError, match="head 'head' has no bias, only 'kernel'"):

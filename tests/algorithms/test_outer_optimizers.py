@@ -43,6 +43,7 @@ def test_the_optimizer_of_the_parameters_gets_the_loss_and_their_gradient_by_nam
     by_name = optax.GradientTransformationExtraArgs(lambda params: (), update)
     loss_fn, params = plain_dict()
     outer = separate_outer(params=by_name, inner_params=optax.keep_params_nonnegative())
+    outer = optax.chain(optax.clip_by_global_norm(1.0), outer)  # A chain passes all arguments by name.
     learner = maml_jax.maml(loss_fn, maml_jax.sgd(0.1, steps=1, learn_rates="layer"), outer)
     after, info = jax.jit(learner.step)(learner.init(params), tasks(1))
     assert seen == [jax.tree.structure(params)]

@@ -27,3 +27,26 @@ def test_every_task_set_and_inner_step_has_a_key_of_its_own(remat):
     assert len(set(drawn.tolist())) == 3 + 4 * 4
     np.testing.assert_array_equal(info.aux["drawn"], evaluation.aux["drawn"][:, -1])
     assert step == 3 and params.shape == () and np.isfinite(after.params) and after.params != 0
+
+
+def test_an_error_names_the_loss_of_the_caller():
+    def without_aux(params, batch, key):
+        return jnp.zeros(())
+
+    inner = maml_jax.sgd(0.1, steps=1, params_at_step=with_step)
+    learner = maml_jax.maml(keyed_loss(without_aux), inner, optax.sgd(0.1))
+    tasks = with_keys(maml_jax.Task(jnp.ones((2, 3)), jnp.ones((2, 3))), jax.random.key(0))
+    with pytest.raises(TypeError, match="without_aux must return a pair"):
+        learner.step(learner.init(jnp.zeros(())), tasks)
+    with pytest.raises(TypeError, match="Task"):
+        with_keys(tasks.support, jax.random.key(0))
+
+
+def test_the_meta_gradient_of_a_random_loss_can_be_checked():
+    def loss_fn(params, batch, key):
+        return jnp.square(jnp.sin(params) * jax.random.uniform(key, batch.shape) - batch).mean(), {}
+
+    inner = maml_jax.sgd(0.1, steps=1, params_at_step=with_step)
+    tasks = with_keys(maml_jax.Task(jnp.ones((2, 3)), jnp.ones((2, 3))), jax.random.key(0))
+    report = maml_jax.check_meta_gradient(keyed_loss(loss_fn), jnp.ones(1), tasks, inner, directions=1)
+    assert report.exact and "draws random numbers" in report["precision"].meaning

@@ -41,6 +41,15 @@ def test_the_limit_follows_the_uncertainty_of_the_differences():
     assert not checker.compare(lambda at: np.round(smooth(at) * 1e3), AT, GRADIENT).passed  # Too uncertain.
 
 
+def test_steps_at_which_the_function_overflows_do_not_count():
+    def overflows(at):
+        return np.where(at > 1.0001, np.inf, np.sin(at)).sum()
+
+    checker = gradient_checker(1e-6, np.dtype(np.float64), directions=2, seed=0)
+    assert checker.compare(overflows, np.array(1.0), np.array(np.cos(1.0))).passed
+    assert not checker.compare(overflows, np.array(1.0), np.array(2.0)).passed
+
+
 def test_only_operations_on_the_inputs_decide_about_the_precision():
     constant = jnp.arange(3.0)
 

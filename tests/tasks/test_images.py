@@ -243,6 +243,12 @@ def test_all_pictures_of_a_folder_are_read_by_path(tmp_path):
     assert list(found.images) == ["a/c.png", "b.png"] and found.images["b.png"].shape == (8, 8, 3)
 
 
+def test_wrong_options_of_pictures_raise(tmp_path):
+    for options in ({"size": 0}, {"resampling": "cubic"}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
+            pictures(write(tmp_path / "data", {"b.png": png(0)}), **options)
+
+
 def test_damaged_pictures_are_left_out_and_named(tmp_path, capsys):
     folder = write(tmp_path / "data", {"b.png": png(0), "a.png": b"broken", "c.HEIC": b""})
     found = pictures(folder, size=8)

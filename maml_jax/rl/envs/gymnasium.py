@@ -42,7 +42,7 @@ def from_gymnasium(
     Args:
       make: a function without arguments that makes a `gymnasium.Env`. The action space is a Box with bounds or
         Discrete. `from_gymnasium` calls `make` once, and takes one step. Rollouts call `make` again when more episodes
-        run at the same time.
+        run at the same time. A simulator is used again only after its episode has ended.
       set_task: `(env.unwrapped, task) -> None`: sets the task of a simulator, before each reset.
       sample_tasks: `(key, T) -> [T, ...]`: a JAX function that samples tasks.
       horizon: `H`, time steps after which an episode ends. An episode also ends if the simulator returns 'terminated'
