@@ -65,7 +65,7 @@ class Run(command_line.RunOptions):
     recipe: Recipe = "paper"
     """Values of the options that are not given. 'paper': the paper's values. 'one-step': one-step MAML with Muon, in
     less time. 'fast': first 'one-step', then plain MAML with two inner steps, for accuracy after any number of inner
-    steps."""
+    steps. Given options of the training, such as --tasks, are for the second of these phases."""
     method: FromRecipe[Method] = RECIPE
     """The algorithm. 'one-step' is exact MAML with one inner step from a head of zeros. 'pretrained' trains jointly on
     all classes, and fine-tunes at test. Default: maml, or the method of the recipe."""
@@ -214,6 +214,10 @@ class Run(command_line.RunOptions):
         run = run.with_defaults(**for_method(run.method, recipe))
         run = run.with_defaults(train_ways=run.ways, train_shots=run.shots, train_queries=run.queries)
         run.check()
+        try:
+            _ = run.first_phase
+        except ValueError as error:
+            raise ValueError(f"In the first phase of the recipe 'fast', {error}") from error
         return run
 
     def _check_given(self, method: Method) -> None:
@@ -336,7 +340,8 @@ class Run(command_line.RunOptions):
         """
         RunDirectory.check(self.workdir, self.record(data), mutable_fields=self.mutable_fields)
         shapes: list[tuple[Split, EpisodeShape]] = [(name, self.shape) for name in get_args(Split)]
-        for name, shape in [*shapes, ("train", self.train_shape)]:
+        shapes += [("train", run.train_shape) for run in (self, self.first_phase) if run is not None]
+        for name, shape in shapes:
             try:
                 shape.check(data.split(name))
             except ValueError as error:
