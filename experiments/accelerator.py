@@ -14,7 +14,6 @@ import dataclasses
 import itertools
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -121,7 +120,7 @@ class Job:
             **os.environ,
             "PYTHONPATH": os.pathsep.join(paths),
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # The processes share the memory of the accelerator.
-            "TORCHINDUCTOR_COMPILE_THREADS": "4",
+            "TORCHINDUCTOR_COMPILE_THREADS": str(CORES_PER_JOB),
         }
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -140,22 +139,26 @@ class Job:
     def result(self, timeout: float) -> dict[str, Any]:
         """Lets the job use the accelerator; returns its result or `{"error": message}`."""
         if self.process is None or not self.ready:
-            lines = self.log.read_text().strip().splitlines() if self.log.exists() else []
-            return {"error": f"not compiled: {lines[-1] if lines else 'the time was up'}"}
+            return {"error": f"not compiled: {self._last_message() or 'the time was up'}"}
         try:
             out, _ = self.process.communicate("\n", timeout=timeout)
         except subprocess.TimeoutExpired:
             self.process.kill()
             return {"error": f"not finished within {timeout:.0f} s"}
         if self.process.returncode:
-            return {"error": self.log.read_text().strip().splitlines()[-1]}
+            return {"error": self._last_message() or f"ended with status {self.process.returncode}"}
         return json.loads(out.splitlines()[-1])
+
+    def _last_message(self) -> str:
+        lines = self.log.read_text().strip().splitlines() if self.log.exists() else []
+        return lines[-1] if lines else ""
 
 
 def measure(config: Config, run: RunDirectory) -> list[dict[str, Any]]:
     """Runs the jobs; returns the options of each job with its result."""
     backend, _ = where()
-    torch = subprocess.run([sys.executable, "-c", "import torch"], capture_output=True).returncode == 0
+    torch = backend in ("cpu", "gpu")  # PyTorch runs on the same kind of device.
+    torch = torch and subprocess.run([sys.executable, "-c", "import torch"], capture_output=True).returncode == 0
     logs = run.path / "logs"
     logs.mkdir(exist_ok=True)
     found = [Job(job, logs / f"{number}.log", backend) for number, job in enumerate(jobs(config.seconds, torch))]
@@ -199,25 +202,35 @@ def train(config: Config) -> int:
                str(config.data_dir.resolve()), "--workdir", str(config.train_workdir.resolve())]  # fmt: skip
     if config.cache_dir is not None:
         command += ["--cache-dir", str(config.cache_dir.resolve())]
-    process = subprocess.Popen(command, cwd=Path(__file__).parents[1])
+    # In a new session the training gets one SIGTERM, at which it saves its state, and no Ctrl-C before.
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[1], start_new_session=True)
     try:
-        return process.wait(config.train_seconds)
+        process.wait(config.train_seconds)
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGTERM)  # The training saves its state.
-        return process.wait()
+        print("The time is over: the training saves its state and stops.", flush=True)
+    finally:
+        process.terminate()
+        process.wait()
+    return process.returncode
 
 
 def prepare(config: Config) -> Config:
     """Checks the options.
 
     Raises:
-      ValueError: if an option is not allowed.
+      ValueError: if an option is not allowed, or the folder of Omniglot does not exist.
       OSError: if the work directory holds another run, or cannot be written.
     """
     if not config.stages:
         raise ValueError("stages must have at least one value, but got none.")
     for name in ("seconds", "compile_seconds", "train_seconds"):
         validation.positive(name, getattr(config, name))
+    if "train" in config.stages and not config.data_dir.is_dir():
+        raise ValueError(
+            f"data_dir: {config.data_dir} does not exist, but the training needs Omniglot. "
+            f"maml_jax.tasks.download.omniglot({str(config.data_dir)!r}) downloads Omniglot, and --stages measure needs "
+            "no data."
+        )
     if "measure" in config.stages:
         RunDirectory.check(config.workdir)
     return config
