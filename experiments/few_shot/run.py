@@ -65,7 +65,8 @@ class Run(command_line.RunOptions):
     recipe: Recipe = "paper"
     """Values of the options that are not given. 'paper': the paper's values. 'one-step': one-step MAML with Muon, in
     less time. 'fast': first 'one-step', then plain MAML with two inner steps, for accuracy after any number of inner
-    steps. Given options of the training, such as --tasks, are for the second of these phases."""
+    steps. Options such as --tasks are for the second phase; the ways, the net, --order, --normalisation and --rotations
+    are for both."""
     method: FromRecipe[Method] = RECIPE
     """The algorithm. 'one-step' is exact MAML with one inner step from a head of zeros. 'pretrained' trains jointly on
     all classes, and fine-tunes at test. Default: maml, or the method of the recipe."""
