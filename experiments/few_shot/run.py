@@ -340,14 +340,17 @@ class Run(command_line.RunOptions):
           ValueError: if a split has too few classes or images.
         """
         RunDirectory.check(self.workdir, self.record(data), mutable_fields=self.mutable_fields)
-        shapes: list[tuple[Split, EpisodeShape]] = [(name, self.shape) for name in get_args(Split)]
-        shapes += [("train", run.train_shape) for run in (self, self.first_phase) if run is not None]
-        for name, shape in shapes:
+        first = self.first_phase
+        checked: list[tuple[str, Split, EpisodeShape]] = [
+            *((f"In the {name} split of {data.name}", name, self.shape) for name in get_args(Split)),
+            ("Tasks in training", "train", self.train_shape),
+            *([("In the first phase of the recipe 'fast'", "train", first.train_shape)] if first is not None else []),
+        ]
+        for place, name, shape in checked:
             try:
                 shape.check(data.split(name))
             except ValueError as error:
-                tasks = "Tasks in training" if shape != self.shape else f"In the {name} split of {data.name}"
-                raise ValueError(f"{tasks}: {error}") from error
+                raise ValueError(f"{place}: {error}") from error
 
 
 FIRST_PHASE = "first-phase"
