@@ -10,7 +10,7 @@ from experiments.few_shot.recipes import LEAST_STEPS, PAPER, for_method
 from experiments.shared import command_line
 from experiments.shared.command_line import RUN_OPTIONS, DefaultInHelp, Switch
 from maml_jax import validation
-from maml_jax.nets.normalisation import Normalisation
+from maml_jax.nets.normalisation import NEEDS_CONTEXT, Normalisation
 from maml_jax.runs.directory import RunDirectory
 from maml_jax.runs.resumable import check_steps
 from maml_jax.tasks import images
@@ -222,7 +222,12 @@ class Run(command_line.RunOptions):
         return run
 
     def _check_given(self, method: Method) -> None:
-        """Raises ValueError if options are given that have no effect with the method."""
+        """Raises ValueError if options are given with which the method cannot train, or that have no effect."""
+        if method == "one-step" and self.normalisation in NEEDS_CONTEXT:
+            raise ValueError(
+                f"normalisation {self.normalisation!r} normalises queries by their support set, and one-step exchanges "
+                "the two sets: give 'batch', 'instance', 'layer' or 'group'."
+            )
         if method == "pretrained" and self.inner_steps is not None:
             raise ValueError(
                 f"inner_steps is for methods that adapt in training, but got {self.inner_steps} with pretrained. "
