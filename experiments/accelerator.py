@@ -228,8 +228,8 @@ def prepare(config: Config) -> Config:
     if "train" in config.stages and not config.data_dir.is_dir():
         raise ValueError(
             f"data_dir: {config.data_dir} does not exist, but the training needs Omniglot. "
-            f"maml_jax.tasks.download.omniglot({str(config.data_dir)!r}) downloads Omniglot, and --stages measure needs "
-            "no data."
+            f"maml_jax.tasks.download.omniglot({str(config.data_dir)!r}) downloads Omniglot. --stages measure needs no "
+            "data."
         )
     if "measure" in config.stages:
         RunDirectory.check(config.workdir)

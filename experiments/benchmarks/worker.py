@@ -20,7 +20,7 @@ from maml_jax.nets import models
 
 
 def ready() -> None:
-    """Tells the parent process that this process has compiled, and waits for its turn. Exits if the parent has ended."""
+    """Tells the parent process that this process has compiled, and waits for its turn. Exits if the parent ended."""
     print("ready", flush=True)
     if not sys.stdin.readline():
         sys.exit("The parent process has ended.")

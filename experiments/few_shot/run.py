@@ -345,12 +345,12 @@ class Run(command_line.RunOptions):
           ValueError: if a split has too few classes or images.
         """
         RunDirectory.check(self.workdir, self.record(data), mutable_fields=self.mutable_fields)
-        first = self.first_phase
         checked: list[tuple[str, Split, EpisodeShape]] = [
             *((f"In the {name} split of {data.name}", name, self.shape) for name in get_args(Split)),
             ("Tasks in training", "train", self.train_shape),
-            *([("In the first phase of the recipe 'fast'", "train", first.train_shape)] if first is not None else []),
         ]
+        if (first := self.first_phase) is not None:
+            checked.append(("In the first phase of the recipe 'fast'", "train", first.train_shape))
         for place, name, shape in checked:
             try:
                 shape.check(data.split(name))

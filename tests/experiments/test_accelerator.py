@@ -60,7 +60,11 @@ def test_jobs_cover_every_workload_precision_and_peer():
 
 @pytest.mark.parametrize(
     "options, message",
-    [({"stages": ()}, "at least one"), ({"seconds": 0.0}, "seconds"), ({"data_dir": Path("nowhere")}, "needs Omniglot")],
+    [
+        ({"stages": ()}, "at least one"),
+        ({"seconds": 0.0}, "seconds"),
+        ({"data_dir": Path("nowhere")}, "nowhere does not exist, but the training needs Omniglot"),
+    ],
 )
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):

@@ -135,7 +135,7 @@ def test_too_few_classes_for_the_tasks_in_training_are_refused(characters, tmp_p
         run.check_data(characters)
     counts = characters.train.counts[:39]
     few = characters._replace(train=ImageClasses(characters.train.images[: sum(counts)], counts))
-    with pytest.raises(ValueError, match="In the first phase of the recipe 'fast': ways must be at most the number of .* 39"):
+    with pytest.raises(ValueError, match=r"In the first phase of the recipe 'fast': ways must be at most .* 39"):
         omniglot.Run(recipe="fast", ways=5).resolved().check_data(few)
 
 
