@@ -108,7 +108,7 @@ class Job:
         else:
             self.command = [sys.executable, "-m", "experiments.benchmarks.worker", json.dumps(options)]
         self.process: subprocess.Popen[str] | None = None
-        self.ready = False
+        self.ready = self.stopped = False
 
     def compile(self, end: float) -> None:
         """Starts the process, unless the time is after `end`, and waits until the job is ready or has failed."""
@@ -133,25 +133,29 @@ class Job:
 
     def stop(self) -> None:
         """Ends the process if the job is not ready."""
-        if self.process is not None and not self.ready:
+        if self.process is not None and not self.ready and self.process.poll() is None:
+            self.stopped = True
             self.process.kill()
 
     def result(self, timeout: float) -> dict[str, Any]:
         """Lets the job use the accelerator; returns its result or `{"error": message}`."""
-        if self.process is None or not self.ready:
-            return {"error": f"not compiled: {self._last_message() or 'the time was up'}"}
+        if self.process is None or self.stopped:
+            return {"error": "not compiled: the time was up"}
+        if not self.ready:
+            return {"error": f"not compiled: {self._failure()}"}
         try:
             out, _ = self.process.communicate("\n", timeout=timeout)
         except subprocess.TimeoutExpired:
             self.process.kill()
             return {"error": f"not finished within {timeout:.0f} s"}
         if self.process.returncode:
-            return {"error": self._last_message() or f"ended with status {self.process.returncode}"}
+            return {"error": self._failure()}
         return json.loads(out.splitlines()[-1])
 
-    def _last_message(self) -> str:
-        lines = self.log.read_text().strip().splitlines() if self.log.exists() else []
-        return lines[-1] if lines else ""
+    def _failure(self) -> str:
+        assert self.process is not None
+        lines = self.log.read_text().strip().splitlines()
+        return lines[-1] if lines else f"ended with status {self.process.returncode}"
 
 
 def measure(config: Config, run: RunDirectory) -> list[dict[str, Any]]:

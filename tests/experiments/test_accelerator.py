@@ -1,6 +1,8 @@
 """The script for accelerators, on a CPU."""
 
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,24 @@ def test_late_jobs_are_not_measured(tmp_path):
     job = accelerator.Job({"job": "measure"}, tmp_path / "log", "cpu")
     job.compile(end=0.0)
     assert job.result(1.0) == {"error": "not compiled: the time was up"}
+
+
+@pytest.mark.parametrize(
+    "script, message",
+    [
+        ("echo a warning >&2; exec sleep 60", "not compiled: the time was up"),
+        ("exit 3", "not compiled: ended with status 3"),
+        ("echo ready; kill -9 $$", "ended with status -9"),
+    ],
+)
+def test_jobs_that_are_stopped_or_end_without_a_message(script, message, tmp_path):
+    job = accelerator.Job({"job": "measure"}, tmp_path / "log", "cpu")
+    job.command = ["bash", "-c", script]
+    stop = threading.Timer(0.3, job.stop)
+    stop.start()
+    job.compile(end=time.monotonic() + 60)
+    assert job.result(1.0) == {"error": message}
+    stop.cancel()
 
 
 def test_jobs_cover_every_workload_precision_and_peer():
