@@ -14,7 +14,6 @@ import dataclasses
 import itertools
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -109,7 +108,7 @@ class Job:
         else:
             self.command = [sys.executable, "-m", "experiments.benchmarks.worker", json.dumps(options)]
         self.process: subprocess.Popen[str] | None = None
-        self.ready = False
+        self.ready = self.stopped = False
 
     def compile(self, end: float) -> None:
         """Starts the process, unless the time is after `end`, and waits until the job is ready or has failed."""
@@ -121,7 +120,7 @@ class Job:
             **os.environ,
             "PYTHONPATH": os.pathsep.join(paths),
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # The processes share the memory of the accelerator.
-            "TORCHINDUCTOR_COMPILE_THREADS": "4",
+            "TORCHINDUCTOR_COMPILE_THREADS": str(CORES_PER_JOB),
         }
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -134,28 +133,36 @@ class Job:
 
     def stop(self) -> None:
         """Ends the process if the job is not ready."""
-        if self.process is not None and not self.ready:
+        if self.process is not None and not self.ready and self.process.poll() is None:
+            self.stopped = True
             self.process.kill()
 
     def result(self, timeout: float) -> dict[str, Any]:
         """Lets the job use the accelerator; returns its result or `{"error": message}`."""
-        if self.process is None or not self.ready:
-            lines = self.log.read_text().strip().splitlines() if self.log.exists() else []
-            return {"error": f"not compiled: {lines[-1] if lines else 'the time was up'}"}
+        if self.process is None or self.stopped:
+            return {"error": "not compiled: the time was up"}
+        if not self.ready:
+            return {"error": f"not compiled: {self._failure()}"}
         try:
             out, _ = self.process.communicate("\n", timeout=timeout)
         except subprocess.TimeoutExpired:
             self.process.kill()
             return {"error": f"not finished within {timeout:.0f} s"}
         if self.process.returncode:
-            return {"error": self.log.read_text().strip().splitlines()[-1]}
+            return {"error": self._failure()}
         return json.loads(out.splitlines()[-1])
+
+    def _failure(self) -> str:
+        assert self.process is not None
+        lines = self.log.read_text().strip().splitlines()
+        return lines[-1] if lines else f"ended with status {self.process.returncode}"
 
 
 def measure(config: Config, run: RunDirectory) -> list[dict[str, Any]]:
     """Runs the jobs; returns the options of each job with its result."""
     backend, _ = where()
-    torch = subprocess.run([sys.executable, "-c", "import torch"], capture_output=True).returncode == 0
+    torch = backend in ("cpu", "gpu")  # PyTorch runs on the same kind of device.
+    torch = torch and subprocess.run([sys.executable, "-c", "import torch"], capture_output=True).returncode == 0
     logs = run.path / "logs"
     logs.mkdir(exist_ok=True)
     found = [Job(job, logs / f"{number}.log", backend) for number, job in enumerate(jobs(config.seconds, torch))]
@@ -199,25 +206,35 @@ def train(config: Config) -> int:
                str(config.data_dir.resolve()), "--workdir", str(config.train_workdir.resolve())]  # fmt: skip
     if config.cache_dir is not None:
         command += ["--cache-dir", str(config.cache_dir.resolve())]
-    process = subprocess.Popen(command, cwd=Path(__file__).parents[1])
+    # In a new session the training gets one SIGTERM, at which it saves its state, and no Ctrl-C before.
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[1], start_new_session=True)
     try:
-        return process.wait(config.train_seconds)
+        process.wait(config.train_seconds)
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGTERM)  # The training saves its state.
-        return process.wait()
+        print("The time is over: the training saves its state and stops.", flush=True)
+    finally:
+        process.terminate()
+        process.wait()
+    return process.returncode
 
 
 def prepare(config: Config) -> Config:
     """Checks the options.
 
     Raises:
-      ValueError: if an option is not allowed.
+      ValueError: if an option is not allowed, or the folder of Omniglot does not exist.
       OSError: if the work directory holds another run, or cannot be written.
     """
     if not config.stages:
         raise ValueError("stages must have at least one value, but got none.")
     for name in ("seconds", "compile_seconds", "train_seconds"):
         validation.positive(name, getattr(config, name))
+    if "train" in config.stages and not config.data_dir.is_dir():
+        raise ValueError(
+            f"data_dir: {config.data_dir} does not exist, but the training needs Omniglot. "
+            f"maml_jax.tasks.download.omniglot({str(config.data_dir)!r}) downloads Omniglot. --stages measure needs no "
+            "data."
+        )
     if "measure" in config.stages:
         RunDirectory.check(config.workdir)
     return config

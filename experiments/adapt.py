@@ -25,6 +25,7 @@ from experiments.shared.command_line import DefaultInHelp
 from experiments.table.rows import trained_run
 from maml_jax import validation
 from maml_jax.runs import model_file
+from maml_jax.runs.files import write_file
 from maml_jax.tasks import images
 from maml_jax.tasks.image_sources import UNLABELLED
 from maml_jax.types import MetaState, Task
@@ -170,7 +171,7 @@ def main(prepared: Prepared) -> list[dict[str, Any]]:
             }
         )
         print(f"{picture}: {names[best]} ({probabilities[best]:.0%})")
-    config.output.write_text(json.dumps(found, indent=1))
+    write_file(config.output, json.dumps(found, indent=1).encode())
     shown = [(pixels, each["class"], each["confidence"]) for pixels, each in zip(prepared.others.values(), found)]
     plots.predictions(config.output.with_suffix(".png"), prepared.labelled, shown)
     print(f"Wrote {config.output} and {config.output.with_suffix('.png')}.")

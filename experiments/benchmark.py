@@ -140,9 +140,11 @@ def prepare(config: Config) -> Config:
                 "with --peer-python."
             ) from error
         if (backend := where()[0]) not in ("cpu", "gpu"):
-            raise ValueError(f"PyTorch is measured on CPUs and GPUs, but the backend is {backend}: leave out {torch}.")
-        if backend == "gpu" and not config.devices:
-            return dataclasses.replace(config, devices=(1,))  # PyTorch uses one GPU.
+            raise ValueError(
+                f"PyTorch is measured on CPUs and GPUs, but the backend is {backend}: leave out {', '.join(torch)}."
+            )
+    if config.against and where()[0] != "cpu" and not config.devices:
+        return dataclasses.replace(config, devices=(1,))  # The peers use one accelerator.
     return config
 
 

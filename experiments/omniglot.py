@@ -217,7 +217,7 @@ def one_step_recipe(ways: int, shots: int) -> dict[str, Any]:
 
 
 def fast_recipe(ways: int, shots: int) -> dict[str, Any]:
-    """The second phase of the recipe 'fast', two to four minutes: fewer meta-steps for larger support sets."""
+    """The second phase of the recipe 'fast', two to six minutes with the test: fewer meta-steps for larger tasks."""
     size = ways * shots
     return FAST | {
         "tasks": 8 if size <= 5 else 4 if size <= 25 else 2,

@@ -46,7 +46,7 @@ class Config:
     image_dir: Path = Path("data/miniimagenet")
     """Folder or archive of images, for the rows of MiniImagenet and of your own images."""
     steps: DefaultInHelp[int | None] = None
-    """Meta-steps of each run. Default: the full schedule of the row."""
+    """Meta-steps of each run, in rows of the fast recipe of its second phase. Default: the full schedule of the row."""
     hours: DefaultInHelp[float | None] = None
     """Time budget of the command. When the time is over, the current run saves and stops. Default: no limit."""
     evaluation: Literal["transductive", "both"] = "both"

@@ -190,7 +190,8 @@ def main():
         return
     if given.get("wait"):  # Other processes compile at the same time. Measure when standard input says so.
         print("ready", flush=True)
-        sys.stdin.readline()
+        if not sys.stdin.readline():
+            sys.exit("The parent process has ended.")
 
     def milliseconds(count):
         start = time.perf_counter()

@@ -20,9 +20,10 @@ from maml_jax.nets import models
 
 
 def ready() -> None:
-    """Tells the parent process that this process has compiled, and waits for its turn."""
+    """Tells the parent process that this process has compiled, and waits for its turn. Exits if the parent ended."""
     print("ready", flush=True)
-    sys.stdin.readline()
+    if not sys.stdin.readline():
+        sys.exit("The parent process has ended.")
 
 
 def exactness(implementation: str, pooled: bool) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any, get_args
 from experiments.few_shot.names import ANNEALED, WITH_HEAD_RATES, WITHOUT_ORDER, Net, Optimizer
 from experiments.shared import option_checks
 from maml_jax import validation
-from maml_jax.nets.normalisation import NEEDS_CONTEXT, NORMALISATIONS
+from maml_jax.nets.normalisation import NORMALISATIONS
 from maml_jax.parallel import processes
 from maml_jax.parallel.task_axis import task_mesh
 from maml_jax.tasks.episodes import ROTATIONS
@@ -101,11 +101,6 @@ def _check_one_step(run: Any) -> None:
         return
     if run.inner_steps != 1:
         raise ValueError(f"inner_steps must be 1 for the method one-step, but got {run.inner_steps}.")
-    if run.normalisation in NEEDS_CONTEXT:
-        raise ValueError(
-            f"normalisation {run.normalisation!r} normalises queries by their support set, and one-step exchanges "
-            "the two sets: give 'batch', 'instance', 'layer' or 'group'."
-        )
     if run.train_queries % run.train_shots:
         raise ValueError(
             f"train_queries must be a multiple of train_shots for the method one-step, but got "

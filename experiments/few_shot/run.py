@@ -10,7 +10,7 @@ from experiments.few_shot.recipes import LEAST_STEPS, PAPER, for_method
 from experiments.shared import command_line
 from experiments.shared.command_line import RUN_OPTIONS, DefaultInHelp, Switch
 from maml_jax import validation
-from maml_jax.nets.normalisation import Normalisation
+from maml_jax.nets.normalisation import NEEDS_CONTEXT, Normalisation
 from maml_jax.runs.directory import RunDirectory
 from maml_jax.runs.resumable import check_steps
 from maml_jax.tasks import images
@@ -65,7 +65,8 @@ class Run(command_line.RunOptions):
     recipe: Recipe = "paper"
     """Values of the options that are not given. 'paper': the paper's values. 'one-step': one-step MAML with Muon, in
     less time. 'fast': first 'one-step', then plain MAML with two inner steps, for accuracy after any number of inner
-    steps."""
+    steps. Options such as --tasks are for the second phase; the ways, the net, --order, --normalisation and --rotations
+    are for both."""
     method: FromRecipe[Method] = RECIPE
     """The algorithm. 'one-step' is exact MAML with one inner step from a head of zeros. 'pretrained' trains jointly on
     all classes, and fine-tunes at test. Default: maml, or the method of the recipe."""
@@ -214,10 +215,19 @@ class Run(command_line.RunOptions):
         run = run.with_defaults(**for_method(run.method, recipe))
         run = run.with_defaults(train_ways=run.ways, train_shots=run.shots, train_queries=run.queries)
         run.check()
+        try:
+            _ = run.first_phase
+        except ValueError as error:
+            raise ValueError(f"In the first phase of the recipe 'fast', {error}") from error
         return run
 
     def _check_given(self, method: Method) -> None:
-        """Raises ValueError if options are given that have no effect with the method."""
+        """Raises ValueError if options are given with which the method cannot train, or that have no effect."""
+        if method == "one-step" and self.normalisation in NEEDS_CONTEXT:
+            raise ValueError(
+                f"normalisation {self.normalisation!r} normalises queries by their support set, and one-step exchanges "
+                "the two sets: give 'batch', 'instance', 'layer' or 'group'."
+            )
         if method == "pretrained" and self.inner_steps is not None:
             raise ValueError(
                 f"inner_steps is for methods that adapt in training, but got {self.inner_steps} with pretrained. "
@@ -335,13 +345,17 @@ class Run(command_line.RunOptions):
           ValueError: if a split has too few classes or images.
         """
         RunDirectory.check(self.workdir, self.record(data), mutable_fields=self.mutable_fields)
-        shapes: list[tuple[Split, EpisodeShape]] = [(name, self.shape) for name in get_args(Split)]
-        for name, shape in [*shapes, ("train", self.train_shape)]:
+        checked: list[tuple[str, Split, EpisodeShape]] = [
+            *((f"In the {name} split of {data.name}", name, self.shape) for name in get_args(Split)),
+            ("Tasks in training", "train", self.train_shape),
+        ]
+        if (first := self.first_phase) is not None:
+            checked.append(("In the first phase of the recipe 'fast'", "train", first.train_shape))
+        for place, name, shape in checked:
             try:
                 shape.check(data.split(name))
             except ValueError as error:
-                tasks = "Tasks in training" if shape != self.shape else f"In the {name} split of {data.name}"
-                raise ValueError(f"{tasks}: {error}") from error
+                raise ValueError(f"{place}: {error}") from error
 
 
 FIRST_PHASE = "first-phase"

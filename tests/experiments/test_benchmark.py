@@ -257,5 +257,6 @@ def test_against_torch_on_accelerators(commands, monkeypatch):
         monkeypatch.setattr(benchmark, "where", lambda backend=backend: (backend, ""))
         assert benchmark.prepare(config).devices == devices
     monkeypatch.setattr(benchmark, "where", lambda: ("tpu", ""))
-    with pytest.raises(ValueError, match="on CPUs and GPUs, but the backend is tpu"):
+    with pytest.raises(ValueError, match="on CPUs and GPUs, but the backend is tpu: leave out func"):
         benchmark.prepare(config)
+    assert benchmark.prepare(benchmark.Config(against=("jax",))).devices == (1,)

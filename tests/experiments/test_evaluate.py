@@ -66,6 +66,13 @@ def test_options_replace_those_of_the_training(saved):
         assert getattr(model.run, name) == getattr(protocol, name) == value
 
 
+def test_a_one_step_model_takes_the_statistics_of_the_support_set_at_test(saved):
+    """Only its training cannot: it exchanges the two sets."""
+    config = evaluate.Config((saved("model", method="one-step"),), tasks=3, steps=1, normalisation="support")
+    (found,) = evaluate.main(evaluate.prepare(config)).values()
+    assert found["protocol"]["normalisation"] == "support"
+
+
 def test_two_models_are_compared_on_the_same_tasks(saved, tmp_path):
     first, second = saved("first", scale=-3.0), saved("second")
     output = tmp_path / "found.json"

@@ -173,6 +173,11 @@ def contradicts(name, given):
             return True
     elif train_ways != ways or downscale > 1:
         return True
+    if recipe == "fast":  # The options of the first phase.
+        if normalisation in ("support", "tasknorm"):
+            return True
+        if name == "miniimagenet" and (int(get["size"] or 84) % 2 or net == "mlp"):
+            return True
     if method in ("pretrained", "reptile") and (get["train_shots"] is not None or get["train_queries"] is not None):
         return True
     share = tasks // (2 if tasks % 2 == 0 else 1)  # Tests have two devices.
@@ -271,8 +276,10 @@ PAIRS = [
     ("miniimagenet", {"method": "pretrained", "normalisation": "running"}),
     ("miniimagenet", {"method": "imaml", "order": "1"}),
     ("miniimagenet", {"recipe": "one-step", "size": "83"}),
+    ("miniimagenet", {"recipe": "fast", "size": "83"}),
     ("miniimagenet", {"recipe": "one-step", "net": "mlp"}),
     ("omniglot", {"recipe": "fast", "method": "anil"}),
+    ("omniglot", {"recipe": "fast", "normalisation": "support"}),
     ("omniglot", {"recipe": "one-step", "train_shots": "2"}),
     ("omniglot", {"method": "one-step", "normalisation": "support"}),
     ("omniglot", {"method": "reptile", "optimizer": "muon"}),

@@ -11,6 +11,7 @@ from experiments import miniimagenet, omniglot
 from experiments.few_shot.run import NEUTRAL
 from maml_jax.runs.directory import RunDirectory
 from maml_jax.runs.files import to_jsonable
+from maml_jax.tasks.episodes import ImageClasses
 
 
 def test_recipes_are_the_papers():
@@ -101,7 +102,8 @@ def test_muon_has_no_clip_of_the_recipe():
         ({"recipe": "slow"}, "recipe must be one of 'paper', 'fast', 'one-step', but got 'slow'"),
         ({"first_steps": 20}, "first_steps is for the recipe 'fast' without start_from, but got 20 with .* 'paper'"),
         ({"recipe": "fast", "first_steps": 20, "start_from": Path("a")}, "with the recipe 'fast' and start_from"),
-        ({"recipe": "fast", "first_steps": 0}, "first_steps"),
+        ({"recipe": "fast", "first_steps": 0}, "first_steps must be an integer of at least 1, but got 0"),
+        ({"recipe": "fast", "normalisation": "support"}, "In the first phase of the recipe 'fast', normalisation"),
         ({"method": "one-step", "inner_steps": 2}, "inner_steps must be 1 for the method one-step, but got 2"),
         ({"method": "one-step", "normalisation": "support"}, "one-step exchanges the two"),
         ({"method": "one-step", "shots": 2, "queries": 3}, "multiple of train_shots .* but got 3 and 2"),
@@ -131,6 +133,10 @@ def test_too_few_classes_for_the_tasks_in_training_are_refused(characters, tmp_p
     run = small_run(tmp_path, method="one-step", train_ways=1101)
     with pytest.raises(ValueError, match="Tasks in training: ways must be at most the number of classes, 1100"):
         run.check_data(characters)
+    counts = characters.train.counts[:39]
+    few = characters._replace(train=ImageClasses(characters.train.images[: sum(counts)], counts))
+    with pytest.raises(ValueError, match=r"In the first phase of the recipe 'fast': ways must be at most .* 39"):
+        omniglot.Run(recipe="fast", ways=5).resolved().check_data(few)
 
 
 @pytest.mark.parametrize(
