@@ -102,7 +102,7 @@ def test_a_folder_of_images_trains(tmp_path, monkeypatch, birds, capsys):
 
 def test_every_page_with_code_is_run():
     tested = {"README.md", "docs/quickstart.md", "docs/runs.md"}
-    tested |= {"docs/algorithms.md", "docs/data.md", "docs/reinforcement_learning.md"}
+    tested |= {"docs/algorithms.md", "docs/data.md", "docs/dropout.md", "docs/reinforcement_learning.md"}
     assert {page for page in PAGES if blocks(page)} == tested
 
 
