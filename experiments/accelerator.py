@@ -1,4 +1,4 @@
-"""Checks, measures and trains on an accelerator: five minutes of measurements, eight minutes of training on an H100.
+"""Checks, measures and trains on an accelerator. On an H100 the training takes eight minutes.
 
     python -m experiments.accelerator --data-dir data/omniglot
     python -m experiments.accelerator --stages measure

@@ -230,7 +230,11 @@ def one_round(config: Config, row: dict[str, Any], compiled: str, backend: str) 
         if row["peer"] == "jax":
             command = [sys.executable, "-m", "experiments.benchmarks.plain_jax", json.dumps(given)]
     root = str(Path(__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+        "TORCHINDUCTOR_CACHE_DIR": os.path.join(compiled, "torch"),  # The first round measures compilation, too.
+    }
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if "Error" in line or "error" in line]

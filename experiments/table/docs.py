@@ -45,6 +45,7 @@ REGIONS: dict[str, Callable[[Path], str]] = {
     "returns": reinforcement.all_returns,
     "rl runs": reinforcement.runs,
     "speed": speed.speed,
+    "peers": speed.peers,
     "limits": speed.limits,
     "gpu": speed.gpu,
     "breakdown": speed.breakdown,

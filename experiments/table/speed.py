@@ -54,6 +54,35 @@ def _milliseconds(value: float) -> str:
     return f"{value:.0f} ms" if value >= 100 else f"{value:.3g} ms"
 
 
+PEERS = {"jax": "plain JAX", "func": "torch.func", "compiled": "torch.compile"}
+
+
+def peers(results: Path) -> str:
+    """Second order beside plain JAX, eager PyTorch and compiled PyTorch: times of a step, and of compilation."""
+    rows = []
+    for folder in ("sinusoid", "omniglot", "large"):
+        measured = read_json(results / f"benchmark-peers-{folder}" / "results.json")["rows"]
+        measured = [row for row in measured if row["order"] == 2 and "ms" in row]
+        for ours in (row for row in measured if row["kind"] == "ours"):
+            others = {row["peer"]: row for row in measured if row.get("peer") and row["workload"] == ours["workload"]}
+            best = min(others.values(), key=lambda row: row["ms"])
+            rows.append([
+                WORKLOADS[ours["workload"]],
+                _milliseconds(ours["ms"]),
+                *(_milliseconds(others[peer]["ms"]) if peer in others else "" for peer in PEERS),
+                f"{best['ms'] / ours['ms']:.1f}x",
+                f"{ours['compile_s']:.0f} s",
+                *(_compilation(others.get(peer)) for peer in ("jax", "compiled")),
+            ])  # fmt: skip
+    head = ("meta-step", "ours", *PEERS.values(), "faster than the best", "compilation: ours", "plain JAX",
+            "torch.compile")  # fmt: skip
+    return table(head, rows)
+
+
+def _compilation(row: dict[str, Any] | None) -> str:
+    return "" if row is None or row["compile_s"] is None else f"{row['compile_s']:.0f} s"
+
+
 def limits(results: Path) -> str:
     """Operations of both orders, and the share of the machine's limit."""
     rows = []
